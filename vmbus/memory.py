@@ -65,9 +65,7 @@ class Region:
         self.size = size
         self.end = gpa + size
         self.read_only = read_only
-        self._mapping = mmap.mmap(
-            fd, size, flags=mmap.MAP_SHARED, prot=protection, offset=offset
-        )
+        self._mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=protection, offset=offset)
         self.view = memoryview(self._mapping)
 
     def close(self) -> bool:
@@ -168,12 +166,12 @@ class GuestMemory:
         Raises:
             ConfigError: No region has exactly this address and size.
         """
-        for index, region in enumerate(self._regions):
-            if region.gpa == gpa and region.size == size:
-                break
-        else:
+        found = [each for each in self._regions if (each.gpa, each.size) == (gpa, size)]
+        if not found:
             raise ConfigError(f"memory region: nothing is mapped as {gpa:#x}+{size:#x}")
-        del self._regions[index], self._starts[index]
+        region = found[0]
+        self._regions.remove(region)
+        self._starts.remove(gpa)
         self._last = None
         if not region.close():
             self._dying.append(region)
