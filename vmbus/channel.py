@@ -16,6 +16,7 @@ some, and ``flush`` waits while the guest does not read its ring.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable
@@ -113,6 +114,8 @@ class Channel:
         self._closed = False
         self._receiving = False
         self._released = trio.Event()
+        self._bell: trio.Event | None = None
+        self._flushed: trio.Event | None = None
         self._gate: trio.Event | None = None
         self._drained: trio.Event | None = None
         self._room = trio.Event()
@@ -160,8 +163,11 @@ class Channel:
                     self._count_in(packets)
                     return packets
                 if self._reader.unmask():
-                    continue
-                await self._wait_doorbell()
+                    # Packets came in at the last moment. The checkpoint keeps a guest that plays
+                    # with its index from holding the loop.
+                    await trio.lowlevel.checkpoint()
+                else:
+                    await self._wait_doorbell()
         finally:
             self._receiving = False
 
@@ -177,12 +183,20 @@ class Channel:
         self._outstanding += wanted
 
     async def _wait_doorbell(self) -> None:
-        await trio.lowlevel.wait_readable(self._doorbell)
-        try:
-            os.eventfd_read(self._doorbell)
-        except BlockingIOError:
+        # Only one task may wait for a descriptor; a second one waits for the first. Both look at
+        # their ring before they sleep again, so it does not matter who is woken for whom.
+        if self._bell is not None:
+            await self._bell.wait()
             return
-        self.statistics.signals_in += 1
+        self._bell = trio.Event()
+        try:
+            await trio.lowlevel.wait_readable(self._doorbell)
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._doorbell)
+                self.statistics.signals_in += 1
+        finally:
+            bell, self._bell = self._bell, None
+            bell.set()
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -264,8 +278,14 @@ class Channel:
         Raises:
             RingError: The guest's read index is corrupt.
         """
-        if self.try_flush():
-            return
+        while not self.try_flush():
+            if self._flushed is None:
+                await self._flush_slowly()
+            else:
+                await self._flushed.wait()
+
+    async def _flush_slowly(self) -> None:
+        self._flushed = trio.Event()
         self.statistics.ring_full += 1
         # Waking for each freed packet would cost a signal per packet; a quarter of the ring is
         # asked for, and what is free by then is used anyway, because the poll looks too.
@@ -279,7 +299,8 @@ class Channel:
         finally:
             if not self._ended:
                 writer.stop_waiting()
-            # The doorbell also means packets; the reader looks at the ring before it sleeps.
+            flushed, self._flushed = self._flushed, None
+            flushed.set()
 
     @property
     def pending(self) -> int:

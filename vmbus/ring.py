@@ -230,7 +230,7 @@ class RingReader:
         available = (ring.index_untrusted(WRITE_INDEX) - start) % ring.size
         if not available:
             return []
-        copied = available if available <= MAX_BATCH_BYTES else MAX_BATCH_BYTES
+        copied = min(available, MAX_BATCH_BYTES)
         data = ring.read(start, copied)
         packets: list[Packet] = []
         position = 0
