@@ -1,0 +1,27 @@
+"""``cd:PATH``: an ISO image as a read-only optical medium with 2048-byte sectors.
+
+An ISO 9660 volume is counted in whole sectors, so bytes behind the last whole one cannot belong
+to it and are not part of the disk. ``share`` means the same as for ``raw``; without it the image
+is locked for reading, so that nobody writes it under the guest.
+"""
+
+from __future__ import annotations
+
+from storvsp.disks.raw import RawDisk
+from storvsp.specs import DiskSpec
+from vmbus.errors import ConfigError
+
+SECTOR_SIZE = 2048
+"""Bytes of a CD-ROM mode 1 sector (ECMA-130)."""
+
+
+async def open_spec(spec: DiskSpec) -> RawDisk:
+    """Open ``cd:[share]PATH``."""
+    options = spec.reader()
+    share = options.flag("share")
+    options.finish()
+    if not spec.target:
+        raise ConfigError(f"{spec}: needs the path of an ISO image, as in cd:install.iso")
+    return await RawDisk.open(
+        spec.target, read_only=True, sector_size=SECTOR_SIZE, share=share, optical=True
+    )

@@ -1,0 +1,227 @@
+"""What Linux offers disks beyond Python's ``os`` module.
+
+All functions block and raise ``OSError``; they belong into worker threads, except where a
+docstring says that they do not touch the medium.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import errno
+import fcntl
+import functools
+import os
+import struct
+from pathlib import Path
+
+from storvsp.disk import Buffers
+
+IOV_MAX = 1024
+"""Most buffers one preadv takes (linux/include/uapi/linux/uio.h, UIO_MAXIOV)."""
+
+# linux/include/uapi/linux/falloc.h
+FALLOC_KEEP_SIZE = 0x01
+FALLOC_PUNCH_HOLE = 0x02
+FALLOC_ZERO_RANGE = 0x10
+
+# linux/include/uapi/linux/fs.h, for x86-64
+BLKSSZGET = 0x1268
+BLKDISCARD = 0x1277
+BLKPBSZGET = 0x127B
+BLKGETSIZE64 = 0x80081272
+
+# linux/include/uapi/linux/magic.h
+_MEMORY_FILE_SYSTEMS = {0x01021994, 0x858458F6}  # tmpfs, ramfs
+
+_FLOCK = struct.Struct("=hh4xqqi4x")  # struct flock: type, whence, start, length, pid
+
+_NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY, errno.EINVAL}
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    libc.fallocate.restype = ctypes.c_int
+    libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.fstatfs.restype = ctypes.c_int
+    return libc
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Call the C library's fallocate; the GIL is dropped while it runs."""
+    _check(_libc().fallocate(fd, mode, offset, length))
+
+
+def punch_hole(fd: int, offset: int, length: int) -> bool:
+    """Free a range so that it reads as zeros.
+
+    Returns:
+        False if the file system or device cannot.
+    """
+    return _try_fallocate(fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length)
+
+
+def zero_range(fd: int, offset: int, length: int) -> bool:
+    """Zero a range but keep its space, without writing it.
+
+    Returns:
+        False if the file system or device cannot.
+    """
+    return _try_fallocate(fd, FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE, offset, length)
+
+
+def _try_fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
+    try:
+        fallocate(fd, mode, offset, length)
+    except OSError as error:
+        if error.errno in _NOT_SUPPORTED:
+            return False
+        raise
+    return True
+
+
+def discard(fd: int, offset: int, length: int) -> None:
+    """BLKDISCARD: tell a block device that a range is not needed. What it reads is undefined."""
+    fcntl.ioctl(fd, BLKDISCARD, struct.pack("=QQ", offset, length))
+
+
+def in_memory(fd: int) -> bool:
+    """Whether the file lives in a memory file system (tmpfs, ramfs, memfd). Does not block."""
+    answer = ctypes.create_string_buffer(256)  # struct statfs has 120 bytes; f_type is the first
+    _check(_libc().fstatfs(fd, answer))
+    return int.from_bytes(answer.raw[:8], "little") in _MEMORY_FILE_SYSTEMS
+
+
+def lock(fd: int, *, exclusive: bool) -> None:
+    """Take an advisory lock on the whole file, bound to this open file (OFD). Does not block.
+
+    The kernel drops it when the descriptor is closed, also on a crash. Unlike classical record
+    locks it also conflicts between two opens in one process.
+
+    Raises:
+        OSError: EAGAIN or EACCES if somebody else has it; ENOLCK or EOPNOTSUPP if the file
+            system cannot lock.
+    """
+    kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BlockDevice:
+    """What the kernel says of a block device. Sizes in bytes."""
+
+    size: int
+    logical_sector_size: int
+    physical_sector_size: int
+    rotational: bool
+    discards: bool
+    discard_granularity: int
+
+
+def block_device(fd: int) -> BlockDevice:
+    """Ask the kernel about an open block device. Does not touch the medium."""
+    number = os.fstat(fd).st_rdev
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+
+    def queue(name: str) -> int:
+        for directory in (device, device.parent):  # a partition's queue is its disk's
+            try:
+                return int((directory / "queue" / name).read_text())
+            except OSError:
+                continue  # no sysfs, or not at this level
+        return 0
+
+    return BlockDevice(
+        size=block_device_size(fd),
+        logical_sector_size=_ioctl_number(fd, BLKSSZGET, 4),
+        physical_sector_size=_ioctl_number(fd, BLKPBSZGET, 4),
+        rotational=queue("rotational") != 0,
+        discards=queue("discard_max_bytes") != 0,
+        discard_granularity=queue("discard_granularity"),
+    )
+
+
+def block_device_size(fd: int) -> int:
+    """Capacity in bytes. Does not touch the medium."""
+    return _ioctl_number(fd, BLKGETSIZE64, 8)
+
+
+def _ioctl_number(fd: int, request: int, size: int) -> int:
+    return int.from_bytes(fcntl.ioctl(fd, request, bytes(size)), "little")
+
+
+def read_fully(fd: int, buffers: Buffers, offset: int) -> int:
+    """Fill a scatter list of any length.
+
+    Returns:
+        Bytes read; less than asked for only at the end of the file.
+    """
+    done = 0
+    for batch in _batches(buffers):
+        while batch:
+            got = os.preadv(fd, batch, offset + done)
+            if not got:
+                return done
+            done += got
+            batch = _rest(batch, got)  # noqa: PLW2901
+    return done
+
+
+def write_fully(fd: int, buffers: Buffers, offset: int, *, durable: bool) -> None:
+    """Write a scatter list of any length.
+
+    Args:
+        fd: File.
+        buffers: What to write.
+        offset: Bytes.
+        durable: Return only when the data is on the medium (RWF_DSYNC).
+    """
+    flags = os.RWF_DSYNC if durable else 0
+    for batch in _batches(buffers):
+        while batch:
+            put = os.pwritev(fd, batch, offset, flags)
+            offset += put
+            batch = _rest(batch, put)  # noqa: PLW2901
+
+
+def _batches(buffers: Buffers) -> list[Buffers]:
+    filled = [buffer for buffer in buffers if buffer]  # an empty batch would look like the end
+    return [filled[start : start + IOV_MAX] for start in range(0, len(filled), IOV_MAX)]
+
+
+def _rest(buffers: Buffers, done: int) -> Buffers:
+    """What is left of a scatter list after its first ``done`` bytes; empty if nothing is."""
+    for index, buffer in enumerate(buffers):
+        if done < len(buffer):
+            return [buffer[done:], *buffers[index + 1 :]]
+        done -= len(buffer)
+    return []
+
+
+def holes(fd: int, offset: int, length: int) -> list[tuple[int, int, bool]]:
+    """The data and holes of a range: (offset, length, is data), in order, covering it exactly."""
+    found: list[tuple[int, int, bool]] = []
+    end = offset + length
+    while offset < end:
+        try:
+            data = min(os.lseek(fd, offset, os.SEEK_DATA), end)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            data = end  # no data from here to the end of the file
+        if data > offset:
+            found.append((offset, data - offset, False))
+        if data < end:
+            hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+            found.append((data, hole - data, True))
+            data = hole
+        offset = data
+    return found

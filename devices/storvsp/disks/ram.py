@@ -1,0 +1,228 @@
+"""``ram:SIZE``: a disk in memory, sparse, gone when it is closed.
+
+``ram:64M``, ``ram:[sector=4096]1T``. Memory is taken in chunks of 64 KiB when they are first
+written, and given back when a chunk is unmapped or holds nothing but zeros after a trim; a
+terabyte disk costs what was written to it. Every transfer is served inline: there is nothing to
+wait for.
+"""
+
+# ruff: noqa: D102 - storvsp.disk.Disk describes the methods
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from storvsp.disk import (
+    Buffers,
+    Disk,
+    DiskInfo,
+    DiskUnavailableError,
+    Extent,
+    NoSpaceError,
+)
+from storvsp.disks.buffers import check_range, merge_extents, total_length
+from storvsp.disks.watchers import Watchers
+from storvsp.specs import DiskSpec, parse_size
+from vmbus.errors import ConfigError
+
+CHUNK = 1 << 16
+"""Bytes that are allocated, and freed, together."""
+
+_SHIFT = 16
+_MASK = CHUNK - 1
+_ZERO_BYTES = bytes(CHUNK)
+_ZEROS = memoryview(_ZERO_BYTES)
+
+
+class RamDisk(Disk):
+    """A sparse disk in memory.
+
+    Args:
+        size: Capacity in bytes, a positive multiple of ``sector_size``.
+        sector_size: Logical sector in bytes.
+    """
+
+    def __init__(self, size: int, *, sector_size: int = 512) -> None:
+        self._info = DiskInfo(
+            size=_checked(size, sector_size),
+            sector_size=sector_size,
+            supports_unmap=True,
+            unmap_granularity=CHUNK,
+            unmapped_reads_zero=True,
+            write_cache=False,
+        )
+        self._size = size
+        self._chunks: dict[int, memoryview] = {}
+        self._watchers = Watchers()
+        self._closed = False
+
+    @property
+    def info(self) -> DiskInfo:
+        return self._info
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of memory held by chunks."""
+        return len(self._chunks) * CHUNK
+
+    def try_readv(self, offset: int, buffers: Buffers) -> bool:
+        if offset + total_length(buffers) > self._size:
+            self._refuse(offset, total_length(buffers))
+        chunks = self._chunks
+        for buffer in buffers:
+            length = len(buffer)
+            start = offset & _MASK
+            if start + length <= CHUNK:
+                chunk = chunks.get(offset >> _SHIFT)
+                if chunk is None:
+                    buffer[:] = _ZEROS[:length]
+                else:
+                    buffer[:] = chunk[start : start + length]
+            else:
+                done = 0
+                for index, begin, end in _pieces(offset, length):
+                    chunk = chunks.get(index, _ZEROS)
+                    buffer[done : done + end - begin] = chunk[begin:end]
+                    done += end - begin
+            offset += length
+        return True
+
+    def try_writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> bool:
+        if offset + total_length(buffers) > self._size:
+            self._refuse(offset, total_length(buffers))
+        chunks = self._chunks
+        for buffer in buffers:
+            length = len(buffer)
+            start = offset & _MASK
+            if start + length <= CHUNK:
+                chunk = chunks.get(offset >> _SHIFT)
+                if chunk is None:
+                    chunk = self._allocate(offset >> _SHIFT)
+                chunk[start : start + length] = buffer
+            else:
+                done = 0
+                for index, begin, end in _pieces(offset, length):
+                    chunk = chunks.get(index)
+                    if chunk is None:
+                        chunk = self._allocate(index)
+                    chunk[begin:end] = buffer[done : done + end - begin]
+                    done += end - begin
+            offset += length
+        return True
+
+    async def readv(self, offset: int, buffers: Buffers) -> None:
+        self.try_readv(offset, buffers)
+
+    async def writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> None:
+        self.try_writev(offset, buffers, fua=fua)
+
+    async def flush(self) -> None:
+        if self._closed:
+            self._refuse(0, 0)
+
+    async def unmap(self, offset: int, length: int) -> None:
+        if offset + length > self._size:
+            self._refuse(offset, length)
+        for index, begin, end in self._allocated_pieces(offset, length):
+            if end - begin < CHUNK:
+                chunk = self._chunks[index]
+                chunk[begin:end] = _ZEROS[: end - begin]
+                if chunk.obj != _ZERO_BYTES:
+                    continue
+            del self._chunks[index]
+
+    async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
+        # Memory that is not there reads as zeros, whether or not the guest wants it kept.
+        await self.unmap(offset, length)
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        if offset + length > self._size:
+            self._refuse(offset, length)
+        extents: list[Extent] = []
+        cursor = offset
+        for index, begin, end in sorted(self._allocated_pieces(offset, length)):
+            start = (index << _SHIFT) + begin
+            extents.append(Extent(cursor, start - cursor, mapped=False))
+            extents.append(Extent(start, end - begin, mapped=True))
+            cursor = start + end - begin
+        extents.append(Extent(cursor, offset + length - cursor, mapped=False))
+        return merge_extents(extents)
+
+    def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
+        return self._watchers.add(changed)
+
+    async def resize(self, size: int) -> None:
+        """Change the capacity; what is cut off is gone, what is added reads as zeros.
+
+        Args:
+            size: Bytes, a positive multiple of the sector size.
+
+        Raises:
+            ConfigError: It is not.
+        """
+        _checked(size, self._info.sector_size)
+        if size < self._size:
+            await self.unmap(size, self._size - size)
+        self._size = size
+        self._info = dataclasses.replace(self._info, size=size)
+        self._watchers.notify()
+
+    async def aclose(self) -> None:
+        self._closed = True
+        self._chunks.clear()
+        self._size = -1  # every range is outside now, at no cost to an open disk
+
+    def _allocate(self, index: int) -> memoryview:
+        try:
+            chunk = memoryview(bytearray(CHUNK))
+        except MemoryError:
+            raise NoSpaceError("no memory for the RAM disk", offset=index << _SHIFT) from None
+        self._chunks[index] = chunk
+        return chunk
+
+    def _allocated_pieces(self, offset: int, length: int) -> list[tuple[int, int, int]]:
+        """As :func:`_pieces`, but only of chunks that exist, in any order."""
+        if length >> _SHIFT <= len(self._chunks):
+            return [piece for piece in _pieces(offset, length) if piece[0] in self._chunks]
+        # Guests trim and query whole terabytes: walk what is there instead.
+        end = offset + length
+        return [
+            (index, max(0, offset - (index << _SHIFT)), min(CHUNK, end - (index << _SHIFT)))
+            for index in self._chunks
+            if offset < (index + 1) << _SHIFT and end > index << _SHIFT
+        ]
+
+    def _refuse(self, offset: int, length: int) -> None:
+        if self._closed:
+            raise DiskUnavailableError("the RAM disk is closed")
+        check_range(offset, length, self._size)
+
+
+def _pieces(offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+    """Cut a range at chunk borders: (chunk number, first byte in it, end in it)."""
+    end = offset + length
+    while offset < end:
+        index = offset >> _SHIFT
+        stop = min(end, (index + 1) << _SHIFT)
+        yield index, offset & _MASK, stop - (index << _SHIFT)
+        offset = stop
+
+
+def _checked(size: int, sector_size: int) -> int:
+    if size <= 0 or size % sector_size:
+        raise ConfigError(
+            f"a disk of {size} bytes is not a positive number of {sector_size}-byte sectors"
+        )
+    return size
+
+
+async def open_spec(spec: DiskSpec) -> RamDisk:
+    """Open ``ram:[sector=512|4096]SIZE``."""
+    options = spec.reader()
+    sector_size = options.integer("sector", choices=(512, 4096)) or 512
+    options.finish()
+    try:
+        return RamDisk(parse_size(spec.target), sector_size=sector_size)
+    except ConfigError as error:
+        raise ConfigError(f"{spec}: {error}") from None

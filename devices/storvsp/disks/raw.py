@@ -1,0 +1,533 @@
+"""``raw:PATH``: an image file or a block device, byte for byte.
+
+``raw:disk.img``, ``raw:[ro]base.img``, ``raw:[create=10G]new.img``, ``raw:[direct]/dev/sdb``.
+
+======================  ========================================================================
+``ro``                  refuse writes; any number of readers may share the file
+``sector=512|4096``     logical sector (default: 512; for a block device, its own)
+``create=SIZE``         make a sparse file of that size unless it exists; an existing file of
+                        another size is refused
+``direct``              bypass the host's page cache (O_DIRECT)
+``share``               take no lock
+======================  ========================================================================
+
+Fast path
+---------
+Reads are tried on the caller's thread with ``RWF_NOWAIT``: a page-cache hit costs one system
+call, a miss comes back at once and goes to a worker. In a memory file system (tmpfs, which does
+not know the flag) a plain read or write never waits for a device, so both are always served
+inline; memory that the host itself has swapped out is the exception we accept. Where the flag is
+not supported otherwise, and with ``direct``, everything goes to the workers.
+
+Size
+----
+A fragment behind the last whole sector is not part of the disk. Growth or shrinking from outside
+is noticed by :meth:`RawDisk.check_resize`, by a flush, and by a read that meets the end.
+
+Locking
+-------
+The file gets an open-file-description lock on all its bytes, exclusive unless ``ro``. QEMU's
+image locks are shared ones of the same kind, so a running QEMU is noticed unless ``ro`` is given.
+A block device is opened with ``O_EXCL`` besides, which the kernel refuses while it is mounted.
+"""
+
+# ruff: noqa: D102 - storvsp.disk.Disk describes the methods
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import mmap
+import os
+import stat
+from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple
+
+from storvsp.disk import (
+    Buffers,
+    Disk,
+    DiskInfo,
+    DiskUnavailableError,
+    Extent,
+    OutOfRangeError,
+    ReadOnlyError,
+    disk_errors,
+)
+from storvsp.disks import linux
+from storvsp.disks.buffers import check_range, cut, merge_extents, total_length
+from storvsp.disks.watchers import Watchers
+from storvsp.specs import DiskSpec
+from storvsp.workers import shared_pool
+from vmbus.errors import ConfigError
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+_BOUNCE = 1 << 20
+"""Bytes copied at a time where direct I/O cannot use the guest's buffers as they lie."""
+
+
+class RawDisk(Disk):
+    """An open file or block device as a disk. Most callers want :meth:`open`.
+
+    Must be made inside the trio run that uses it.
+
+    Args:
+        fd: Open descriptor, read-write unless ``read_only``; owned by the disk from the moment
+            the constructor returns.
+        read_only: Refuse writes.
+        sector_size: Logical sector in bytes; None for 512, or a block device's own.
+        direct: The descriptor has O_DIRECT.
+        optical: A CD-ROM medium, removable.
+
+    Raises:
+        ConfigError: The file holds not one sector, or ``direct`` cannot work with this sector.
+        OSError: The kernel refused to describe the file.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        *,
+        read_only: bool = False,
+        sector_size: int | None = None,
+        direct: bool = False,
+        optical: bool = False,
+    ) -> None:
+        mode = os.fstat(fd).st_mode
+        self._device = linux.block_device(fd) if stat.S_ISBLK(mode) else None
+        if sector_size is None:
+            sector_size = self._device.logical_sector_size if self._device else 512
+        size = _measure(fd, sector_size)
+        if not size:
+            raise ConfigError("the file is smaller than one sector; create=SIZE makes a new one")
+        if direct:
+            _probe_direct(fd, size, sector_size)
+        self._info = self._describe(fd, size, sector_size, read_only, optical)
+        self._size = size
+        self._direct = direct
+        self._memory = not direct and self._device is None and linux.in_memory(fd)
+        self._read_flags: int | None = None if direct else 0 if self._memory else os.RWF_NOWAIT
+        self._watchers = Watchers()
+        self._closed = False
+        self._workers = shared_pool()
+        self._fd = fd
+
+    def _describe(
+        self, fd: int, size: int, sector_size: int, read_only: bool, optical: bool
+    ) -> DiskInfo:
+        device = self._device
+        info = DiskInfo(
+            size=size,
+            sector_size=sector_size,
+            physical_sector_size=max(sector_size, 2048 if optical else 4096),
+            read_only=read_only,
+            removable=optical,
+            optical=optical,
+            write_cache=not read_only,
+        )
+        if device is not None:
+            return dataclasses.replace(
+                info,
+                physical_sector_size=max(sector_size, device.physical_sector_size),
+                rotational=device.rotational,
+                supports_unmap=device.discards and not read_only,
+                unmap_granularity=device.discard_granularity,
+                # What a block device reads after a discard is up to the device.
+            )
+        # A hole behind the end of the file changes nothing, but shows whether holes can be made.
+        if read_only or not linux.punch_hole(fd, os.fstat(fd).st_size, 4096):
+            return info
+        return dataclasses.replace(
+            info,
+            supports_unmap=True,
+            unmap_granularity=os.fstat(fd).st_blksize,
+            unmapped_reads_zero=True,
+        )
+
+    @classmethod
+    async def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        sector_size: int | None = None,
+        direct: bool = False,
+        create: int | None = None,
+        share: bool = False,
+        optical: bool = False,
+    ) -> RawDisk:
+        """Open an image file or block device. A checkpoint.
+
+        Args:
+            path: The file.
+            read_only: Refuse writes; open the file for reading only.
+            sector_size: Logical sector in bytes; None for 512, or a block device's own.
+            direct: Bypass the page cache.
+            create: Make a sparse file of that many bytes if there is none.
+            share: Take no lock.
+            optical: A CD-ROM medium, removable.
+
+        Raises:
+            ConfigError: The file cannot be used like that; the message says why and what to do.
+        """
+        name = os.fspath(path)
+        pool = shared_pool()
+        try:
+            # A started call is not abandoned, so the descriptor always arrives here.
+            fd = await pool.run(
+                functools.partial(
+                    _open,
+                    name,
+                    read_only=read_only,
+                    sector_size=sector_size or 512,
+                    direct=direct,
+                    create=create,
+                    share=share,
+                )
+            )
+            try:
+                return cls(
+                    fd,
+                    read_only=read_only,
+                    sector_size=sector_size,
+                    direct=direct,
+                    optical=optical,
+                )
+            except ConfigError as error:
+                os.close(fd)
+                raise ConfigError(f"{name}: {error}") from None
+            except BaseException:
+                os.close(fd)
+                raise
+        except OSError as error:
+            raise ConfigError(f"{name}: {error.strerror or error}") from error
+        finally:
+            await pool.aclose()
+
+    @property
+    def info(self) -> DiskInfo:
+        return self._info
+
+    def try_readv(self, offset: int, buffers: Buffers) -> bool:
+        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+        if offset + length > self._size:
+            self._refuse(offset, length)
+        flags = self._read_flags
+        if flags is None:
+            return False
+        try:
+            return os.preadv(self._fd, buffers, offset, flags) == length
+        except OSError as error:
+            # A miss (EAGAIN), too many buffers (EINVAL), or an error for the slow form to report.
+            if error.errno == errno.EOPNOTSUPP:
+                self._read_flags = None
+            return False
+
+    def try_writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> bool:
+        length = total_length(buffers)
+        self._check_write(offset, length)
+        if not self._memory:
+            return False
+        try:
+            return os.pwritev(self._fd, buffers, offset) == length
+        except OSError:
+            return False  # the slow form reports it
+
+    async def readv(self, offset: int, buffers: Buffers) -> None:
+        length = total_length(buffers)
+        if offset + length > self._size:
+            self._refuse(offset, length)
+        read = _read_direct if self._direct else linux.read_fully
+        done = await self._call("read", offset, read, self._fd, buffers, offset)
+        if done < length:
+            self.check_resize()
+            raise OutOfRangeError("the file has become shorter", offset=offset + done)
+
+    async def writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> None:
+        self._check_write(offset, total_length(buffers))
+        write = _write_direct if self._direct else _write
+        await self._call("write", offset, write, self._fd, buffers, offset, fua)
+
+    async def flush(self) -> None:
+        self._check_open()
+        if not self._info.read_only:
+            await self._call("flush", None, os.fdatasync, self._fd)
+        if not self._closed:
+            self.check_resize()
+
+    async def unmap(self, offset: int, length: int) -> None:
+        self._check_write(offset, length)
+        if not length or not self._info.supports_unmap:
+            return
+        if self._device is not None:
+            await self._call("unmap", offset, linux.discard, self._fd, offset, length)
+        else:
+            await self._call("unmap", offset, linux.punch_hole, self._fd, offset, length)
+
+    async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
+        self._check_write(offset, length)
+        if not length or await self._call(
+            "write zeroes", offset, _zero, self._fd, offset, length, may_unmap
+        ):
+            return
+        await super().write_zeroes(offset, length, may_unmap=may_unmap)
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        if offset + length > self._size:
+            self._refuse(offset, length)
+        if self._device is not None:  # no file system that could tell
+            return merge_extents([Extent(offset, length, mapped=True)])
+        found = await self._call("extents", offset, linux.holes, self._fd, offset, length)
+        return merge_extents(Extent(*run) for run in found)
+
+    def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
+        return self._watchers.add(changed)
+
+    def check_resize(self) -> bool:
+        """Ask the kernel for the size and tell the watchers if it is another. Cannot block.
+
+        Returns:
+            True if it has changed.
+
+        Raises:
+            DiskUnavailableError: The disk is closed.
+        """
+        self._check_open()
+        with disk_errors("size check"):
+            size = _measure(self._fd, self._info.sector_size)
+        if size == self._info.size:
+            return False
+        self._size = size
+        self._info = dataclasses.replace(self._info, size=size)
+        self._watchers.notify()
+        return True
+
+    async def resize(self, size: int) -> None:
+        """Grow or cut off the image file. A checkpoint.
+
+        Args:
+            size: Bytes, a positive multiple of the sector size.
+
+        Raises:
+            ConfigError: ``size`` is not, or this is a block device.
+            DiskError: The file system refused.
+        """
+        self._check_write(0, 0)
+        if size <= 0 or size % self._info.sector_size:
+            raise ConfigError(
+                f"{size} bytes are not a positive number of {self._info.sector_size}-byte sectors"
+            )
+        if self._device is not None:
+            raise ConfigError("a block device cannot be resized from here")
+        self._size = min(self._size, size)  # refuse what is about to go
+        try:
+            await self._call("resize", None, os.ftruncate, self._fd, size)
+        finally:
+            if not self._closed:
+                self._size = self._info.size
+                self.check_resize()
+
+    async def aclose(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._size = -1  # every range is outside now, at no cost to an open disk
+            fd, self._fd = self._fd, -1
+            await self._workers.aclose()
+            with disk_errors("close"):
+                os.close(fd)
+
+    async def _call(
+        self, action: str, offset: int | None, function: Callable[[*Ts], T], *args: *Ts
+    ) -> T:
+        with disk_errors(action, offset=offset):
+            return await self._workers.run(function, *args)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise DiskUnavailableError("the disk is closed")
+
+    def _check_write(self, offset: int, length: int) -> None:
+        if self._info.read_only:
+            raise ReadOnlyError("the disk was opened read-only", offset=offset)
+        if offset + length > self._size:
+            self._refuse(offset, length)
+
+    def _refuse(self, offset: int, length: int) -> None:
+        self._check_open()
+        check_range(offset, length, self._size)
+
+
+def _measure(fd: int, sector_size: int) -> int:
+    status = os.fstat(fd)
+    size = linux.block_device_size(fd) if stat.S_ISBLK(status.st_mode) else status.st_size
+    return size - size % sector_size
+
+
+def _open(
+    name: str, *, read_only: bool, sector_size: int, direct: bool, create: int | None, share: bool
+) -> int:
+    """Open, create and lock the file; nothing is left behind on failure. Blocks."""
+    created = False
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | (os.O_DIRECT if direct else 0)
+    if create is not None:
+        if read_only:
+            raise ConfigError(f"{name}: create= and ro exclude each other")
+        if create <= 0 or create % sector_size:
+            raise ConfigError(
+                f"{name}: create={create} is not a number of {sector_size}-byte sectors"
+            )
+        try:
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            pass
+        else:
+            created = True
+            try:
+                os.ftruncate(fd, create)
+            except BaseException:
+                os.unlink(name)
+                raise
+            finally:
+                os.close(fd)
+    kind = os.stat(name).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+        raise ConfigError(f"{name} is neither a file nor a block device")
+    if stat.S_ISBLK(kind) and not (read_only or share):
+        flags |= os.O_EXCL
+    fd = -1
+    try:
+        fd = _open_existing(name, flags)
+        if not share:
+            _lock(fd, name, exclusive=not read_only)
+        size = _measure(fd, 1)
+        if create is not None and size != create:
+            raise ConfigError(
+                f"{name} exists with {size} bytes, not {create}; leave out create= to use it"
+            )
+    except BaseException:
+        if fd >= 0:
+            os.close(fd)
+        if created:
+            os.unlink(name)
+        raise
+    return fd
+
+
+def _open_existing(name: str, flags: int) -> int:
+    try:
+        return os.open(name, flags)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise ConfigError(
+                f"{name} is mounted or in use by the host; [share] skips this check"
+            ) from error
+        if error.errno in {errno.EACCES, errno.EROFS, errno.EPERM} and flags & os.O_RDWR:
+            raise ConfigError(f"{name} cannot be opened for writing; use raw:[ro]{name}") from error
+        if error.errno == errno.EINVAL and flags & os.O_DIRECT:
+            raise ConfigError(
+                f"{name} is on a file system without direct I/O; leave out direct"
+            ) from error
+        raise
+
+
+def _lock(fd: int, name: str, *, exclusive: bool) -> None:
+    try:
+        linux.lock(fd, exclusive=exclusive)
+    except OSError as error:
+        if error.errno in {errno.EAGAIN, errno.EACCES}:
+            holder = "has it open" if exclusive else "has it open for writing"
+            raise ConfigError(
+                f"{name} is in use: another process, or another disk of this one, {holder};"
+                " close that, or use [share] if you know that it is harmless"
+            ) from error
+        raise ConfigError(
+            f"{name} is on a file system that cannot lock ({error.strerror}); use [share]"
+        ) from error
+
+
+def _probe_direct(fd: int, size: int, sector_size: int) -> None:
+    """Find out whether single sectors can be read with O_DIRECT. Blocks for one sector."""
+    with mmap.mmap(-1, mmap.PAGESIZE) as page, memoryview(page) as view:
+        try:
+            os.preadv(fd, [view[:sector_size]], size - sector_size)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise ConfigError(
+                f"direct I/O in {sector_size}-byte sectors is not possible here; use sector=4096"
+            ) from error
+
+
+def _zero(fd: int, offset: int, length: int, may_unmap: bool) -> bool:
+    if may_unmap and linux.punch_hole(fd, offset, length):
+        return True
+    return linux.zero_range(fd, offset, length)
+
+
+def _write(fd: int, buffers: Buffers, offset: int, durable: bool) -> None:
+    linux.write_fully(fd, buffers, offset, durable=durable)
+
+
+def _read_direct(fd: int, buffers: Buffers, offset: int) -> int:
+    try:
+        return linux.read_fully(fd, buffers, offset)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    # Not aligned as the device wants it: read into pages of our own.
+    length = total_length(buffers)
+    done = 0
+    with mmap.mmap(-1, min(length, _BOUNCE)) as pages, memoryview(pages) as view:
+        while done < length:
+            got = os.preadv(fd, [view[: min(length - done, _BOUNCE)]], offset + done)
+            if not got:
+                break
+            start = 0
+            for piece in cut(buffers, done, got):
+                piece[:] = view[start : start + len(piece)]
+                start += len(piece)
+            done += got
+    return done
+
+
+def _write_direct(fd: int, buffers: Buffers, offset: int, durable: bool) -> None:
+    try:
+        linux.write_fully(fd, buffers, offset, durable=durable)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    else:
+        return
+    length = total_length(buffers)
+    done = 0
+    with mmap.mmap(-1, min(length, _BOUNCE)) as pages, memoryview(pages) as view:
+        while done < length:
+            size = 0
+            for piece in cut(buffers, done, _BOUNCE):
+                view[size : size + len(piece)] = piece
+                size += len(piece)
+            linux.write_fully(fd, [view[:size]], offset + done, durable=durable)
+            done += size
+
+
+async def open_spec(spec: DiskSpec) -> RawDisk:
+    """Open ``raw:[ro,sector=512|4096,create=SIZE,direct,share]PATH``."""
+    options = spec.reader()
+    read_only = options.flag("ro")
+    sector_size = options.integer("sector", choices=(512, 4096))
+    create = options.size("create")
+    direct = options.flag("direct")
+    share = options.flag("share")
+    options.finish()
+    if not spec.target:
+        raise ConfigError(f"{spec}: needs the path of an image, as in raw:disk.img")
+    return await RawDisk.open(
+        spec.target,
+        read_only=read_only,
+        sector_size=sector_size,
+        direct=direct,
+        create=create,
+        share=share,
+    )
