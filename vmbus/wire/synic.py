@@ -144,9 +144,6 @@ class Msr(enum.IntEnum):
     TSC_INVARIANT_CONTROL = 0x4000_0118
 
 
-MSR_FIRST: Final = 0x4000_0000
-MSR_LAST: Final = 0x4000_0FFF
-"""The range that TLFS keeps for synthetic MSRs as far as they are defined."""
 STIMER_MSR_COUNT: Final = 8
 CRASH_PARAMETER_COUNT: Final = 5
 
@@ -189,7 +186,7 @@ class CpuidLeaf(enum.IntEnum):
 HYPERVISOR_PRESENT: Final = 1 << 31
 """ECX of leaf 1: there are hypervisor leaves at all."""
 VENDOR_MICROSOFT: Final = b"Microsoft Hv"
-"""EBX, ECX, EDX of leaf 0x40000000; Linux accepts no other (linux/arch/x86/kernel/cpu/mshyperv.c)."""
+"""EBX, ECX, EDX of leaf 0x40000000; Linux accepts no other (linux/arch/x86/…/mshyperv.c)."""
 INTERFACE_HV1: Final = int.from_bytes(b"Hv#1", "little")
 """EAX of leaf 0x40000001."""
 
