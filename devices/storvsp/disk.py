@@ -47,7 +47,8 @@ Lifecycle
 ---------
 A disk is opened by its maker (for the command line: the entry point in the group
 ``storvsp.disks``), used by any number of logical units on one trio loop, and closed by
-:meth:`Disk.aclose`, which is idempotent and waits for nothing but its own workers.
+:meth:`Disk.aclose`, which is idempotent and waits for nothing but its own workers. Afterwards
+``info`` can still be read; transfers raise :class:`DiskUnavailableError`.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class Disk(abc.ABC):
     def info(self) -> DiskInfo:
         """Current properties. Cannot block; cheap enough to call for each command."""
 
-    def try_readv(self, offset: int, buffers: Buffers) -> bool:  # noqa: ARG002
+    def try_readv(self, offset: int, buffers: Buffers) -> bool:
         """Fill ``buffers`` from byte ``offset`` if that needs no waiting. Cannot block.
 
         Returns:
@@ -163,7 +164,7 @@ class Disk(abc.ABC):
         """
         return False
 
-    def try_writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> bool:  # noqa: ARG002
+    def try_writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> bool:
         """Write ``buffers`` at byte ``offset`` if that needs no waiting. Cannot block.
 
         Same returns and errors as :meth:`try_readv`.
@@ -188,7 +189,7 @@ class Disk(abc.ABC):
     async def flush(self) -> None:
         """Make every completed write durable. May be a checkpoint; raises DiskError."""
 
-    async def unmap(self, offset: int, length: int) -> None:  # noqa: ARG002
+    async def unmap(self, offset: int, length: int) -> None:
         """Hint that ``length`` bytes at ``offset`` are not needed. May be a checkpoint.
 
         A back-end may free any part of the range or nothing; with ``unmapped_reads_zero`` the
@@ -220,7 +221,7 @@ class Disk(abc.ABC):
         """
         return [Extent(offset, length, mapped=True)]
 
-    def watch(self, changed: Callable[[], None]) -> Callable[[], None]:  # noqa: ARG002
+    def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
         """Call ``changed`` on the trio thread whenever ``info`` has changed (a resize).
 
         Returns:

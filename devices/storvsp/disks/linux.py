@@ -175,7 +175,7 @@ def read_fully(fd: int, buffers: Buffers, offset: int) -> int:
     return done
 
 
-def write_fully(fd: int, buffers: Buffers, offset: int, *, durable: bool) -> None:
+def write_fully(fd: int, buffers: Buffers, offset: int, durable: bool) -> None:
     """Write a scatter list of any length.
 
     Args:

@@ -38,7 +38,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
-import mmap
 import os
 import stat
 from collections.abc import Callable
@@ -54,8 +53,8 @@ from storvsp.disk import (
     ReadOnlyError,
     disk_errors,
 )
-from storvsp.disks import linux
-from storvsp.disks.buffers import check_range, cut, merge_extents, total_length
+from storvsp.disks import direct as direct_io, linux
+from storvsp.disks.buffers import check_range, merge_extents, total_length
 from storvsp.disks.watchers import Watchers
 from storvsp.specs import DiskSpec
 from storvsp.workers import shared_pool
@@ -63,9 +62,6 @@ from vmbus.errors import ConfigError
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-
-_BOUNCE = 1 << 20
-"""Bytes copied at a time where direct I/O cannot use the guest's buffers as they lie."""
 
 
 class RawDisk(Disk):
@@ -103,7 +99,7 @@ class RawDisk(Disk):
         if not size:
             raise ConfigError("the file is smaller than one sector; create=SIZE makes a new one")
         if direct:
-            _probe_direct(fd, size, sector_size)
+            direct_io.probe(fd, size, sector_size)
         self._info = self._describe(fd, size, sector_size, read_only, optical)
         self._size = size
         self._direct = direct
@@ -239,7 +235,7 @@ class RawDisk(Disk):
         length = total_length(buffers)
         if offset + length > self._size:
             self._refuse(offset, length)
-        read = _read_direct if self._direct else linux.read_fully
+        read = direct_io.read_fully if self._direct else linux.read_fully
         done = await self._call("read", offset, read, self._fd, buffers, offset)
         if done < length:
             self.check_resize()
@@ -247,7 +243,7 @@ class RawDisk(Disk):
 
     async def writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> None:
         self._check_write(offset, total_length(buffers))
-        write = _write_direct if self._direct else _write
+        write = direct_io.write_fully if self._direct else linux.write_fully
         await self._call("write", offset, write, self._fd, buffers, offset, fua)
 
     async def flush(self) -> None:
@@ -447,69 +443,10 @@ def _lock(fd: int, name: str, *, exclusive: bool) -> None:
         ) from error
 
 
-def _probe_direct(fd: int, size: int, sector_size: int) -> None:
-    """Find out whether single sectors can be read with O_DIRECT. Blocks for one sector."""
-    with mmap.mmap(-1, mmap.PAGESIZE) as page, memoryview(page) as view:
-        try:
-            os.preadv(fd, [view[:sector_size]], size - sector_size)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            raise ConfigError(
-                f"direct I/O in {sector_size}-byte sectors is not possible here; use sector=4096"
-            ) from error
-
-
 def _zero(fd: int, offset: int, length: int, may_unmap: bool) -> bool:
     if may_unmap and linux.punch_hole(fd, offset, length):
         return True
     return linux.zero_range(fd, offset, length)
-
-
-def _write(fd: int, buffers: Buffers, offset: int, durable: bool) -> None:
-    linux.write_fully(fd, buffers, offset, durable=durable)
-
-
-def _read_direct(fd: int, buffers: Buffers, offset: int) -> int:
-    try:
-        return linux.read_fully(fd, buffers, offset)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    # Not aligned as the device wants it: read into pages of our own.
-    length = total_length(buffers)
-    done = 0
-    with mmap.mmap(-1, min(length, _BOUNCE)) as pages, memoryview(pages) as view:
-        while done < length:
-            got = os.preadv(fd, [view[: min(length - done, _BOUNCE)]], offset + done)
-            if not got:
-                break
-            start = 0
-            for piece in cut(buffers, done, got):
-                piece[:] = view[start : start + len(piece)]
-                start += len(piece)
-            done += got
-    return done
-
-
-def _write_direct(fd: int, buffers: Buffers, offset: int, durable: bool) -> None:
-    try:
-        linux.write_fully(fd, buffers, offset, durable=durable)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    else:
-        return
-    length = total_length(buffers)
-    done = 0
-    with mmap.mmap(-1, min(length, _BOUNCE)) as pages, memoryview(pages) as view:
-        while done < length:
-            size = 0
-            for piece in cut(buffers, done, _BOUNCE):
-                view[size : size + len(piece)] = piece
-                size += len(piece)
-            linux.write_fully(fd, [view[:size]], offset + done, durable=durable)
-            done += size
 
 
 async def open_spec(spec: DiskSpec) -> RawDisk:
