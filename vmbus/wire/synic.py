@@ -41,7 +41,6 @@ FLAG_PENDING: Final = 1
 """Another message waits for this slot: write EOM after freeing it."""
 MESSAGE_NONE: Final = 0
 """Type of a free slot."""
-MESSAGE_VMBUS: Final = 1
 MESSAGE_HYPERVISOR: Final = 0x8000_0000
 """Types with this bit come from the hypervisor only; guests must not post them."""
 MESSAGE_TIMER_EXPIRED: Final = 0x8000_0010
@@ -77,13 +76,6 @@ SIGNAL_EVENT: Final = struct.Struct("<IHH")
 SIGNAL_EVENT_SIZE: Final = 8
 assert SIGNAL_EVENT.size == SIGNAL_EVENT_SIZE
 
-CONNECTION_MESSAGES: Final = 1
-"""Connection id of control messages before VMBus 5.0."""
-CONNECTION_EVENTS: Final = 2
-"""Connection id of the event that all channels share before VMBus 2.4."""
-CONNECTION_MONITOR: Final = 3
-CONNECTION_MESSAGES_5: Final = 4
-"""Connection id of control messages from VMBus 5.0 on."""
 CONNECTION_ID_LIMIT: Final = 1 << 24
 """Connection ids have 24 bits."""
 
