@@ -37,6 +37,10 @@ POLL_INTERVAL = 0.002
 """Seconds between looks at a full outgoing ring: OpenBSD, macOS and NetBSD never signal."""
 
 
+def _make_doorbell() -> int:
+    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+
 class Statistics:
     """Counters of one channel; plain integers, read by whoever computes rates."""
 
@@ -92,7 +96,7 @@ class Channel:
         open_user_data: bytes,
         reader: RingReader,
         writer: RingWriter,
-        doorbell_fd: int,
+        doorbell_fd: int | None,
         call: Call,
         max_outstanding: int = 4096,
     ) -> None:
@@ -106,7 +110,9 @@ class Channel:
         self.statistics = Statistics()
         self._reader = reader
         self._writer = writer
-        self._doorbell = doorbell_fd
+        # 0.13 guests have one doorbell for all channels; the bus pokes us then.
+        self._own_doorbell = doorbell_fd is None
+        self._doorbell = _make_doorbell() if doorbell_fd is None else doorbell_fd
         self._call = call
         self._queue: deque[bytes] = deque()
         self._outstanding = 0
@@ -431,6 +437,12 @@ class Channel:
         """Give up the views of both rings. Cannot block."""
         self._reader.ring.release()
         self._writer.ring.release()
+
+    def close_doorbell(self) -> None:
+        """Close the doorbell if it is the channel's own. Idempotent. Cannot block."""
+        if self._own_doorbell:
+            self._own_doorbell = False
+            os.close(self._doorbell)
 
     def snapshot(self) -> dict[str, Any]:
         """Describe the channel for people, as JSON types. Cannot block, never raises."""

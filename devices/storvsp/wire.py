@@ -455,6 +455,7 @@ def build_srb_reply(
     scsi_status: int = 0,
     transfer_length: int = 0,
     sense: bytes = b"",
+    status: int = STATUS_SUCCESS,
 ) -> bytes:
     """Return the 64 bytes that answer ``srb``. Cannot block.
 
@@ -466,12 +467,13 @@ def build_srb_reply(
         scsi_status: SCSI status byte.
         transfer_length: Bytes moved; never more than were asked for.
         sense: Cut to what the guest has room for.
+        status: NTSTATUS; 0 also where the command failed, as long as it could be executed.
     """
     sense = sense[: min(srb.sense_length, MAX_SENSE)]
     return REPLY.pack(
         COMPLETE_IO,
         0,
-        STATUS_SUCCESS,
+        status,
         srb.length,
         srb_status,
         scsi_status,

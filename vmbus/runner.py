@@ -1,0 +1,250 @@
+"""Layer 3: one open channel's task: make the rings, run the device, clean up.
+
+The order of events matters to guests, and this is where it is kept:
+
+1. The doorbell exists before OPENCHANNEL_RESULT goes out, so that no early signal is lost.
+2. OPENCHANNEL_RESULT is in the guest's message slot before the first event flag is set: UEFI does
+   not tolerate a flag for a channel it does not consider open.
+3. After CLOSECHANNEL no ring is written and no flag is set.
+4. The engine hears that the channel is closed only when the device has let go of guest memory;
+   GPADL_TORNDOWN and UNLOAD_RESPONSE wait for that.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import trio
+
+from vmbus.channel import Channel
+from vmbus.device import Device
+from vmbus.doorbells import InterruptPageCall, SilentCall
+from vmbus.engine import events
+from vmbus.errors import AttachError, GuestProtocolError
+from vmbus.ring import RingMemory, RingReader, RingWriter
+from vmbus.transport import Call, Doorbell
+
+if TYPE_CHECKING:
+    from vmbus.bus import Bus
+
+_log = logging.getLogger("vmbus.channel")
+
+
+class ChannelRunner:
+    """Serves one channel from OPENCHANNEL to the end.
+
+    Attributes:
+        event: What the guest asked for.
+        channel: The channel while it is served, else None.
+        finished: Set when nothing of the channel is left.
+        closed_by_guest: The engine waits to hear that the channel is closed.
+    """
+
+    def __init__(self, bus: Bus, event: events.ChannelOpen, device: Device | None) -> None:
+        self.bus = bus
+        self.event = event
+        self.device = device
+        self.channel: Channel | None = None
+        self.finished = trio.Event()
+        self.closed_by_guest = False
+        self._closing = trio.Event()
+        self._scope = trio.CancelScope()
+        self._paused = False
+
+    # -- for the bus -----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """The guest has closed the channel or lost it. Cannot block."""
+        self.closed_by_guest = True
+        self.stop()
+
+    def stop(self) -> None:
+        """End the channel, without the engine being told. Idempotent. Cannot block."""
+        self._closing.set()
+        if self.channel is not None:
+            self.channel.end()
+        self._scope.deadline = trio.current_time() + self.bus.config.close_grace
+
+    def retarget(self, vp: int) -> None:
+        """Interrupt another VP. Cannot block."""
+        if self.channel is not None:
+            self.channel.retarget(vp)
+
+    def uses_gpadl(self, handle: int) -> bool:
+        """Whether the GPADL's pages are in use: the ring's are, until the end."""
+        return handle == self.event.gpadl.handle
+
+    async def pause(self) -> None:
+        """Wait until nothing is in flight. Is a checkpoint."""
+        self._paused = True
+        if self.channel is not None:
+            await self.channel.pause()
+
+    def resume(self) -> None:
+        """Serve again. Cannot block."""
+        self._paused = False
+        if self.channel is not None:
+            self.channel.resume()
+
+    # -- the task --------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve the channel. Never raises but Cancelled."""
+        try:
+            await self._run()
+        finally:
+            self.finished.set()
+            self.bus.runner_done(self)
+
+    async def _run(self) -> None:
+        event = self.event
+        engine = self.bus.engine
+        transport = self.bus.transport
+        port: Doorbell | None = None
+        try:
+            incoming_pfns, outgoing_pfns = event.gpadl.ring_pages(event.downstream_page_offset)
+            reader = RingReader(RingMemory(transport.memory, incoming_pfns))
+            writer = RingWriter(RingMemory(transport.memory, outgoing_pfns))
+            if not event.incoming_by_page:
+                port = await transport.add_event_port(event.connection_id, 0)
+        except (GuestProtocolError, AttachError) as error:
+            self._fault(f"cannot be opened: {error}")
+            engine.open_done(event.key, ok=False)
+            self.bus.pump()
+            return
+        channel = Channel(
+            relid=event.relid,
+            offer=event.offer,
+            subchannel_index=event.subchannel_index,
+            version=event.version,
+            memory=transport.memory,
+            open_user_data=event.user_data,
+            reader=reader,
+            writer=writer,
+            doorbell_fd=port.fd if port is not None else None,
+            call=self._make_call(),
+            max_outstanding=self.bus.config.max_outstanding,
+        )
+        channel.bind(self._offer_subchannels, lambda handle: self.bus.gpadl(event.key, handle))
+        try:
+            await self._serve(channel)
+        finally:
+            channel.end()
+            if self.event.monitor_id is not None and self.channel is not None:
+                self.bus.monitor.remove(self.event.monitor_id)
+            self.channel = None
+            channel.close_doorbell()
+            channel.release_rings()
+            if port is not None:
+                with trio.CancelScope(shield=True):
+                    await transport.remove_event_port(event.connection_id, 0)
+
+    def _make_call(self) -> Call:
+        event = self.event
+        if event.target_vp is None:
+            return SilentCall()
+        transport = self.bus.transport
+        sint = self.bus.sint
+        if event.outgoing_by_page:
+            return InterruptPageCall(
+                self.bus.interrupt_page,
+                event.relid,
+                transport.open_call(event.target_vp, sint, 0),
+            )
+        return transport.open_call(event.target_vp, sint, event.event_flag)
+
+    async def _serve(self, channel: Channel) -> None:
+        event = self.event
+        bus = self.bus
+        bus.engine.open_done(event.key, ok=True)
+        bus.pump()
+        await bus.wait_messages_delivered()
+        self.channel = channel
+        if event.monitor_id is not None:
+            bus.monitor.add(event.monitor_id, channel, event.offer.monitor_latency or 0)
+        if self._paused:
+            await channel.pause()
+        if self._closing.is_set():
+            channel.end()
+        _log.info(
+            "%s: channel %d.%d open, version %s",
+            bus.transport.name,
+            event.relid,
+            event.subchannel_index,
+            event.version,
+        )
+        if event.primary_key == event.key:
+            await self._run_device(channel)
+        else:
+            await self._lend(channel)
+
+    async def _run_device(self, channel: Channel) -> None:
+        """A primary channel: the device's life is this task."""
+        reason = "the device stopped serving"
+        try:
+            with self._scope:
+                if self.device is not None:
+                    await self.device.run(channel)
+        except Exception as error:
+            reason = self._explain(error)
+        if not self._closing.is_set():
+            await self._give_up(reason)
+
+    def _explain(self, error: Exception) -> str:
+        """Say in a line why the device gave up; log what is our fault and not the guest's."""
+        leaves = _leaves(error)
+        guilty = [leaf for leaf in leaves if isinstance(leaf, GuestProtocolError)]
+        if guilty:
+            return str(guilty[0])
+        if not all(isinstance(leaf, trio.EndOfChannel) for leaf in leaves):
+            _log.error(
+                "%s: channel %d: the device failed",
+                self.bus.transport.name,
+                self.event.relid,
+                exc_info=error,
+            )
+        return "the device failed"
+
+    async def _lend(self, channel: Channel) -> None:
+        """A sub-channel: it belongs to the device task of its primary."""
+        primary = self.bus.runners.get(self.event.primary_key)
+        if primary is None or primary.channel is None:
+            channel.end()
+            return
+        primary.channel.deliver_subchannel(channel)
+        async with trio.open_nursery() as nursery:
+
+            async def primary_over() -> None:
+                await primary.finished.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(primary_over)
+            await channel.wait_released()
+            nursery.cancel_scope.cancel()
+        channel.end()
+        if not self._closing.is_set():
+            await self._closing.wait()
+
+    async def _give_up(self, reason: str) -> None:
+        """Nobody serves the channel any more: tell the guest, and wait for it to close."""
+        if self.channel is not None:
+            self.channel.end()
+        self.bus.channel_failed(self.event, reason)
+        await self._closing.wait()
+
+    def _offer_subchannels(self, count: int) -> None:
+        try:
+            self.bus.engine.offer_subchannels(self.event.key, count)
+        finally:
+            self.bus.pump()
+
+    def _fault(self, text: str) -> None:
+        self.bus.report_fault(text, self.event.relid)
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """Return the exceptions inside nested groups, or the exception itself."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+    return [error]
