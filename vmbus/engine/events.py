@@ -28,8 +28,6 @@ from vmbus.engine.offers import Offer
 from vmbus.gpadl import Gpadl
 from vmbus.wire.versions import Feature, Version
 
-_event = dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-
 
 class Event:
     """Base of all events."""
@@ -37,7 +35,7 @@ class Event:
     __slots__ = ()
 
 
-@_event
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SendMessage(Event):
     """Put a control message into a SynIC message slot. Per slot, order must be kept."""
 
@@ -47,9 +45,20 @@ class SendMessage(Event):
     """1 to 15; also the number of the slot."""
     payload: bytes
     """A SynIC message payload of type 1, at most 240 bytes."""
+    reserved: bool = False
+    """It belongs to a reserved channel and so outlives the connection."""
 
 
-@_event
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DiscardMessages(Event):
+    """The guest left: drop all messages handed out before this one and not in a slot yet.
+
+    Without those that are ``reserved``. A kernel that starts anew must not be given the replies
+    that its predecessor was waiting for.
+    """
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelOpen(Event):
     """The guest opens a channel. Set up its ring and doorbell, then call ``open_done``.
 
@@ -85,14 +94,14 @@ class ChannelOpen(Event):
     """0.13: the guest sets bit ``relid`` in the second half of the page, signals connection 2."""
 
 
-@_event
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelClose(Event):
     """Stop: no signal and no access to the ring from now on; then call ``close_done``."""
 
     key: int
 
 
-@_event
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelModify(Event):
     """Interrupt another VP from now on, then call ``modify_done``.
 
@@ -103,7 +112,7 @@ class ChannelModify(Event):
     target_vp: int
 
 
-@_event
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GpadlTeardown(Event):
     """Let go of these pages once nobody uses them, then call ``gpadl_released``.
 
@@ -114,14 +123,14 @@ class GpadlTeardown(Event):
     handle: int
 
 
-@_event
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelGone(Event):
     """The last trace of a revoked channel (or of a sub-channel) is gone; its key is dead."""
 
     key: int
 
 
-@_event
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MonitorPages(Event):
     """From now on these are the monitor pages."""
 
@@ -131,7 +140,7 @@ class MonitorPages(Event):
     """Guest to host, the one to poll. Both are memory, or both are None."""
 
 
-@_event
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class InterruptPage(Event):
     """From now on this is the interrupt page. Only guests older than 2.4 have one."""
 
@@ -139,7 +148,7 @@ class InterruptPage(Event):
     """Guest physical address in bytes of a page that is memory; None: there is none."""
 
 
-@_event
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Connected(Event):
     """The guest and the host agreed on a version."""
 
@@ -151,17 +160,17 @@ class Connected(Event):
     """SINT of control messages and channel events."""
 
 
-@_event
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Disconnected(Event):
     """Nothing of the guest is in use any more, but for reserved channels."""
 
 
-@_event
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ResetDone(Event):
     """Nothing of the guest is in use any more; answers all calls of ``reset`` so far."""
 
 
-@_event
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TlConnect(Event):
     """A guest process wants to connect to a host service (hv_sock).
 
@@ -176,7 +185,7 @@ class TlConnect(Event):
     """All zeros before 5.2."""
 
 
-@_event
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Fault(Event):
     """The guest broke a rule. Its message had no effect, but for a reply if one is due."""
 
