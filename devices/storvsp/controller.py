@@ -6,7 +6,8 @@ at path 0, target 0, LUNs 0 to 63 only, so new units go there by default.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -16,6 +17,7 @@ from storvsp.scsi.sense import REPORTED_LUNS_DATA_HAS_CHANGED
 from storvsp.session import Session
 from storvsp.wire import VERSION_6_2
 from vmbus.channel import Channel
+from vmbus.device import Device
 from vmbus.engine.offers import Offer
 from vmbus.errors import ConfigError
 from vmbus.wire.guids import CLASS_SCSI
@@ -163,6 +165,30 @@ class ScsiController:
             self._owned.discard(address)
             await disk.aclose()
 
+    async def resize_disk(self, address: Address, size: int) -> int:
+        """Give a disk another size; a running guest is told at once. Is a checkpoint.
+
+        Args:
+            address: Path, target, LUN.
+            size: New capacity in bytes.
+
+        Returns:
+            The size it has now.
+
+        Raises:
+            ConfigError: There is no disk there, or its back-end cannot be resized.
+            DiskError: The back-end tried and failed.
+        """
+        disk = self._disks.get(address)
+        resize = getattr(disk, "resize", None)
+        if disk is None or resize is None:
+            kind = type(disk).__name__ if disk else "nothing"
+            raise ConfigError("{}:{}:{} is {}, which has no resize".format(*address, kind))
+        done = resize(size)
+        if inspect.isawaitable(done):
+            await done
+        return disk.info.size
+
     def disk(self, address: Address) -> Disk | None:
         """Return the back-end at an address, or None."""
         return self._disks.get(address)
@@ -184,6 +210,32 @@ class ScsiController:
     def _notify(self) -> None:
         if self._session is not None:
             self._session.notify()
+
+    # -- as a plug-in (vmbus.plugins.DevicePlugin) -----------------------------------------------
+
+    @classmethod
+    async def from_specs(
+        cls,
+        specs: Sequence[str],
+        *,
+        instance_id: UUID,
+        initiator: Hashable,
+        options: dict[str, Any],
+    ) -> ScsiController:
+        """See :meth:`vmbus.plugins.DevicePlugin.from_specs`."""
+        from storvsp.plugin import make_controller
+
+        return await make_controller(
+            specs, instance_id=instance_id, initiator=initiator, options=options
+        )
+
+    @classmethod
+    async def command(cls, device: Device, request: dict[str, Any]) -> dict[str, Any]:
+        """See :meth:`vmbus.plugins.DevicePlugin.command` and :func:`storvsp.plugin.operate`."""
+        from storvsp.plugin import operate
+
+        assert isinstance(device, cls)
+        return await operate(device, request)
 
     # -- the device ------------------------------------------------------------------------------
 

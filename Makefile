@@ -1,0 +1,62 @@
+# `make demo` and `make test` need nothing but a Debian machine with Python 3.11 or newer: each
+# makes its own virtual environment in .venv and installs what it needs there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint types unit bench docs clean
+
+help:
+	@echo "make demo    a guest comes up on our bus, finds its disks and uses them"
+	@echo "make test    lint, types, and every test with branch coverage"
+	@echo "make bench   benchmarks, as a table and as bench-results.json"
+	@echo "make docs    regenerate the generated pages in docs/"
+	@echo "make clean   remove the virtual environment and caches"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11; try: make PYTHON=python3.12" >&2; exit 1; }
+	@# Debian ships venv in a package of its own.
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy python3-venv; } || \
+	  { echo "python3-venv is missing; run: sudo apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+
+$(VENV)/.run: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[cli]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
+
+demo: $(VENV)/.run
+	$(BIN)/vmbus demo
+
+test: lint types unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --fail-under=95
+	$(BIN)/coverage report --fail-under=100 \
+	  --include='vmbus/wire/*,vmbus/ring.py,vmbus/gpadl.py,vmbus/engine/*'
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m tests.bench --json bench-results.json
+
+docs: $(VENV)/.dev
+	for script in docs/make_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
