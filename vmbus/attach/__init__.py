@@ -15,6 +15,7 @@ The protocol is specified in ``docs/reference/vmbus-user.md``.
 `server`         server: `serve`, several guests and operators at once
 `listen`         server: sockets from paths, descriptors, systemd
 `client`         VMM: `Attachment`; needs neither trio nor an event loop
+`delegate`       VMM: what it implements for the client
 `operator`       management: `query` and `command`
 ================ ===========================================================================
 
