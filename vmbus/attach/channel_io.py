@@ -53,19 +53,30 @@ class ClientSocket:
             fds: Borrowed; duplicated if they have to wait.
             key: While a frame with this key is queued, another is not added.
 
+        Nothing happens if the server has hung up: there may be replies of it to read yet, and
+        behind them the reader finds the end.
+
         Raises:
-            AttachError: The connection is gone, or the server does not read.
+            AttachError: The socket was closed here, or the server does not read.
         """
         with self._lock:
             if key is not None and key in self._keys:
                 return
-            if not self._try_send(data, fds) and not self._enqueue(data, fds, key):
+            try:
+                if self._try_send(data, fds):
+                    return
+            except OSError:
+                return
+            if not self._enqueue(data, fds, key):
                 raise AttachError("the server does not read")
 
     def try_send(self, data: bytes) -> bool:
         """Send one frame now, or return False. Never blocks. Raises AttachError if it is gone."""
         with self._lock:
-            return self._try_send(data, ())
+            try:
+                return self._try_send(data, ())
+            except OSError as error:
+                raise AttachError(f"connection lost: {error.strerror}") from error
 
     def _try_send(self, data: bytes, fds: Sequence[int]) -> bool:
         if not self._open:
@@ -76,8 +87,6 @@ class ClientSocket:
             sent = send(self._sock, data, fds)
         except BlockingIOError:
             return False
-        except OSError as error:
-            raise AttachError(f"connection lost: {error.strerror}") from error
         if sent < len(data):
             # Only SOCK_STREAM sends parts; the rest must follow before anything else.
             self._enqueue(memoryview(data)[sent:], (), None)
@@ -95,7 +104,7 @@ class ClientSocket:
         return True
 
     def flush(self) -> None:
-        """Send what is queued as far as there is room. Raises AttachError if it is gone."""
+        """Send what is queued as far as there is room."""
         with self._lock:
             while self._open and self._queue:
                 data, fds, key = self._queue[0]
@@ -103,8 +112,9 @@ class ClientSocket:
                     sent = send(self._sock, data, fds)
                 except BlockingIOError:
                     return
-                except OSError as error:
-                    raise AttachError(f"connection lost: {error.strerror}") from error
+                except OSError:
+                    # Gone; the reader finds out.
+                    sent = len(data)
                 self._queued_bytes -= sent
                 close_all(fds)
                 if sent < len(data):

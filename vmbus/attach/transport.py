@@ -232,20 +232,21 @@ class SocketTransport:
 
     def report(self, text: str) -> None:
         """Send LOG, if the VMM wants it. Cannot block."""
-        if Feature.LOG in self.features and self.attached.is_set():
+        if Feature.LOG in self.features and self.state in {State.ATTACHED, State.PAUSED}:
             self._link.post(Number.LOG, Log(LogLevel.WARNING, text).encode(), drop=True)
 
     # -- vmbus.attach.calls.CallOwner ----------------------------------------------------------
 
     def signal_by_message(self, vp: int, sint: int, flag: int) -> None:
         """Tier T0; equal signals that wait in the queue are one."""
-        self._link.post(
-            Number.SIGNAL_FLAG, SignalFlag(vp, sint, flag).encode(), key=(vp, sint, flag)
-        )
+        if self.state is not State.CLOSED:
+            self._link.post(
+                Number.SIGNAL_FLAG, SignalFlag(vp, sint, flag).encode(), key=(vp, sint, flag)
+            )
 
     def offer_call_fd(self, call: SocketCall) -> int:
         """Tier T1, if agreed."""
-        if Feature.CALL_FD not in self.features or self._link.closed.is_set():
+        if Feature.CALL_FD not in self.features or self.state is State.CLOSED:
             return -1
         fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
@@ -262,8 +263,9 @@ class SocketTransport:
 
     def drop_call_fd(self, call: SocketCall) -> None:
         """Forget a T1 port."""
-        message = SetCallFd(call.port, call.vp, call.sint, call.flag)
-        self._link.request_soon(Number.SET_CALL_FD, message.encode(), [], lambda _: None)
+        if self.state is not State.CLOSED:
+            message = SetCallFd(call.port, call.vp, call.sint, call.flag)
+            self._link.request_soon(Number.SET_CALL_FD, message.encode(), [], lambda _: None)
 
     # -- for the server ------------------------------------------------------------------------
 
