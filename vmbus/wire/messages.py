@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, TypeVar, dataclass_transform
 from uuid import UUID
 
 import construct
@@ -24,6 +24,8 @@ from vmbus.errors import GuestProtocolError, LocalProtocolError
 from vmbus.wire import layouts
 from vmbus.wire.guids import NULL_GUID
 from vmbus.wire.versions import NO_FEATURES, Feature, Version
+
+_T = TypeVar("_T")
 
 MAX_PAYLOAD = layouts.MAX_PAYLOAD
 HEADER_SIZE = layouts.HEADER_SIZE
@@ -73,7 +75,9 @@ class Message:
     __slots__ = ()
 
 
-_record = dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def _record(cls: type[_T]) -> type[_T]:
+    return dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(cls)
 
 
 @_record
