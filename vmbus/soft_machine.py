@@ -1,8 +1,9 @@
 """Layer 3: a machine without processors, for guests written in Python.
 
-:class:`SoftMachine` is RAM in memfds and the SynIC model: all that `vmbus.guest.machine.Machine` asks for. It meets a bus in one of two ways:
+:class:`SoftMachine` is RAM in memfds and the SynIC model: all that a guest's
+:class:`~vmbus.guest.machine.Machine` has to be. It meets a bus in one of two ways:
 
-* in the same process, through :class:`vmbus.loopback.LoopbackTransport` ``(machine.synic)``;
+* in the same process, through a :class:`vmbus.loopback.LoopbackTransport` on its ``synic``;
 * as a VMM of its own, attached to a server over a ``vmbus-user`` socket, through
   :func:`attach_machine`. All three event-flag tiers can be had, so this is also an example of
   what a VMM with a user-space SynIC has to do.
