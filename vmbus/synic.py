@@ -31,7 +31,6 @@ from vmbus.memory import GuestMemory, full_fence
 from vmbus.synic_msrs import (
     HYPERCALL_VMCALL,
     HYPERCALL_VMMCALL,
-    CrashReported,
     EndOfMessage,
     Features,
     MsrError,
@@ -187,15 +186,15 @@ class Synic:
         Raises:
             MsrError: The VMM must inject #GP; nothing has changed.
         """
-        match self.registers.write(vp, index, value):
-            case EndOfMessage():
-                self.slot_free(vp)
-            case SintUnmasked(vector=vector):
-                self._interrupt(vp, vector)
-            case CrashReported(parameters=parameters, control=control):
-                self.crashed(vp, parameters, control)
-            case None:
-                pass
+        effect = self.registers.write(vp, index, value)
+        if effect is None:
+            return
+        if isinstance(effect, EndOfMessage):
+            self.slot_free(vp)
+        elif isinstance(effect, SintUnmasked):
+            self._interrupt(vp, effect.vector)
+        else:
+            self.crashed(vp, effect.parameters, effect.control)
 
     def hypercall(self, vp: int, input_value: int, rdx: int, r8: int = 0) -> int:
         """Do a guest's hypercall (TLFS 3.6, 11.11). Never raises, whatever the registers hold.
