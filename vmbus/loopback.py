@@ -28,7 +28,7 @@ import trio
 
 from vmbus.errors import AttachError, LocalProtocolError
 from vmbus.memory import GuestMemory
-from vmbus.memory_file import allocate_memory, create_memfd
+from vmbus.memory_file import allocate_memory
 from vmbus.synic import Delivery, Synic, check_message
 from vmbus.transport import (
     MemoryRemoval,
@@ -40,13 +40,7 @@ from vmbus.transport import (
 )
 from vmbus.wire.synic import HvStatus
 
-__all__ = [
-    "LoopbackCall",
-    "LoopbackDoorbell",
-    "LoopbackTransport",
-    "allocate_memory",
-    "create_memfd",
-]
+__all__ = ["LoopbackCall", "LoopbackDoorbell", "LoopbackTransport", "allocate_memory"]
 
 POST_LIMIT: Final = 16
 """Messages of the guest that may wait for the bus; TLFS gives a port as many buffers."""
@@ -161,7 +155,6 @@ class LoopbackTransport:
         self._report = report
         self._token = trio.lowlevel.current_trio_token()
         self._thread = threading.get_ident()
-
         # Guests in other threads get at what this lock guards.
         self._lock = threading.Lock()
         self._message_ports: set[int] = set()
@@ -169,11 +162,12 @@ class LoopbackTransport:
         self._events: deque[PartitionEvent] = deque()
         self._posts = 0
         self._closed = False
-
         self._arrival = trio.Event()
         self._slot_events: dict[int, trio.Event] = {}
         self._asking: set[trio.Event] = set()
         self._lifecycle = trio.Lock()
+        self._life = 0
+        """Resets so far."""
         self._resetting = False
         self._held: dict[tuple[int, int, int], None] | None = None
         """While paused: the flags to set on resuming, in order."""
@@ -262,12 +256,13 @@ class LoopbackTransport:
             LocalProtocolError: The message cannot be sent at all.
         """
         check_message(message_type, payload)
+        life = self._life
         await trio.lowlevel.checkpoint_if_cancelled()
         while True:
             if self._closed:
                 raise trio.BrokenResourceError(f"{self.name}: the partition is gone")
-            if self._resetting:
-                # The VPs are stopped, so nobody will free a slot; whom it was for is no more.
+            if self._resetting or life != self._life:
+                # Whom it was for is no more.
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return False
             if self._held is not None:
@@ -385,6 +380,7 @@ class LoopbackTransport:
                 self._events = deque(e for e in self._events if type(e) is not PostedMessage)
                 self._posts = 0
             self._resetting = True
+            self._life += 1
             if self._held is not None:
                 self._held.clear()
             self._wake_all()
