@@ -1,0 +1,64 @@
+"""Sealed memfds and guest memory made of them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+import pytest
+
+import vmbus.memory_file
+from vmbus.errors import ConfigError
+from vmbus.memory import is_sealed
+from vmbus.memory_file import allocate_memory, create_memfd
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_memfd_can_neither_shrink_nor_grow():
+    fd = create_memfd("test", 8192)
+    try:
+        assert os.fstat(fd).st_size == 8192
+        assert is_sealed(fd)
+        for size in (4096, 12288):
+            with pytest.raises(PermissionError):
+                os.ftruncate(fd, size)
+        assert not os.get_inheritable(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("size", [0, -4096, 1, 4097])
+def test_memory_comes_in_whole_pages(size):
+    with pytest.raises(ConfigError):
+        create_memfd("test", size)
+
+
+def test_memory_begins_at_zero_and_has_no_gaps():
+    before = open_descriptors()
+    memory = allocate_memory(4096, 8192)
+    assert [(region.gpa, region.size) for region in memory.regions] == [(0, 4096), (4096, 8192)]
+    memory.write(4090, bytes(range(12)))
+    assert memory.read(4090, 12) == bytes(range(12))
+    memory.close()
+    assert open_descriptors() == before
+
+
+def test_a_memfd_that_cannot_be_sealed_is_not_left_open(monkeypatch):
+    def refuse(*_args: int) -> int:
+        raise PermissionError
+
+    before = open_descriptors()
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    with pytest.raises(PermissionError):
+        vmbus.memory_file.create_memfd("test", 4096)
+    assert open_descriptors() == before
+
+
+def test_half_made_memory_is_given_back():
+    before = open_descriptors()
+    with pytest.raises(ConfigError):
+        allocate_memory(4096, 5)
+    assert open_descriptors() == before
