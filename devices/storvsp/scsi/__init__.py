@@ -5,6 +5,7 @@ A controller makes one unit per disk, turns each request into a :class:`Command`
 :func:`absent_unit` answers for addresses without a unit.
 """
 
+from storvsp.scsi.cdrom_unit import CdromUnit
 from storvsp.scsi.disk_unit import DiskUnit
 from storvsp.scsi.target import absent_unit, report_luns_untrusted
 from storvsp.scsi.unit import Command, DataDirection, LogicalUnit, Outcome
@@ -15,6 +16,7 @@ __all__ = [
     "LogicalUnit",
     "Outcome",
     "DiskUnit",
+    "CdromUnit",
     "absent_unit",
     "report_luns_untrusted",
 ]

@@ -15,7 +15,7 @@ from storvsp.scsi.sense import (
     out_of_range,
 )
 from storvsp.scsi.table import Access, Spec, usage
-from storvsp.scsi.unit import GOOD, STATUS_GOOD, Command, Outcome, fill, take
+from storvsp.scsi.unit import GOOD, STATUS_GOOD, Command, Outcome, data_in_untrusted, fill, take
 
 _CAPACITY_10 = struct.Struct(">II")
 _CAPACITY_16 = struct.Struct(">QIBBH16x")
@@ -27,7 +27,7 @@ def _read_plan_untrusted(
     """Return byte offset, buffers, bytes the guest gets, and whether FUA is set."""
     transfer = unit.range_untrusted(command, writing=False)
     size = transfer.blocks * unit.sector_size
-    buffers = unit.data_in_untrusted(command, size, transfer.count_byte)
+    buffers = data_in_untrusted(command, size, unit.sector_size, transfer.count_byte)
     return transfer.lba * unit.sector_size, buffers, min(size, command.length), transfer.fua
 
 
@@ -169,10 +169,10 @@ async def format_unit(unit: DiskCore, command: Command) -> Outcome:
         header = take(command, moved)
         if header[1] & 0x08:  # IP
             raise invalid_parameter(1, 3)
-        if any(header[4:8]) or any(header[2:4]):
-            raise invalid_parameter(4 if moved == 8 else 2)
-    elif cdb[1] & 0x28:  # LONGLIST and CMPLST belong to a parameter list
-        raise invalid_cdb_field(1, 5)
+        if any(header[2:]):  # a defect list or protection information
+            raise invalid_parameter(next(at for at in range(2, moved) if header[at]))
+    elif cdb[1] & 0x08:  # CMPLST belongs to a parameter list
+        raise invalid_cdb_field(1, 3)
     if unit.disk.info.supports_unmap:
         await unit.disk.unmap(0, unit.blocks * unit.sector_size)
         await unit.settle()

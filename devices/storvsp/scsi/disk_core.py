@@ -32,7 +32,7 @@ from storvsp.scsi.removable import Tray
 from storvsp.scsi.reservations import Reservations
 from storvsp.scsi.sense import CheckCondition, Sense, invalid_cdb_field, out_of_range
 from storvsp.scsi.table import Access
-from storvsp.scsi.unit import Command, DataDirection, window
+from storvsp.scsi.unit import Command, DataDirection, split, window
 
 CHUNK: Final = 1 << 20
 """Bytes of host memory a command that compares or repeats data works with at a time."""
@@ -214,44 +214,18 @@ class DiskCore(DispatchUnit):
             raise invalid_cdb_field(byte)
         return command.data if command.length == size else window(command.data, 0, size)
 
-    def data_in_untrusted(self, command: Command, size: int, byte: int) -> list[memoryview]:
-        """Return buffers for ``size`` bytes from the medium.
-
-        If the guest's buffer is smaller, it is followed by private memory up to the next sector
-        boundary; what lies beyond is not read at all.
-
-        Raises:
-            CheckCondition: There is no buffer for data from the device.
-        """
-        if not size:
-            return []
-        if command.direction != DataDirection.READ or not command.length:
-            raise invalid_cdb_field(byte)
-        if command.length == size:
-            return command.data
-        if command.length > size:
-            return window(command.data, 0, size)
-        spare = -command.length % self._sector_size
-        return [*command.data, memoryview(bytearray(spare))] if spare else command.data
-
     async def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill buffers from byte ``offset``, in as many steps as the back-end needs."""
-        for at, part in self._split(buffers):
+        for at, part in split(buffers, self.limit):
             if not self.disk.try_readv(offset + at, part):
                 await self.disk.readv(offset + at, part)
 
     async def write(self, offset: int, buffers: Sequence[memoryview], *, fua: bool = False) -> None:
         """Write buffers at byte ``offset``; durable on return if asked for or uncached."""
         fua = fua or self.write_through
-        for at, part in self._split(buffers):
+        for at, part in split(buffers, self.limit):
             if not self.disk.try_writev(offset + at, part, fua=fua):
                 await self.disk.writev(offset + at, part, fua=fua)
-
-    def _split(self, buffers: Sequence[memoryview]) -> Iterable[tuple[int, Sequence[memoryview]]]:
-        size = sum(map(len, buffers))
-        if size <= self.limit:
-            return ((0, buffers),)
-        return ((at, window(buffers, at, self.limit)) for at in range(0, size, self.limit))
 
     async def settle(self) -> None:
         """Make what was changed without ``write`` durable if the write cache is off."""

@@ -30,6 +30,9 @@ ALL_SUBPAGES: Final = 0xFF
 
 WRITE_CACHE_ENABLED: Final = 0x04
 SOFTWARE_WRITE_PROTECT: Final = 0x08
+TRAY_CAPABILITIES: Final = 0x29
+"""Byte 6 of page 2A, and the same byte in GET CONFIGURATION's removable medium feature."""
+TRAY_LOCKED: Final = 0x02
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,6 +90,25 @@ def disk_pages(*, write_cache: bool) -> list[ModePage]:
     ]
 
 
+def cdrom_pages() -> list[ModePage]:
+    """Return the pages of a CD-ROM drive (MMC-3 5.5.10 for page 2A)."""
+    speed = (7056).to_bytes(2, "big")  # kB/s, forty times the speed of an audio disc
+    return [
+        page(ERROR_RECOVERY, bytes(10)),
+        page(
+            CAPABILITIES,
+            # Reads CD-R, CD-RW, DVD-ROM, DVD-R and DVD-RAM; writes nothing; mode 2 forms 1 and 2,
+            # multi-session; tray, eject and lock.
+            bytes((0x3B, 0x00, 0x70, 0x00, TRAY_CAPABILITIES, 0x00))
+            + speed
+            + bytes((0, 0, 0x02, 0x00))
+            + speed
+            + bytes(6),
+        ),
+        page(INFORMATIONAL_EXCEPTIONS, bytes((0x08,)).ljust(10, b"\0")),  # DEXCPT
+    ]
+
+
 class ModePages:
     """The mode pages of one logical unit and their current values.
 
@@ -108,6 +130,11 @@ class ModePages:
     def current(self, code: int) -> bytes:
         """Return the current values of a page, header included."""
         return self._current[code]
+
+    def store(self, code: int, index: int, value: int) -> None:
+        """Set one byte of a page's current values, for a state that the page shows."""
+        page = self._current[code]
+        self._current[code] = page[:index] + bytes((value,)) + page[index + 1 :]
 
     def sense_untrusted(
         self, cdb: bytes, *, specific: int, descriptor: bytes, medium_type: int = 0

@@ -52,6 +52,9 @@ class HasTray(Protocol):
 
     tray: Tray
 
+    def refresh(self) -> None:
+        """Called after every change of state."""
+
 
 def prevent_allow(unit: HasTray, command: Command) -> Outcome:
     """PREVENT ALLOW MEDIUM REMOVAL, SBC-3 5.15; harmless where nothing can be removed."""
@@ -59,6 +62,7 @@ def prevent_allow(unit: HasTray, command: Command) -> Outcome:
     if prevent > 1:  # media changers, obsolete
         raise invalid_cdb_field(4, 1)
     unit.tray.lock(command.initiator, prevent=bool(prevent))
+    unit.refresh()
     return GOOD
 
 

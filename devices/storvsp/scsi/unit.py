@@ -20,7 +20,7 @@ from __future__ import annotations
 import abc
 import enum
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Final, NamedTuple
 
 from storvsp.scsi.sense import Sense, invalid_cdb_field, parameter_list_length_error
@@ -218,3 +218,38 @@ def take(command: Command, length: int, start: int = 0) -> bytes:
     if len(copy) < length:
         raise parameter_list_length_error()
     return copy
+
+
+def data_in_untrusted(command: Command, size: int, sector: int, byte: int) -> Sequence[memoryview]:
+    """Return buffers for ``size`` bytes from the medium.
+
+    If the guest's buffer is smaller, it is followed by private memory up to the next sector
+    boundary; what lies beyond is not read at all.
+
+    Args:
+        command: Whose buffer to use.
+        size: Bytes the CDB asks for.
+        sector: Bytes per logical block.
+        byte: Index of the length field, for the field pointer.
+
+    Raises:
+        CheckCondition: There is no buffer for data from the device.
+    """
+    if not size:
+        return ()
+    if command.direction != DataDirection.READ or not command.length:
+        raise invalid_cdb_field(byte)
+    if command.length == size:
+        return command.data
+    if command.length > size:
+        return window(command.data, 0, size)
+    spare = -command.length % sector
+    return [*command.data, memoryview(bytearray(spare))] if spare else command.data
+
+
+def split(buffers: Sequence[memoryview], limit: int) -> Iterable[tuple[int, Sequence[memoryview]]]:
+    """Cut a scatter list into parts of at most ``limit`` bytes, each with its byte offset."""
+    size = sum(map(len, buffers))
+    if size <= limit:
+        return ((0, buffers),)
+    return ((at, window(buffers, at, limit)) for at in range(0, size, limit))
