@@ -194,11 +194,12 @@ async def _check_outside(disk: Disk) -> None:
         (0, size + sector) if size < AREA else (size - AREA // 2, AREA),
     ]:
         text = f"of {length} bytes at {offset} on a disk of {size} bytes"
-        buffers = GuestPages([length]).buffers
         with _expect(disk, f"readv {text}", OutOfRangeError):
-            await disk.readv(offset, buffers)
+            await disk.readv(offset, GuestPages([length]).buffers)
+        buffers = GuestPages.holding(pattern(length, length), [length]).buffers
         with contextlib.suppress(OutOfRangeError):
-            _require(not disk.try_readv(offset, buffers), disk, f"try_readv {text} said True")
+            done = disk.try_readv(offset, GuestPages([length]).buffers)
+            _require(not done, disk, f"try_readv {text} said True")
         # A read-only disk may complain of either.
         with _expect(disk, f"writev {text}", OutOfRangeError, ReadOnlyError):
             await disk.writev(offset, buffers)

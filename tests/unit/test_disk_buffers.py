@@ -1,9 +1,19 @@
-"""Cutting scatter lists, joining extents, keeping watchers."""
+"""Cutting scatter lists, joining extents, keeping watchers, naming errors."""
+
+import errno
 
 import pytest
 from hypothesis import given, strategies as st
 
-from storvsp.disk import Extent, OutOfRangeError
+from storvsp.disk import (
+    DiskUnavailableError,
+    Extent,
+    MediumError,
+    NoSpaceError,
+    OutOfRangeError,
+    ReadOnlyError,
+    disk_errors,
+)
 from storvsp.disks.buffers import check_range, cut, merge_extents, total_length
 from storvsp.disks.watchers import Watchers
 
@@ -67,3 +77,28 @@ def test_watchers_are_called_until_they_end_their_watch():
     end_first()
     watchers.notify()
     assert calls == ["same", "same", "leaving", "same"]
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (errno.ENOSPC, NoSpaceError),
+        (errno.EDQUOT, NoSpaceError),
+        (errno.EROFS, ReadOnlyError),
+        (errno.EPERM, ReadOnlyError),
+        (errno.ENODEV, DiskUnavailableError),
+        (errno.ENOENT, DiskUnavailableError),
+        (errno.EIO, MediumError),
+        (None, MediumError),
+    ],
+)
+def test_an_os_error_becomes_the_disk_error_it_means(code, error):
+    cause = OSError("strange") if code is None else OSError(code, "strange")
+    with (
+        pytest.raises(error, match="read failed: strange") as caught,
+        disk_errors("read", offset=7),
+    ):
+        raise cause
+    assert type(caught.value) is error
+    assert caught.value.offset == 7
+    assert caught.value.__cause__ is cause

@@ -1,0 +1,632 @@
+"""Image files and block devices: sizes, locks, holes, the fast path and every refusal."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import threading
+
+import pytest
+import trio
+
+from storvsp.disk import (
+    DiskUnavailableError,
+    Extent,
+    MediumError,
+    NoSpaceError,
+    OutOfRangeError,
+    ReadOnlyError,
+)
+from storvsp.disks import linux
+from storvsp.disks.raw import RawDisk
+from storvsp.specs import open_disk
+from vmbus.errors import ConfigError
+
+SECTOR = 512
+MIB = 1 << 20
+
+
+def views(*parts):
+    return [memoryview(bytearray(part)) for part in parts]
+
+
+def open_descriptors():
+    return set(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "disk.img"
+    path.write_bytes(os.urandom(MIB))
+    return path
+
+
+async def test_the_file_is_the_disk_byte_for_byte(image):
+    content = image.read_bytes()
+    disk = await RawDisk.open(image)
+    buffers = views(bytes(1024), bytes(3072))
+    await disk.readv(4096, buffers)
+    assert b"".join(buffers) == content[4096:8192]
+    await disk.writev(SECTOR, views(b"a" * 100, b"b" * 412), fua=True)
+    await disk.flush()
+    await disk.aclose()
+    assert image.read_bytes() == content[:512] + b"a" * 100 + b"b" * 412 + content[1024:]
+
+
+async def test_a_page_cache_hit_is_served_inline(image):
+    image.read_bytes()
+    disk = await RawDisk.open(image)
+    buffers = views(bytes(4096))
+    assert disk.try_readv(8192, buffers)
+    assert bytes(buffers[0]) == image.read_bytes()[8192:12288]
+    assert not disk.try_writev(8192, buffers)
+    await disk.aclose()
+
+
+async def test_a_page_cache_miss_or_partial_hit_is_left_to_the_workers(image, monkeypatch):
+    disk = await RawDisk.open(image)
+    buffers = views(bytes(4096))
+
+    def miss(*_):
+        raise BlockingIOError(errno.EAGAIN, "not cached")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", miss)
+        assert not disk.try_readv(0, buffers)
+        patch.setattr(os, "preadv", lambda *_: 1024)
+        assert not disk.try_readv(0, buffers)
+    assert disk.try_readv(0, buffers)  # a miss does not end the fast path
+    await disk.aclose()
+
+
+async def test_without_nowait_the_fast_path_is_given_up(image, monkeypatch):
+    disk = await RawDisk.open(image)
+    calls = []
+
+    def unsupported(*_):
+        calls.append(1)
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", unsupported)
+        assert not disk.try_readv(0, views(bytes(4096)))
+        assert not disk.try_readv(0, views(bytes(4096)))
+    assert len(calls) == 1
+    await disk.readv(0, views(bytes(4096)))
+    await disk.aclose()
+
+
+async def test_a_memory_file_is_read_and_written_inline():
+    fd = os.memfd_create("disk")
+    os.ftruncate(fd, MIB)
+    disk = RawDisk(fd)
+    assert disk.try_writev(4096, views(b"m" * 4096), fua=True)
+    buffers = views(bytes(4096))
+    assert disk.try_readv(4096, buffers)
+    assert bytes(buffers[0]) == b"m" * 4096
+    await disk.aclose()
+
+
+async def test_a_memory_file_that_refuses_reports_through_the_slow_form(monkeypatch):
+    fd = os.memfd_create("disk")
+    os.ftruncate(fd, MIB)
+    disk = RawDisk(fd)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", full)
+        assert not disk.try_writev(0, views(bytes(SECTOR)))
+        with pytest.raises(NoSpaceError, match="write failed: No space left") as caught:
+            await disk.writev(1024, views(bytes(SECTOR)))
+        assert caught.value.offset == 1024
+    await disk.aclose()
+
+
+async def test_scatter_lists_longer_than_one_system_call_takes_are_split(image):
+    disk = await RawDisk.open(image)
+    content = image.read_bytes()
+    buffers = views(*[bytes(64) for _ in range(5000)])
+    assert not disk.try_readv(0, buffers)
+    await disk.readv(0, buffers)
+    assert b"".join(buffers) == content[: 64 * 5000]
+    for buffer in buffers:
+        buffer[:] = bytes(reversed(bytes(buffer)))
+    await disk.writev(SECTOR, buffers)
+    await disk.aclose()
+    assert image.read_bytes()[SECTOR : SECTOR + 64 * 5000] == b"".join(buffers)
+
+
+def test_short_transfers_are_continued_where_they_stopped(image, monkeypatch):
+    real_read, real_write = os.preadv, os.pwritev
+    content = image.read_bytes()
+    fd = os.open(image, os.O_RDWR)
+    monkeypatch.setattr(os, "preadv", lambda f, b, o: real_read(f, [b[0][:100]], o))
+    monkeypatch.setattr(os, "pwritev", lambda f, b, o, g: real_write(f, [b[0][:77]], o, g))
+    buffers = views(bytes(150), b"", bytes(362))
+    assert linux.read_fully(fd, buffers, 1024) == 512
+    assert b"".join(buffers) == content[1024:1536]
+    linux.write_fully(fd, buffers, 0, False)
+    assert linux.read_fully(fd, views(bytes(1024)), MIB - 512) == 512
+    assert linux.read_fully(fd, views(b"", b""), 0) == 0
+    os.close(fd)
+    assert image.read_bytes()[:512] == content[1024:1536]
+
+
+async def test_a_fragment_behind_the_last_sector_is_not_part_of_the_disk(tmp_path):
+    path = tmp_path / "odd.img"
+    path.write_bytes(b"o" * 1300)
+    disk = await RawDisk.open(path)
+    assert disk.info.size == 1024
+    with pytest.raises(OutOfRangeError):
+        await disk.readv(1024, views(bytes(SECTOR)))
+    await disk.aclose()
+    disk = await open_disk(f"cd:{image_of(tmp_path, 5000)}")
+    assert (disk.info.size, disk.info.sector_size) == (4096, 2048)
+    assert disk.info.optical
+    assert disk.info.removable
+    assert disk.info.read_only
+    await disk.aclose()
+
+
+def image_of(tmp_path, size):
+    path = tmp_path / f"{size}.img"
+    path.write_bytes(bytes(size))
+    return path
+
+
+async def test_a_missing_image_is_created_sparse_and_found_again(tmp_path):
+    path = tmp_path / "new.img"
+    for _ in range(2):
+        disk = await open_disk(f"raw:[create=8M]{path}")
+        assert disk.info.size == 8 * MIB
+        await disk.aclose()
+    assert path.stat().st_blocks == 0
+    with pytest.raises(ConfigError, match="exists with 8388608 bytes, not 4194304"):
+        await open_disk(f"raw:[create=4M]{path}")
+    assert path.stat().st_size == 8 * MIB
+
+
+async def test_growth_and_shrinking_from_outside_are_noticed(image):
+    disk = await RawDisk.open(image)
+    sizes = []
+    end = disk.watch(lambda: sizes.append(disk.info.size))
+    assert not disk.check_resize()
+    os.truncate(image, 2 * MIB)
+    with pytest.raises(OutOfRangeError):
+        await disk.readv(MIB, views(bytes(SECTOR)))
+    assert disk.check_resize()
+    await disk.readv(MIB, views(bytes(SECTOR)))
+    os.truncate(image, MIB + 5)
+    assert not disk.try_readv(MIB, views(bytes(1024)))
+    with pytest.raises(OutOfRangeError, match="shorter") as caught:
+        await disk.readv(MIB - SECTOR, views(bytes(1024)))
+    assert caught.value.offset == MIB + 5
+    os.truncate(image, MIB // 2)
+    await disk.flush()
+    assert sizes == [2 * MIB, MIB, MIB // 2]
+    end()
+    os.truncate(image, MIB)
+    assert disk.check_resize()
+    assert len(sizes) == 3
+    await disk.aclose()
+
+
+async def test_a_resize_changes_the_file_and_tells_the_watchers(image):
+    disk = await RawDisk.open(image)
+    sizes = []
+    disk.watch(lambda: sizes.append(disk.info.size))
+    await disk.resize(2 * MIB)
+    await disk.resize(SECTOR)
+    assert sizes == [2 * MIB, SECTOR]
+    assert image.stat().st_size == SECTOR
+    for size in (0, 100):
+        with pytest.raises(ConfigError, match="not a positive number of 512-byte sectors"):
+            await disk.resize(size)
+    await disk.aclose()
+    disk = await RawDisk.open(image, read_only=True)
+    with pytest.raises(ReadOnlyError):
+        await disk.resize(MIB)
+    await disk.aclose()
+
+
+async def test_a_resize_that_fails_leaves_the_size_as_it_was(image, monkeypatch):
+    disk = await RawDisk.open(image)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", fail)
+        with pytest.raises(MediumError, match="resize failed"):
+            await disk.resize(SECTOR)
+    assert disk.info.size == MIB
+    await disk.readv(MIB - SECTOR, views(bytes(SECTOR)))
+    await disk.aclose()
+
+
+async def test_trimming_makes_holes_that_read_as_zeros(tmp_path):
+    path = tmp_path / "sparse.img"
+    disk = await RawDisk.open(path, create=MIB)
+    assert disk.info.supports_unmap
+    assert disk.info.unmapped_reads_zero
+    await disk.writev(0, views(b"x" * MIB))
+    await disk.flush()
+    full = path.stat().st_blocks
+    await disk.unmap(0, MIB // 2)
+    assert path.stat().st_blocks <= full // 2 + 8
+    assert await disk.extents(0, MIB) == [
+        Extent(0, MIB // 2, mapped=False),
+        Extent(MIB // 2, MIB // 2, mapped=True),
+    ]
+    await disk.write_zeroes(MIB // 2, MIB // 4, may_unmap=True)
+    await disk.write_zeroes(3 * MIB // 4, MIB // 8)
+    assert path.stat().st_blocks <= full // 2 + 8
+    assert path.stat().st_size == MIB
+    await disk.aclose()
+    assert path.read_bytes() == bytes(7 * MIB // 8) + b"x" * (MIB // 8)
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+async def test_zeros_are_written_where_the_file_system_has_no_shortcut(image, monkeypatch, code):
+    def unsupported(*_):
+        raise OSError(code, "not supported")
+
+    monkeypatch.setattr(linux, "fallocate", unsupported)
+    disk = await RawDisk.open(image)
+    assert not disk.info.supports_unmap
+    before = image.read_bytes()
+    await disk.unmap(0, SECTOR)
+    assert image.read_bytes() == before
+    await disk.write_zeroes(SECTOR, SECTOR)
+    await disk.write_zeroes(4096, SECTOR, may_unmap=True)
+    await disk.aclose()
+    expected = bytearray(before)
+    expected[SECTOR : 2 * SECTOR] = expected[4096 : 4096 + SECTOR] = bytes(SECTOR)
+    assert image.read_bytes() == expected
+
+
+async def test_a_full_file_system_is_no_space_and_not_worked_around(image, monkeypatch):
+    disk = await RawDisk.open(image)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(linux, "fallocate", full)
+    with pytest.raises(NoSpaceError, match="write zeroes failed"):
+        await disk.write_zeroes(0, SECTOR)
+    with pytest.raises(NoSpaceError, match="unmap failed"):
+        await disk.unmap(0, SECTOR)
+    await disk.aclose()
+
+
+async def test_errors_of_the_device_come_back_as_what_they_mean(image, monkeypatch):
+    disk = await RawDisk.open(image)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    for name, attempt in {
+        "preadv": lambda: disk.readv(SECTOR, views(bytes(SECTOR))),
+        "pwritev": lambda: disk.writev(SECTOR, views(bytes(SECTOR))),
+        "fdatasync": disk.flush,
+        "lseek": lambda: disk.extents(SECTOR, SECTOR),
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fail)
+            with pytest.raises(MediumError, match="Input/output error") as caught:
+                await attempt()
+            assert caught.value.offset == (None if name == "fdatasync" else SECTOR)
+    await disk.aclose()
+
+
+async def test_a_writer_excludes_writers_and_readers_but_readers_share(image):
+    before = open_descriptors()
+    writer = await RawDisk.open(image)
+    for options in ("", "[ro]"):
+        with pytest.raises(ConfigError, match=r"is in use: .*share"):
+            await open_disk(f"raw:{options}{image}")
+    with pytest.raises(ConfigError, match="in use"):
+        await open_disk(f"cd:{image}")
+    shared = await open_disk(f"raw:[share]{image}")
+    await shared.aclose()
+    await writer.aclose()
+    readers = [await open_disk(f"raw:[ro]{image}") for _ in range(2)]
+    with pytest.raises(ConfigError, match="is in use"):
+        await RawDisk.open(image)
+    for reader in readers:
+        await reader.aclose()
+    await (await RawDisk.open(image)).aclose()
+    assert open_descriptors() == before
+
+
+async def test_a_file_system_without_locks_is_named(image, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "fcntl", no_locks)
+    with pytest.raises(ConfigError, match=r"cannot lock \(No locks available\); use \[share\]"):
+        await RawDisk.open(image)
+    await (await RawDisk.open(image, share=True)).aclose()
+
+
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        ("raw:", "needs the path of an image"),
+        ("cd:", "needs the path of an ISO image"),
+        ("raw:{tmp}/missing.img", "No such file or directory"),
+        ("raw:[create=1M]{tmp}/no/dir.img", "No such file or directory"),
+        ("raw:{tmp}", "neither a file nor a block device"),
+        ("raw:/dev/null", "neither a file nor a block device"),
+        ("raw:{tmp}/empty.img", "smaller than one sector"),
+        ("raw:[ro,create=1M]{tmp}/new.img", "exclude each other"),
+        ("raw:[create=100]{tmp}/new.img", "not a number of 512-byte sectors"),
+        ("raw:[create=0]{tmp}/new.img", "not a number of 512-byte sectors"),
+        ("raw:[sector=2048]{tmp}/new.img", "it can be 512 or 4096"),
+        ("raw:[rw]{tmp}/new.img", "unknown option 'rw'"),
+        ("cd:[ro]{tmp}/new.img", "unknown option 'ro'"),
+    ],
+)
+async def test_images_that_cannot_be_opened_say_why_and_leave_nothing(tmp_path, spec, hint):
+    (tmp_path / "empty.img").touch()
+    before = open_descriptors()
+    with pytest.raises(ConfigError) as caught:
+        await open_disk(spec.format(tmp=tmp_path))
+    assert hint in str(caught.value)
+    assert open_descriptors() == before
+    assert os.listdir(tmp_path) == ["empty.img"]
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "hint"),
+    [
+        (errno.EACCES, {}, "use raw:[ro]"),
+        (errno.EROFS, {}, "use raw:[ro]"),
+        (errno.EACCES, {"read_only": True}, "Permission denied"),
+        (errno.EBUSY, {}, "is mounted or in use by the host"),
+        (errno.EINVAL, {"direct": True}, "without direct I/O"),
+        (errno.EINVAL, {}, "Invalid argument"),
+    ],
+)
+async def test_what_the_kernel_refuses_says_what_to_do(image, monkeypatch, code, options, hint):
+    real = os.open
+
+    def refuse(path, *args, **kwargs):
+        if path == str(image):
+            raise OSError(code, os.strerror(code))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ConfigError) as caught:
+        await RawDisk.open(image, **options)
+    assert hint in str(caught.value)
+
+
+async def test_an_image_that_cannot_get_its_size_is_not_left_behind(tmp_path, monkeypatch):
+    before = open_descriptors()
+    with pytest.raises(ConfigError, match=r"File too large|Invalid argument"):
+        await RawDisk.open(tmp_path / "new.img", create=1 << 62)
+
+    def busy(*_):
+        raise OSError(errno.EAGAIN, "busy")
+
+    monkeypatch.setattr(fcntl, "fcntl", busy)
+    with pytest.raises(ConfigError, match="in use"):
+        await RawDisk.open(tmp_path / "new.img", create=MIB)
+    assert os.listdir(tmp_path) == []
+    assert open_descriptors() == before
+
+
+async def test_a_descriptor_is_closed_when_its_disk_cannot_be_made(image, monkeypatch):
+    before = open_descriptors()
+
+    for error in (OSError(errno.EIO, "Input/output error"), RuntimeError("boom")):
+
+        def fail(*_, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(linux, "in_memory", fail)
+            with pytest.raises((ConfigError, RuntimeError), match=r"Input/output error|boom"):
+                await RawDisk.open(image)
+        assert open_descriptors() == before
+
+
+async def test_direct_transfers_of_any_alignment_arrive(image):
+    content = image.read_bytes()
+    disk = await RawDisk.open(image, direct=True)
+    assert not disk.try_readv(0, views(bytes(4096)))
+    buffers = views(bytes(1), bytes(510), bytes(1 << 19), bytes(1))
+    await disk.readv(SECTOR, buffers)
+    assert b"".join(buffers) == content[SECTOR : 2 * SECTOR + (1 << 19)]
+    await disk.writev(0, buffers, fua=True)
+    big = views(bytes(3), b"e" * (MIB - 3))
+    await disk.readv(0, big)
+    assert b"".join(big) == b"".join(buffers) + content[SECTOR + (1 << 19) :]
+    await disk.aclose()
+
+
+async def test_direct_transfers_larger_than_the_bounce_buffer_arrive(tmp_path):
+    path = tmp_path / "large.img"
+    path.write_bytes(content := os.urandom(3 * MIB))
+    disk = await RawDisk.open(path, direct=True)
+    buffers = views(bytes(5), bytes(3 * MIB - 5))
+    await disk.readv(0, buffers)
+    assert b"".join(buffers) == content
+    for buffer in buffers:
+        buffer[:] = bytes(reversed(bytes(buffer)))
+    await disk.writev(0, buffers)
+    await disk.aclose()
+    assert path.read_bytes() == b"".join(buffers)
+
+
+async def test_direct_transfers_report_errors_and_the_end_of_the_file(image, monkeypatch):
+    disk = await RawDisk.open(image, direct=True)
+    os.truncate(image, MIB // 2)
+    with pytest.raises(OutOfRangeError):
+        await disk.readv(MIB // 2 - SECTOR, views(bytes(3), bytes(1021)))
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    monkeypatch.setattr(os, "pwritev", fail)
+    for attempt in (disk.readv, disk.writev):
+        with pytest.raises(MediumError):
+            await attempt(0, views(bytes(SECTOR)))
+    await disk.aclose()
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"), [(errno.EINVAL, "use sector=4096"), (errno.EIO, "Input/output error")]
+)
+async def test_direct_io_is_tried_before_it_is_promised(image, monkeypatch, code, hint):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    with pytest.raises(ConfigError, match=hint):
+        await RawDisk.open(image, direct=True)
+
+
+async def test_a_closed_disk_is_unavailable_and_its_descriptor_closed_once(image):
+    before = open_descriptors()
+    disk = await RawDisk.open(image)
+    await disk.aclose()
+    assert open_descriptors() == before
+    spare = os.open("/dev/null", os.O_RDONLY)  # takes the freed number
+    await disk.aclose()
+    os.fstat(spare)
+    os.close(spare)
+    for attempt in (
+        disk.flush,
+        lambda: disk.readv(0, []),
+        lambda: disk.writev(0, []),
+        lambda: disk.unmap(0, 0),
+        lambda: disk.write_zeroes(0, 0),
+        lambda: disk.extents(0, 0),
+        lambda: disk.resize(MIB),
+    ):
+        with pytest.raises(DiskUnavailableError):
+            await attempt()
+    with pytest.raises(DiskUnavailableError):
+        disk.try_readv(0, [])
+    with pytest.raises(DiskUnavailableError):
+        disk.check_resize()
+
+
+@pytest.mark.parametrize("action", ["fdatasync", "ftruncate"])
+async def test_closing_waits_for_what_is_under_way_and_lets_it_succeed(image, monkeypatch, action):
+    disk = await RawDisk.open(image)
+    begun, go_on = threading.Event(), threading.Event()
+    real = getattr(os, action)
+    events = []
+
+    def slow(*args):
+        begun.set()
+        assert go_on.wait(30)
+        real(*args)  # the descriptor is still ours
+
+    monkeypatch.setattr(os, action, slow)
+
+    async def use():
+        await (disk.flush() if action == "fdatasync" else disk.resize(SECTOR))
+        events.append("done")
+
+    async def close():
+        await disk.aclose()
+        events.append("closed")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(use)
+        await trio.to_thread.run_sync(begun.wait)
+        nursery.start_soon(close)
+        await trio.testing.wait_all_tasks_blocked()
+        assert events == []
+        go_on.set()
+    assert sorted(events) == ["closed", "done"]
+    with pytest.raises(DiskUnavailableError):
+        disk.try_readv(0, views(bytes(SECTOR)))
+
+
+def test_holes_of_a_range_cover_it_exactly(tmp_path):
+    path = tmp_path / "holes.img"
+    with path.open("wb") as file:
+        file.truncate(MIB)
+        for offset in (0, 256 << 10):
+            file.seek(offset)
+            file.write(b"d" * (64 << 10))
+    fd = os.open(path, os.O_RDONLY)
+    k = 1 << 10
+    assert linux.holes(fd, 0, MIB) == [
+        (0, 64 * k, True),
+        (64 * k, 192 * k, False),
+        (256 * k, 64 * k, True),
+        (320 * k, 704 * k, False),
+    ]
+    assert linux.holes(fd, 128 * k, 160 * k) == [
+        (128 * k, 128 * k, False),
+        (256 * k, 32 * k, True),
+    ]
+    assert linux.holes(fd, 0, 0) == []
+    os.close(fd)
+
+
+def test_the_kernel_s_refusals_carry_their_error_number():
+    with pytest.raises(OSError, match="Bad file descriptor") as caught:
+        linux.fallocate(-1, 0, 0, 1)
+    assert caught.value.errno == errno.EBADF
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        linux.in_memory(-1)
+
+
+@pytest.fixture
+def loop_device(tmp_path):
+    image = tmp_path / "loop.img"
+    with image.open("wb") as file:
+        file.truncate(4 * MIB)
+    try:
+        device = subprocess.run(
+            ["losetup", "--find", "--show", image], check=True, capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no loop devices: {error}")
+    yield device
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@pytest.mark.root
+async def test_a_block_device_is_described_by_the_kernel(loop_device, tmp_path):
+    disk = await RawDisk.open(loop_device)
+    info = disk.info
+    assert (info.size, info.sector_size) == (4 * MIB, 512)
+    assert info.supports_unmap
+    assert not info.unmapped_reads_zero
+    assert info.unmap_granularity >= 512
+    await disk.writev(0, views(b"b" * MIB))
+    await disk.unmap(0, SECTOR * 128)
+    await disk.write_zeroes(SECTOR * 128, SECTOR)
+    buffers = views(bytes(2 * SECTOR))
+    await disk.readv(SECTOR * 128, buffers)
+    assert bytes(buffers[0]) == bytes(SECTOR) + b"b" * SECTOR
+    assert await disk.extents(0, MIB) == [Extent(0, MIB, mapped=True)]
+    with pytest.raises(ConfigError, match="block device cannot be resized"):
+        await disk.resize(8 * MIB)
+    with pytest.raises(ConfigError, match="in use"):
+        await RawDisk.open(loop_device)
+    os.truncate(tmp_path / "loop.img", 2 * MIB)
+    subprocess.run(["losetup", "--set-capacity", loop_device], check=True)
+    assert disk.check_resize()
+    assert disk.info.size == 2 * MIB
+    await disk.aclose()
+
+
+@pytest.mark.root
+async def test_a_block_device_outside_sysfs_has_cautious_properties(loop_device, monkeypatch):
+    monkeypatch.setattr(linux.os, "major", lambda _: 999999)
+    disk = await RawDisk.open(loop_device)
+    assert not disk.info.supports_unmap
+    assert not disk.info.rotational
+    await disk.aclose()
