@@ -611,6 +611,14 @@ def parse_message_untrusted(
     return spec.message(**values)
 
 
+def _missing(message: Message, spec: MessageSpec) -> str:
+    """Name a field of the layout that the message leaves open, or return ""."""
+    for sub in spec.layout.subcons:
+        if sub.name and getattr(message, sub.name) is None:
+            return str(sub.name)
+    return ""
+
+
 def build_message(
     message: Message, *, version: Version | None, features: Feature = NO_FEATURES
 ) -> bytes:
@@ -620,21 +628,26 @@ def build_message(
         message: Any of the message classes.
         version: The version in force, or None without a connection.
         features: The 6.0 features in force; together they choose the layout. Fields that the
-            chosen layout does not have are left out, fields it has must not be None.
+            chosen layout does not have are left out, fields it has must not be None; where a
+            host leaves such a field None, the newest layout without it is used.
 
     Raises:
-        LocalProtocolError: The message is not part of the version, or a value does not fit.
+        LocalProtocolError: The message is not part of the version, a field is missing, or a
+            value does not fit.
     """
-    for spec in _ROWS[message.TYPE]:
-        if spec.allowed(version, features) and all(
-            getattr(message, sub.name, None) is not None for sub in spec.layout.subcons if sub.name
-        ):
-            break
-    else:
+    rows = [spec for spec in _ROWS[message.TYPE] if spec.allowed(version, features)]
+    if not rows:
         raise LocalProtocolError(
-            f"{message.NAME} with these fields is not part of "
+            f"{message.NAME} is not part of "
             + (f"version {version}" if version is not None else "an unconnected bus")
         )
+    spec = rows[0]
+    if spec.direction is Direction.HOST_TO_GUEST:
+        # A host may use an older layout (a refusal has no features in it); see parsing.
+        spec = next((each for each in rows if not _missing(message, each)), spec)
+    missing = _missing(message, spec)
+    if missing:
+        raise LocalProtocolError(f"{message.NAME} needs {missing} on this connection")
     values = {name: getattr(message, name) for name in _FIELDS[type(message)]}
     try:
         body = spec.layout.build(values)
