@@ -309,6 +309,11 @@ class Channel:
             flushed.set()
 
     @property
+    def doorbell_fd(self) -> int:
+        """The eventfd that wakes this channel; for whoever rings it."""
+        return self._doorbell
+
+    @property
     def pending(self) -> int:
         """Packets queued and not yet in the ring."""
         return len(self._queue)
