@@ -1,0 +1,49 @@
+"""Run the benchmarks: ``python -m tests.bench [--json FILE] [--only WORD]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import sys
+from pathlib import Path
+
+from tests.bench.harness import Figure
+
+MODULES = ("bench_ring", "bench_storvsp", "bench_control", "bench_memory")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument("--only", default="", help="only modules with this in their name")
+    options = parser.parse_args()
+    figures: list[Figure] = []
+    for name in MODULES:
+        if options.only in name:
+            module = importlib.import_module(f"tests.bench.{name}")
+            for figure in module.figures():
+                figures.append(figure)
+                print(_line(figure), flush=True)
+    if options.json:
+        report = {
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "kernel": platform.release(),
+            "figures": [figure.as_dict() for figure in figures],
+        }
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _line(figure: Figure) -> str:
+    line = f"{figure.name:<48} {figure.value:>10.2f} {figure.unit:<4}"
+    if figure.ratio is not None:
+        line += f" {figure.ratio:>7.1f} x {figure.floor_name} ({figure.floor:.2f} {figure.unit})"
+    if figure.target is not None:
+        line += f"   target {figure.target:g}"
+    return line
+
+
+if __name__ == "__main__":
+    sys.exit(main())
