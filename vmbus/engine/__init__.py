@@ -7,6 +7,7 @@ Bytes that the guest posted go in, events come out; nothing here waits, sleeps o
 from __future__ import annotations
 
 from vmbus.engine.config import SUPPORTED_FEATURES, Budgets, EngineConfig
+from vmbus.engine.engine import Engine
 from vmbus.engine.events import (
     ChannelClose,
     ChannelGone,
@@ -27,6 +28,7 @@ from vmbus.engine.events import (
 from vmbus.engine.offers import Offer
 
 __all__ = [
+    "Engine",
     "EngineConfig",
     "Budgets",
     "SUPPORTED_FEATURES",

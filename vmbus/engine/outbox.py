@@ -41,8 +41,7 @@ class Outbox:
     def post(self, message: Message) -> None:
         """Send on the connection; held back while the guest has paused it."""
         link = self.link
-        if link is None:
-            raise AssertionError(f"no connection to send {message} on")
+        assert link is not None, f"no connection to send {message} on"
         payload = build_message(message, version=link.version, features=link.features)
         event = SendMessage(vp=link.slot.vp, sint=link.slot.sint, payload=payload)
         if self._held is None:
