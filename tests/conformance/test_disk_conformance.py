@@ -3,6 +3,7 @@
 import itertools
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,11 @@ async def check_specs(*specs: str) -> None:
     """Check what each specification opens; ``{n}`` in it becomes another number each time."""
     for spec in specs:
         numbers = itertools.count()
-        await check_disk(lambda spec=spec, numbers=numbers: open_disk(spec.format(n=next(numbers))))
+
+        async def make(spec: str = spec, numbers: Iterator[int] = numbers) -> Disk:
+            return await open_disk(spec.format(n=next(numbers)))
+
+        await check_disk(make)
 
 
 @pytest.mark.parametrize(

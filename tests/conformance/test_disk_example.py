@@ -101,8 +101,9 @@ def test_the_last_program_of_the_page_runs(tmp_path):
     info = tmp_path / "example_disk-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: example-disk\nVersion: 1\n")
-    group, line = re.fullmatch(r'\[project\.entry-points\."(.*)"\]\n(.*)\n', registration).groups()
-    (info / "entry_points.txt").write_text(f"[{group}]\n{line}\n".replace('"', ""))
+    table = re.sub(r"[][\"]|project\.entry-points\.", "", registration)
+    group, line = table.splitlines()
+    (info / "entry_points.txt").write_text(f"[{group}]\n{line}\n")
     done = subprocess.run(
         [sys.executable, "-c", program],
         check=False,

@@ -162,12 +162,12 @@ async def test_a_fragment_behind_the_last_sector_is_not_part_of_the_disk(tmp_pat
     with pytest.raises(OutOfRangeError):
         await disk.readv(1024, views(bytes(SECTOR)))
     await disk.aclose()
-    disk = await open_disk(f"cd:{image_of(tmp_path, 5000)}")
-    assert (disk.info.size, disk.info.sector_size) == (4096, 2048)
-    assert disk.info.optical
-    assert disk.info.removable
-    assert disk.info.read_only
-    await disk.aclose()
+    medium = await open_disk(f"cd:{image_of(tmp_path, 5000)}")
+    assert (medium.info.size, medium.info.sector_size) == (4096, 2048)
+    assert medium.info.optical
+    assert medium.info.removable
+    assert medium.info.read_only
+    await medium.aclose()
 
 
 def image_of(tmp_path, size):
@@ -625,7 +625,7 @@ async def test_a_block_device_is_described_by_the_kernel(loop_device, tmp_path):
 
 @pytest.mark.root
 async def test_a_block_device_outside_sysfs_has_cautious_properties(loop_device, monkeypatch):
-    monkeypatch.setattr(linux.os, "major", lambda _: 999999)
+    monkeypatch.setattr(os, "major", lambda _: 999999)
     disk = await RawDisk.open(loop_device)
     assert not disk.info.supports_unmap
     assert not disk.info.rotational

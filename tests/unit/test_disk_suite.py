@@ -225,7 +225,7 @@ class ZeroesNothing(RamDisk):
 
 
 class StaysTrimmed(ZeroesProperly):
-    trimmed = ()
+    trimmed = (0, 0)
 
     def try_readv(self, offset, buffers):
         done = super().try_readv(offset, buffers)
@@ -306,7 +306,7 @@ class TearsSectors(RamDisk):
 
 
 class KeepsBuffersAfterCancellation(RamDisk):
-    kept = ()
+    kept: Any = ()
 
     async def readv(self, offset, buffers):
         for buffer in self.kept:
@@ -488,7 +488,8 @@ class StillReadsWhatWasCutOff(RamDisk):
 )
 async def test_a_broken_promise_is_named(disk, text):
     async def make() -> Disk:
-        return disk(SIZE)
+        made: Disk = disk(SIZE)
+        return made
 
     with pytest.RaisesGroup(
         pytest.RaisesExc(AssertionError, match=text), allow_unwrapped=True, flatten_subgroups=True
@@ -527,7 +528,8 @@ class FixedSize(RamDisk):
 @pytest.mark.parametrize("disk", [Minimal, ReadOnly, FixedSize])
 async def test_a_disk_without_any_extras_keeps_the_contract(disk):
     async def make() -> Disk:
-        return disk(SIZE)
+        made: Disk = disk(SIZE)
+        return made
 
     await check_disk(make)
 

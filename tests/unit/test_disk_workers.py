@@ -12,18 +12,18 @@ from storvsp.workers import WorkerPool, shared_pool
 
 
 class Gate:
-    """A blocking call that says it has begun and waits to be let through."""
+    """Blocking calls that say they have begun and wait to be let through."""
 
     def __init__(self):
         self.begun = threading.Semaphore(0)
         self.open = threading.Event()
         self.calls = 0
 
-    def __call__(self, value=None):
+    def block(self):
         self.calls += 1
         self.begun.release()
         assert self.open.wait(30)
-        return value
+        return "done"
 
     async def wait_begun(self):
         await trio.to_thread.run_sync(self.begun.acquire)
@@ -80,14 +80,14 @@ async def test_a_call_that_was_cancelled_before_it_started_never_runs():
     pool = WorkerPool(1)
     gate, never = Gate(), Gate()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(pool.run, gate)
+        nursery.start_soon(pool.run, gate.block)
         await gate.wait_begun()
         with trio.CancelScope() as scope:
             scope.cancel()
-            await pool.run(never)
+            await pool.run(never.block)
         assert scope.cancelled_caught
         async with trio.open_nursery() as inner:
-            inner.start_soon(pool.run, never)
+            inner.start_soon(pool.run, never.block)
             await trio.testing.wait_all_tasks_blocked()
             inner.cancel_scope.cancel()
         gate.open.set()
@@ -102,7 +102,7 @@ async def test_a_started_call_is_waited_for_and_its_result_kept_when_the_task_is
     results = []
 
     async def task():
-        results.append(await pool.run(gate, "done"))
+        results.append(await pool.run(gate.block))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(task)
@@ -128,10 +128,10 @@ async def test_calls_that_end_while_the_loop_is_busy_come_back_in_one_batch():
             wakeups += 1
             token.run_sync_soon(function)
 
-    pool._token = CountingToken()
+    pool._token = CountingToken()  # type: ignore[assignment]
     async with trio.open_nursery() as nursery:
         for _ in range(40):
-            nursery.start_soon(pool.run, gate)
+            nursery.start_soon(pool.run, gate.block)
         await trio.testing.wait_all_tasks_blocked()
         gate.open.set()
         for _ in range(40):  # without a checkpoint: the loop is busy
@@ -161,7 +161,7 @@ async def test_closing_waits_for_started_and_queued_calls_even_if_cancelled():
     ended = []
 
     async def call(name):
-        await pool.run(gate)
+        await pool.run(gate.block)
         ended.append(name)
 
     async def close():
@@ -213,11 +213,11 @@ async def test_without_a_single_thread_a_call_fails_at_once(monkeypatch):
             await pool.run(int)
     gate = Gate()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(pool.run, gate)
+        nursery.start_soon(pool.run, gate.block)
         await gate.wait_begun()
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", no_more)
-            nursery.start_soon(pool.run, gate)  # waits for the thread there is
+            nursery.start_soon(pool.run, gate.block)  # waits for the thread there is
             await trio.testing.wait_all_tasks_blocked()
         gate.open.set()
     assert gate.calls == 2
@@ -271,8 +271,8 @@ async def test_closing_a_lease_waits_for_its_own_calls_only():
         events.append("closed")
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(other.run, other_gate)
-        nursery.start_soon(mine.run, my_gate)
+        nursery.start_soon(other.run, other_gate.block)
+        nursery.start_soon(mine.run, my_gate.block)
         await my_gate.wait_begun()
         nursery.start_soon(close)
         await trio.testing.wait_all_tasks_blocked()
