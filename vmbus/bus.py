@@ -230,6 +230,8 @@ class Bus:
                 self._messages.append(event)
                 self._queued += 1
                 self._message_added.set()
+            case events.DiscardMessages():
+                self._drop_messages()
             case events.ChannelOpen():
                 self._open(event)
             case events.ChannelClose():
@@ -386,10 +388,11 @@ class Bus:
         self._gone.set()
 
     def _drop_messages(self) -> None:
-        # The one that is being delivered now stays: the transport answers for it.
-        while len(self._messages) > 1:
-            self._messages.pop()
-            self._delivered += 1
+        """The guest has left: forget what is not in a slot yet, but for reserved channels."""
+        kept = [message for message in self._messages if message.reserved]
+        self._delivered += len(self._messages) - len(kept)
+        self._messages = deque(kept)
+        self._message_done.set()
 
     async def run_outgoing(self) -> None:
         """Deliver control messages, in order, one at a time."""
@@ -398,7 +401,9 @@ class Bus:
                 self._message_added = trio.Event()
                 await self._message_added.wait()
             await self._running.wait()
-            message = self._messages[0]
+            if not self._messages:
+                continue
+            message = self._messages.popleft()
             if not await self.transport.deliver(
                 message.vp, message.sint, MESSAGE_TYPE_VMBUS, message.payload
             ):
@@ -408,7 +413,6 @@ class Bus:
                     message.vp,
                     message.sint,
                 )
-            self._messages.popleft()
             self._delivered += 1
             self._message_done.set()
 

@@ -16,6 +16,7 @@ import errno
 import logging
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from uuid import UUID
 
@@ -34,6 +35,8 @@ from vmbus.wire.synic import HvStatus, Msr
 
 _log = logging.getLogger("vmbus.machine")
 
+HYPERVISOR_PRESENT = 1 << 31
+"""ECX of CPUID leaf 1."""
 SYNIC_REGISTERS = frozenset({Msr.SCONTROL, Msr.SIMP, Msr.SIEFP, Msr.SINT2})
 """What the direct event-flag tier has to know before the guest goes on."""
 
@@ -65,10 +68,18 @@ class SoftMachine:
             fd = create_memfd("vmbus-guest", region.size)
             self.fds.append(fd)
             self.memory.add_region(region.gpa, region.size, fd)
-        self.synic = Synic(self.memory, vp_count, self.interrupt, features=features)
+        # Firmware insists on timers; no guest in Python waits for one.
+        features = features or Features(reference_time=True, timers=True)
+        self.synic = Synic(
+            self.memory,
+            vp_count,
+            self.interrupt,
+            features=features,
+            clock=_reference_time if features.reference_time else None,
+        )
         self.msr_written: Callable[[int, int], None] | None = None
         """Called with ``(vp, index)`` after each MSR write, before the guest goes on."""
-        self._leaves = self.synic.cpuid_leaves()
+        self._leaves = {1: (0, 0, HYPERVISOR_PRESENT, 0), **self.synic.cpuid_leaves()}
         self._pending: set[Interrupt] = set()
         self._arrived = trio.Event()
         self._token = trio.lowlevel.current_trio_token()
@@ -267,6 +278,10 @@ async def attach_machine(
         attachment.close()
         for kick in kicks:
             os.close(kick)
+
+
+def _reference_time() -> int:
+    return time.monotonic_ns() // 100
 
 
 def _eventfd() -> int:
