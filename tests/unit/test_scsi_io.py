@@ -492,3 +492,16 @@ def test_commands_describe_themselves():
     command = Command(b"\x12\0", [], 0, DataDirection.NONE, "guest")
     assert repr(command) == "<Command 12 00 NONE 0 B from 'guest'>"
     assert "5/2400" in str(CheckCondition(Sense(5, 0x2400)))
+
+
+async def test_execute_does_everything_by_itself():
+    disk, unit = make_unit()
+    for cdb, room in (("12 00 00 0024 00", 36), ("28 00 00000003 00 0002 00", 1024)):
+        command, buffer = make_command(cdb, room=room)
+        assert await unit.execute(command) == (0, b"", room)
+    assert buffer == disk.data[1536:2560]
+    for cdb in ("28 00 00000003 00 0000 00", "2a 00 00000003 00 0000 00"):
+        command, _ = make_command(cdb)
+        assert await unit.execute(command) == (0, b"", 0)
+    command, _ = make_command("ff")
+    assert (await unit.execute(command)).status == 2

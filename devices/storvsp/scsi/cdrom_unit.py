@@ -235,11 +235,15 @@ def _read_cd_untrusted(cdb: bytes) -> Transfer:
     return Transfer(lba, blocks, 0, 6)
 
 
+def _limit(disk: Disk) -> int:
+    """Return the bytes the back-end takes at once, a multiple of the sector size."""
+    return disk.info.max_transfer // mmc.SECTOR * mmc.SECTOR or 1 << 62
+
+
 def read_now(unit: CdromUnit, command: Command) -> Outcome | None:
     """READ(10), (12), (16) and READ CD, if the data is at hand."""
     disk, offset, buffers, size = _plan_untrusted(unit, command)
-    limit = disk.info.max_transfer
-    if buffers and ((limit and size > limit) or not disk.try_readv(offset, buffers)):
+    if buffers and (size > _limit(disk) or not disk.try_readv(offset, buffers)):
         return None
     return Outcome(STATUS_GOOD, b"", size)
 
@@ -247,8 +251,7 @@ def read_now(unit: CdromUnit, command: Command) -> Outcome | None:
 async def read(unit: CdromUnit, command: Command) -> Outcome:
     """READ from the back-end."""
     disk, offset, buffers, size = _plan_untrusted(unit, command)
-    limit = disk.info.max_transfer // mmc.SECTOR * mmc.SECTOR or 1 << 62
-    for at, part in split(buffers, limit):
+    for at, part in split(buffers, _limit(disk)):
         if part:
             await disk.readv(offset + at, part)
     return Outcome(STATUS_GOOD, b"", size)

@@ -204,14 +204,12 @@ def take(command: Command, length: int, start: int = 0) -> bytes:
 
     Args:
         command: Whose buffer to read.
-        length: Bytes wanted.
+        length: Bytes wanted, at least one.
         start: Byte offset in the buffer.
 
     Raises:
         CheckCondition: The buffer points the other way or is shorter.
     """
-    if not length:
-        return b""
     if command.direction != DataDirection.WRITE:
         raise invalid_cdb_field(0)
     copy = b"".join(window(command.data, start, min(length, command.length - start)))
