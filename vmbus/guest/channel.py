@@ -172,10 +172,9 @@ class GuestChannel:
             kind: Packet type.
             header: Between descriptor and payload, a multiple of 8 bytes: the GPA ranges.
             transaction_id: Instead of one in the personality's style.
-            release: Called once the host is done with the request if the caller has been
-                cancelled meanwhile: the request itself cannot be taken back, and the memory it
-                names belongs to the host until then. Not called if this method returns, or if
-                the channel ends first.
+            release: Called once if this method raises, when the memory that the request names
+                is the caller's again: at once if the host has not seen it, else (a request
+                cannot be taken back) with its completion. Never if the channel ends first.
 
         Returns:
             The completion.
@@ -200,7 +199,10 @@ class GuestChannel:
         try:
             await self._append(packet)
         except BaseException:
-            self._forget(identity)
+            if self._requests.get(identity) is request:
+                self._forget(identity)
+            if release is not None:
+                release()
             raise
         try:
             if self._out.commit():

@@ -1,0 +1,409 @@
+"""The storage driver: handshake, sub-channels, SCSI commands, notifications.
+
+Sources: linux/drivers/scsi/storvsc_drv.c (``storvsc_channel_init``), freebsd/sys/dev/hyperv/
+storvsc/hv_storvsc_drv_freebsd.c, openbsd/sys/dev/pv/hvs.c, mu_msvm/MsvmPkg/StorvscDxe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from storvsp.guest.buffers import Buffer, BufferPool
+from storvsp.guest.replies import Result, check_answer, check_srb_reply, checked_payload
+from storvsp.wire import (
+    BEGIN_INITIALIZATION,
+    CREATE_SUB_CHANNELS,
+    DATA_IN,
+    DATA_NONE,
+    DATA_OUT,
+    END_INITIALIZATION,
+    ENUMERATE_BUS,
+    EVENT_NOTIFICATION,
+    FCHBA_DATA,
+    MAX_SENSE,
+    OPERATION_NAMES,
+    PACKET_SIZE,
+    PROPERTY_MULTI_CHANNEL,
+    QUERY_PROPERTIES,
+    QUERY_PROTOCOL_VERSION,
+    REMOVE_DEVICE,
+    RESET_BUS,
+    SHORT_MAX_SENSE,
+    SHORT_PACKET_SIZE,
+    SRB_AUTOSENSE_VALID,
+    SRB_FLAG_DATA_IN,
+    SRB_FLAG_DATA_OUT,
+    VERSION_4_2,
+    FibreChannelData,
+    Packet,
+    Properties,
+    build_packet,
+    build_protocol_version,
+    build_srb,
+    build_sub_channels,
+    parse_fibre_channel_untrusted,
+    parse_packet_untrusted,
+    parse_properties_untrusted,
+    parse_protocol_version_untrusted,
+)
+from vmbus.errors import STATUS_REVISION_MISMATCH, VMBusError
+from vmbus.guest import Guest, GuestChannel, Incoming
+from vmbus.wire.gpa import PAGE_SIZE
+from vmbus.wire.guids import CLASS_FIBRE_CHANNEL
+from vmbus.wire.messages import OfferChannel
+from vmbus.wire.packets import FLAG_COMPLETION_REQUESTED, GPA_DIRECT, IN_BAND
+
+_SRB_FLAGS = {DATA_OUT: SRB_FLAG_DATA_OUT, DATA_IN: SRB_FLAG_DATA_IN, DATA_NONE: 0}
+_NOTIFICATIONS = frozenset({ENUMERATE_BUS, REMOVE_DEVICE, EVENT_NOTIFICATION})
+_MAX_SANE_TRANSFER = 128 << 20
+"""Linux keeps the number of pages in 16 bits."""
+_MIN_SANE_TRANSFER = 64 << 10
+
+
+class AttachError(VMBusError):
+    """The driver and the controller have no protocol version in common, or it refuses a step."""
+
+
+class StorvscAdapter:
+    """A storage controller as its driver sees it; made by :func:`attach`.
+
+    Args:
+        guest: Whose driver this is.
+        offer: The controller's primary channel.
+        contiguous: False scatters the pages of rings and data over the RAM.
+        queue_depth: Requests in flight per channel; None: the personality's.
+    """
+
+    def __init__(
+        self, guest: Guest, offer: OfferChannel, *, contiguous: bool, queue_depth: int | None
+    ) -> None:
+        self.guest = guest
+        self.offer = offer
+        self.personality = guest.personality
+        self.channels: list[GuestChannel] = []
+        """The primary channel, then its sub-channels."""
+        self.version = 0
+        """Protocol version, major << 8 | minor."""
+        self.properties = Properties(0, 0, 0)
+        self.fibre_channel: FibreChannelData | None = None
+        """Port names, if this is a Fibre Channel adapter."""
+        self.max_transfer = 0
+        """Bytes per request that the driver will ask for."""
+        self.on_rescan: Callable[[], None] | None = None
+        """Called in the interrupt when the host wants the bus to be scanned again."""
+        self.on_removed: Callable[[], None] | None = None
+        """Called when the host has taken the controller away."""
+        self.notifications: list[int] = []
+        """Operations of all notifications, in order."""
+        self._panic = guest.panic
+        self._contiguous = contiguous
+        self._pool = BufferPool(guest.ram, contiguous=contiguous)
+        self._size = self.personality.vstor_init_size
+        self._sense_room = MAX_SENSE
+        self._depth = queue_depth or self.personality.scsi_queue_depth
+        self._next = 0
+        self._tag = 0
+        self._room = trio.lowlevel.ParkingLot()
+        self._drained = trio.lowlevel.ParkingLot()
+        self._notified = trio.lowlevel.ParkingLot()
+
+    def __repr__(self) -> str:
+        return f"<StorvscAdapter {self.offer.instance_id}, {len(self.channels)} channels>"
+
+    # ----------------------------------------------------------------------------- handshake
+
+    async def _open(self, offer: OfferChannel) -> None:
+        personality = self.personality
+        channel = await self.guest.connection.open_channel(
+            offer,
+            ring_pages=personality.scsi_ring_pages,
+            contiguous=self._contiguous,
+            max_packet=16 + PACKET_SIZE if personality.vstor_exact_reply else None,
+            on_packet=self._notification,
+        )
+        channel.on_removed = self._removed
+        self.channels.append(channel)
+
+    async def start(self, sub_channels: int | None) -> None:
+        """Open the channel, shake hands, open the sub-channels. A checkpoint."""
+        await self._open(self.offer)
+        self._demand(await self._command(BEGIN_INITIALIZATION), "BEGIN_INITIALIZATION")
+        await self._agree()
+        await self._query_properties()
+        if self.offer.class_id == CLASS_FIBRE_CHANNEL:
+            answer = self._demand(await self._command(FCHBA_DATA), "FCHBA_DATA")
+            self.fibre_channel = parse_fibre_channel_untrusted(answer.body)
+        self._demand(await self._command(END_INITIALIZATION), "END_INITIALIZATION")
+        count = self._wanted_sub_channels(sub_channels)
+        if count:
+            await self._create_sub_channels(count)
+
+    async def _command(self, operation: int, body: bytes = b"") -> Packet:
+        payload = build_packet(operation, body, size=self._size)
+        packet = await self.channels[0].request(
+            payload, transaction_id=self.personality.scsi_init_id
+        )
+        return check_answer(packet, self.personality, self._panic)
+
+    @staticmethod
+    def _demand(answer: Packet, what: str) -> Packet:
+        if answer.status:
+            raise AttachError(f"{what}: status {answer.status:#x}")
+        return answer
+
+    async def _agree(self) -> None:
+        exact = self.personality.vstor_exact_refusal
+        for version in self.personality.vstor_versions:
+            answer = await self._command(QUERY_PROTOCOL_VERSION, build_protocol_version(version))
+            if answer.status:
+                if exact and answer.status != STATUS_REVISION_MISMATCH:
+                    self._panic(f"QUERY_PROTOCOL_VERSION: refused with {answer.status:#x}")
+                continue
+            echo, _revision = parse_protocol_version_untrusted(answer.body)
+            if exact and echo != version:
+                self._panic(f"QUERY_PROTOCOL_VERSION: {version:#x} asked, {echo:#x} echoed")
+            self.version = version
+            if version <= VERSION_4_2:
+                self._size = SHORT_PACKET_SIZE
+                self._sense_room = SHORT_MAX_SENSE
+            else:
+                self._size = PACKET_SIZE
+            return
+        raise AttachError("the controller refuses all vstor versions of this driver")
+
+    async def _query_properties(self) -> None:
+        answer = self._demand(await self._command(QUERY_PROPERTIES), "QUERY_PROPERTIES")
+        properties = self.properties = parse_properties_untrusted(answer.body)
+        if self.personality.scsi_address_from_properties and any(answer.body[:4]):
+            self._panic(f"properties: first word {answer.body[:4].hex()}, read as bus and target")
+        largest = properties.max_transfer_bytes
+        if not _MIN_SANE_TRANSFER <= largest <= _MAX_SANE_TRANSFER or largest % PAGE_SIZE:
+            self._panic(f"properties: max_transfer_bytes {largest}")
+        self.max_transfer = min(largest, self.personality.scsi_max_transfer)
+
+    def _wanted_sub_channels(self, limit: int | None) -> int:
+        divisor = self.personality.scsi_sub_channels
+        if divisor is None or not self.properties.flags & PROPERTY_MULTI_CHANNEL:
+            return 0
+        wanted = (self.guest.machine.vp_count - 1) // divisor if limit is None else limit
+        return min(wanted, self.properties.max_channel_count)
+
+    def _is_sub_channel(self, offer: OfferChannel) -> bool:
+        return offer.instance_id == self.offer.instance_id and offer.subchannel_index > 0
+
+    async def _create_sub_channels(self, count: int) -> None:
+        answer = await self._command(CREATE_SUB_CHANNELS, build_sub_channels(count))
+        self._demand(answer, "CREATE_SUB_CHANNELS")
+        offers = await self.guest.connection.wait_offers(self._is_sub_channel, count)
+        for index, offer in enumerate(offers, 1):
+            if offer.class_id != self.offer.class_id or offer.subchannel_index != index:
+                self._panic(f"sub-channel {offer.subchannel_index} where {index} was due")
+            await self._open(offer)
+        self.check_sub_channels()
+
+    def check_sub_channels(self) -> None:
+        """See that the host has offered as many sub-channels as were asked for, no more.
+
+        Raises:
+            GuestPanic: It has not.
+        """
+        offers = [o for o in self.guest.connection.offers.values() if self._is_sub_channel(o)]
+        if len(offers) > len(self.channels) - 1:
+            self._panic(f"{len(offers)} sub-channels offered, {len(self.channels) - 1} wanted")
+
+    # ------------------------------------------------------------------------------ commands
+
+    async def execute(
+        self,
+        cdb: bytes,
+        *,
+        write: bytes | None = None,
+        read: int = 0,
+        path: int = 0,
+        target: int = 0,
+        lun: int = 0,
+        offset: int = 0,
+        channel: GuestChannel | None = None,
+    ) -> Result:
+        """Run any SCSI command. A checkpoint.
+
+        Args:
+            cdb: 1 to 16 bytes.
+            write: Data for the device.
+            read: Bytes wanted from it; not together with ``write``.
+            path: Called a channel by Linux.
+            target: SCSI target.
+            lun: Logical unit.
+            offset: Where in the first page the data begins, 0 to 4095.
+            channel: Instead of the next one in turn.
+
+        Returns:
+            What has become of it; failures are results, too.
+
+        Raises:
+            MemoryError: The guest has no pages left for the data.
+            trio.BrokenResourceError: The host has taken the controller away.
+            trio.ClosedResourceError: The controller was closed.
+            GuestPanic: The host broke a rule.
+        """
+        length = read
+        direction = DATA_IN if read else DATA_NONE
+        if write:
+            length = len(write)
+            direction = DATA_OUT
+        if channel is None:
+            channel = await self._choose()
+        self._tag = (self._tag + 1) & 0xFF
+        srb = build_srb(
+            cdb,
+            data_in=direction,
+            transfer_length=length,
+            path=path,
+            target=target,
+            lun=lun,
+            sense_length=self._sense_room,
+            queue_tag=self._tag,
+            srb_flags=_SRB_FLAGS[direction],
+            size=self._size,
+        )
+        buffer: Buffer | None = None
+        if length:
+            buffer = self._pool.take(offset + length)
+            if write:
+                buffer.write(offset, write)
+            packet = await channel.request(
+                srb,
+                kind=GPA_DIRECT,
+                header=buffer.header(offset, length),
+                release=partial(self._given_up, buffer),
+            )
+        else:
+            packet = await channel.request(srb, kind=IN_BAND, release=self._given_up)
+        self._finished()
+        reply = check_srb_reply(
+            packet,
+            self.personality,
+            self._panic,
+            requested=length,
+            sense_room=self._sense_room,
+        )
+        data = b""
+        if buffer is not None:
+            if read:
+                data = buffer.read(offset, reply.transfer_length)
+            buffer.release()
+        sense = b""
+        if reply.srb_status & SRB_AUTOSENSE_VALID:
+            sense = reply.sense[: reply.sense_length]
+        return Result(reply.srb_status, reply.scsi_status, sense, reply.transfer_length, data)
+
+    def _finished(self) -> None:
+        """A request is no longer in flight: somebody may be waiting for that."""
+        if self._room:
+            self._room.unpark()
+        if self._drained:
+            self._drained.unpark_all()
+
+    def _given_up(self, buffer: Buffer | None = None) -> None:
+        """The host is done with a request whose caller was cancelled."""
+        if buffer is not None:
+            buffer.release()
+        self._finished()
+
+    async def _choose(self) -> GuestChannel:
+        """Return the next channel in turn whose queue has room."""
+        channels = self.channels
+        while True:
+            for _ in channels:
+                self._next = (self._next + 1) % len(channels)
+                channel = channels[self._next]
+                if channel.outstanding < self._depth:
+                    return channel
+            await self._room.park()
+
+    async def reset_bus(self) -> None:
+        """Send RESET_BUS and wait for its answer and for all that was in flight. A checkpoint.
+
+        Raises:
+            AttachError: The controller refuses.
+            GuestPanic: It answers wrongly.
+        """
+        payload = build_packet(RESET_BUS, size=self._size)
+        packet = await self.channels[0].request(
+            payload, transaction_id=self.personality.scsi_reset_id
+        )
+        self._demand(check_answer(packet, self.personality, self._panic), "RESET_BUS")
+        while any(channel.outstanding for channel in self.channels):
+            await self._drained.park()
+
+    # ------------------------------------------------------------------------- notifications
+
+    def _notification(self, packet: Incoming) -> None:
+        """Handle a packet that is no completion, in the interrupt."""
+        notice = parse_packet_untrusted(checked_payload(packet, self.personality, self._panic))
+        name = OPERATION_NAMES.get(notice.operation, str(notice.operation))
+        if notice.operation not in _NOTIFICATIONS or packet.kind != IN_BAND:
+            self._panic(f"vstor: {name} in a packet of type {packet.kind} that nobody asked for")
+        if packet.transaction_id or packet.flags & FLAG_COMPLETION_REQUESTED:
+            self._panic(f"vstor: {name} with a transaction id or a completion wanted")
+        self.notifications.append(notice.operation)
+        personality = self.personality
+        if self.on_rescan is not None and (
+            (notice.operation == ENUMERATE_BUS and personality.scsi_rescans_on_enumerate)
+            or (notice.operation == REMOVE_DEVICE and personality.scsi_rescans_on_remove)
+        ):
+            self.on_rescan()
+        self._notified.unpark_all()
+
+    async def wait_notifications(self, count: int) -> list[int]:
+        """Wait until there have been ``count`` notifications in all; return their operations."""
+        await trio.lowlevel.checkpoint()
+        while len(self.notifications) < count:
+            await self._notified.park()
+        return self.notifications
+
+    def _removed(self) -> None:
+        self._wake_all()
+        if self.on_removed is not None:
+            self.on_removed()
+
+    async def close(self) -> None:
+        """Close all channels, sub-channels first. A checkpoint."""
+        self.check_sub_channels()
+        for channel in reversed(self.channels):
+            await self.guest.connection.close_channel(channel)
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        self._room.unpark_all()
+        self._drained.unpark_all()
+
+
+async def attach(
+    guest: Guest,
+    offer: OfferChannel,
+    *,
+    sub_channels: int | None = None,
+    contiguous: bool = True,
+    queue_depth: int | None = None,
+) -> StorvscAdapter:
+    """Attach the storage driver to an offered controller. A checkpoint.
+
+    Args:
+        guest: A connected guest.
+        offer: Class SCSI, IDE or Fibre Channel.
+        sub_channels: How many to ask for; None: as many as the personality does.
+        contiguous: False scatters the pages of rings and data over the RAM.
+        queue_depth: Requests in flight per channel; None: the personality's.
+
+    Raises:
+        AttachError: No version in common, or a step of the handshake was refused.
+        HostRefusedError: The channel cannot be opened.
+        GuestPanic: The host broke a rule.
+    """
+    adapter = StorvscAdapter(guest, offer, contiguous=contiguous, queue_depth=queue_depth)
+    await adapter.start(sub_channels)
+    return adapter
