@@ -70,8 +70,8 @@ class Region:
 
     def close(self) -> bool:
         """Unmap. Returns False if somebody still holds a view; may be called again."""
-        self.view.release()
         try:
+            self.view.release()
             self._mapping.close()
         except BufferError:
             return False
@@ -82,8 +82,15 @@ def is_sealed(fd: int) -> bool:
     """Tell whether ``fd`` is a memfd that its owner cannot shrink any more."""
     try:
         return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
-    except OSError:
+    except (OSError, ValueError, OverflowError):  # the latter two: no descriptor at all
         return False
+
+
+def _release(views: list[memoryview]) -> None:
+    # Whoever keeps the exception keeps the frame that raised it; the frame must not keep the
+    # guest's pages mapped.
+    for view in views:
+        view.release()
 
 
 class GuestMemory:
@@ -210,15 +217,19 @@ class GuestMemory:
             GuestProtocolError: Part of the range is not memory, or not writable.
         """
         found: list[memoryview] = []
-        while length > 0:
-            region = self._find(gpa)
-            if write and region.read_only:
-                raise GuestProtocolError(f"address {gpa:#x} is read-only memory", field="gpa")
-            start = gpa - region.gpa
-            piece = region.view[start : start + length]
-            found.append(piece)
-            gpa += len(piece)
-            length -= len(piece)
+        try:
+            while length > 0:
+                region = self._find(gpa)
+                if write and region.read_only:
+                    raise GuestProtocolError(f"address {gpa:#x} is read-only memory", field="gpa")
+                start = gpa - region.gpa
+                piece = region.view[start : start + length]
+                found.append(piece)
+                gpa += len(piece)
+                length -= len(piece)
+        except GuestProtocolError:
+            _release(found)
+            raise
         return found
 
     def page(self, pfn: int, *, write: bool = True) -> memoryview:
@@ -257,17 +268,21 @@ class GuestMemory:
         found: list[memoryview] = []
         run_start = run_end = -1
         remaining = byte_count + byte_offset
-        for pfn in pfns:
-            gpa = pfn << PAGE_SHIFT
-            if gpa != run_end:
-                if run_end > 0:
-                    found += self.views(run_start, run_end - run_start, write=write)
-                run_start = gpa + byte_offset
-                byte_offset = 0
-            run_end = gpa + min(PAGE_SIZE, remaining)
-            remaining -= PAGE_SIZE
-        if run_end >= 0:
-            found += self.views(run_start, run_end - run_start, write=write)
+        try:
+            for pfn in pfns:
+                gpa = pfn << PAGE_SHIFT
+                if gpa != run_end:
+                    if run_end > 0:
+                        found += self.views(run_start, run_end - run_start, write=write)
+                    run_start = gpa + byte_offset
+                    byte_offset = 0
+                run_end = gpa + min(PAGE_SIZE, remaining)
+                remaining -= PAGE_SIZE
+            if run_end >= 0:
+                found += self.views(run_start, run_end - run_start, write=write)
+        except GuestProtocolError:
+            _release(found)
+            raise
         return found
 
     def read(self, gpa: int, length: int) -> bytes:
