@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import socket
@@ -16,10 +15,10 @@ import trio
 
 from vmbus.attach.delegate import Done
 from vmbus.attach.framing import ASYNC, ERROR, REPLY, Frame, FrameReader, pack_frame, receive
-from vmbus.attach.limits import MAX_FDS, Feature, Role
+from vmbus.attach.limits import Feature, Role
 from vmbus.attach.link import ServerLimits
 from vmbus.attach.listen import open_listener
-from vmbus.attach.protocol import MESSAGES, Number
+from vmbus.attach.protocol import Number
 from vmbus.attach.server import Handler, serve
 from vmbus.attach.to_server import Hello, MemoryRegion, SetMemTable, VmInfo
 from vmbus.attach.to_vmm import ErrorReply
@@ -91,7 +90,12 @@ class RawVmm:
                 return
 
     async def send(
-        self, kind: int, payload: bytes = b"", *, fds: tuple[int, ...] = (), flags: int = 0,
+        self,
+        kind: int,
+        payload: bytes = b"",
+        *,
+        fds: tuple[int, ...] = (),
+        flags: int = 0,
         seq: int | None = None,
     ) -> int:
         if seq is None:
@@ -133,7 +137,9 @@ class RawVmm:
         assert frame.seq == seq
         return frame
 
-    async def refused(self, kind: int, payload: bytes = b"", *, fds: tuple[int, ...] = ()) -> tuple[int, str]:
+    async def refused(
+        self, kind: int, payload: bytes = b"", *, fds: tuple[int, ...] = ()
+    ) -> tuple[int, str]:
         """Send a request that must be refused; return errno and text."""
         frame = await self.ask(kind, payload, fds=fds)
         assert frame.flags == REPLY | ERROR, frame.payload
@@ -214,20 +220,23 @@ class Bus:
 
 
 def done_of(event: PartitionEvent) -> Callable[[], None]:
-    assert isinstance(
-        event, PartitionReset | PartitionPaused | PartitionResumed | MemoryRemoval
-    )
+    assert isinstance(event, PartitionReset | PartitionPaused | PartitionResumed | MemoryRemoval)
     return event.done
 
 
 @contextlib.asynccontextmanager
 async def running_server(
-    path: Path, handler: Handler, *, mode: str = "seqpacket", limits: ServerLimits | None = None,
+    path: Path,
+    handler: Handler,
+    *,
+    mode: str = "seqpacket",
+    limits: ServerLimits | None = None,
     **options: Any,
 ) -> AsyncIterator[Path]:
     """Serve on ``path`` while the block runs."""
     with open_listener(path, mode=mode) as listener:
         async with trio.open_nursery() as nursery:
+
             async def run() -> None:
                 await serve(listener, handler, limits=limits, **options)
 
@@ -306,5 +315,3 @@ class Recorder:
 
     def closed(self, reason: str) -> None:
         self._note("closed", reason)
-
-

@@ -222,7 +222,9 @@ def find_spec(number: int, receiver: Direction) -> MessageSpec:
 def check_request(spec: MessageSpec, state: State, fds: int) -> None:
     """Check state and number of descriptors of a request. Raises PeerProtocolError."""
     if state not in spec.states:
-        code = errno.EPERM if state is State.OPERATOR else errno.EPROTO
+        # The role can never be right, or only the time is wrong.
+        forbidden = state is State.OPERATOR or spec.states == {State.OPERATOR}
+        code = errno.EPERM if forbidden else errno.EPROTO
         raise PeerProtocolError(f"{spec.name}: not allowed in state {state.value!r}", errno=code)
     if not spec.min_fds <= fds <= spec.max_fds:
         raise PeerProtocolError(
