@@ -1,6 +1,7 @@
 """The CD/DVD-ROM drive."""
 
 import os
+from typing import Any
 
 import pytest
 import trio
@@ -12,24 +13,24 @@ from storvsp.scsi.cdrom_data import MAX_CD_SECTORS, msf
 from tests.scsi_support import MemoryDisk, make_command, run
 
 
-def medium(blocks=100, **changes):
+def medium(blocks: int = 100, **changes: Any) -> MemoryDisk:
     disk = MemoryDisk(blocks=blocks, sector_size=2048, optical=True, read_only=True, **changes)
     disk.data[:] = os.urandom(len(disk.data))
     return disk
 
 
-def make_drive(**changes):
+def make_drive(**changes: Any) -> tuple[MemoryDisk, CdromUnit]:
     disk = medium(**changes)
     return disk, CdromUnit(disk, luns=lambda: [0], identity=b"drive")
 
 
-def big_drive(blocks):
+def big_drive(blocks: int) -> CdromUnit:
     _, drive = make_drive()
     drive.blocks = blocks
     return drive
 
 
-def hexes(text):
+def hexes(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
@@ -164,7 +165,7 @@ FEATURES = {
 }
 
 
-async def configuration(drive, kind, start=0):
+async def configuration(drive: CdromUnit, kind: int, start: int = 0) -> bytes:
     cdb = bytes((0x46, kind, start >> 8, start & 255, 0, 0, 0, 16, 0, 0))
     reply = await run(drive, cdb, room=4096)
     assert int.from_bytes(reply.data[:4], "big") == len(reply.data) - 4

@@ -1,6 +1,7 @@
 """VERIFY, WRITE AND VERIFY, COMPARE AND WRITE, ORWRITE, and what happens beside them."""
 
 import os
+from typing import Any
 
 import pytest
 import trio
@@ -13,13 +14,13 @@ from storvsp.scsi.gate import Gate
 from tests.scsi_support import MemoryDisk, make_command, run
 
 
-def make_unit(**changes):
+def make_unit(**changes: Any) -> tuple[MemoryDisk, DiskUnit]:
     disk = MemoryDisk(**changes)
     disk.data[:] = os.urandom(len(disk.data))
     return disk, DiskUnit(disk, luns=lambda: [0])
 
 
-def verify(check, count=2, lba=3):
+def verify(check: int, count: int = 2, lba: int = 3) -> dict[int, str]:
     flags = check << 1
     return {
         10: f"2f {flags:02x} {lba:08x} 00 {count:04x} 00",
@@ -176,7 +177,7 @@ async def test_nothing_gets_between_compare_and_write():
     disk.pause = trio.Event()
     order = []
 
-    async def go(name, cdb, **keywords):
+    async def go(name: str, cdb: str, **keywords: Any) -> None:
         command, buffer = make_command(cdb, **keywords)
         outcome = await unit.execute(command)
         assert outcome.status == 0
@@ -237,7 +238,7 @@ async def test_a_reset_aborts_what_waits_for_the_disk():
     disk.pause = trio.Event()
     outcomes = []
 
-    async def go(initiator):
+    async def go(initiator: str) -> None:
         command, _ = make_command("28 00 00000003 00 0002 00", room=1024, initiator=initiator)
         outcomes.append((initiator, await unit.execute(command)))
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from storvsp.scsi.unit import STATUS_GOOD
 from tests.scsi_support import MemoryDisk, finish, make_command, run
 
 
-def make_unit(disk=None, **changes):
+def make_unit(disk: MemoryDisk | None = None, **changes: Any) -> tuple[MemoryDisk, DiskUnit]:
     disk = disk or MemoryDisk(**changes)
     disk.data[:] = os.urandom(len(disk.data))
     return disk, DiskUnit(disk, luns=lambda: [0], identity=b"0123456789abcdef")

@@ -2,23 +2,29 @@
 
 import os
 import struct
+from typing import Any
 
 import pytest
 
 from storvsp.disk import Extent, NoSpaceError
 from storvsp.scsi import DiskUnit
 from storvsp.scsi.disk_provision import merge_extents
-from tests.scsi_support import MemoryDisk, run
+from tests.scsi_support import MemoryDisk, Reply, run
 
 
-def make_unit(**changes):
+def make_unit(**changes: Any) -> tuple[MemoryDisk, DiskUnit]:
     changes.setdefault("supports_unmap", True)
     disk = MemoryDisk(**changes)
     disk.data[:] = os.urandom(len(disk.data)).replace(b"\0", b"\1")
     return disk, DiskUnit(disk, luns=lambda: [0])
 
 
-def unmap_list(*ranges, data=None, descriptors=None, tail=b""):
+def unmap_list(
+    *ranges: tuple[int, int],
+    data: int | None = None,
+    descriptors: int | None = None,
+    tail: bytes = b"",
+) -> bytes:
     size = 16 * len(ranges)
     head = struct.pack(
         ">HH4x",
@@ -28,11 +34,11 @@ def unmap_list(*ranges, data=None, descriptors=None, tail=b""):
     return head + b"".join(struct.pack(">QI4x", *pair) for pair in ranges) + tail
 
 
-def unmap_cdb(size, flags=0):
+def unmap_cdb(size: int, flags: int = 0) -> bytes:
     return struct.pack(">BBIBHB", 0x42, flags, 0, 0, size, 0)
 
 
-async def unmap(unit, parameters):
+async def unmap(unit: DiskUnit, parameters: bytes) -> Reply:
     return await run(unit, unmap_cdb(len(parameters)), out=parameters)
 
 
@@ -89,7 +95,7 @@ async def test_unmap_of_nothing_is_good_and_anchors_are_refused():
     assert (await run(unit, unmap_cdb(0))).fault == (5, 0x2000)
 
 
-def same(size, flags=0, lba=3, count=5):
+def same(size: int, flags: int = 0, lba: int = 3, count: int = 5) -> str:
     if size == 10:
         return f"41 {flags:02x} {lba:08x} 00 {count:04x} 00"
     return f"93 {flags:02x} {lba:016x} {count:08x} 00 00"
@@ -164,7 +170,7 @@ async def test_a_full_back_end_is_reported_as_such():
     assert (reply.fault, reply.information) == ((7, 0x2707), 3)
 
 
-def status(lba, allocation=4096):
+def status(lba: int, allocation: int = 4096) -> str:
     return f"9e 12 {lba:016x} {allocation:08x} 00 00"
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import struct
 import uuid
+from collections.abc import Hashable
 
 import pytest
 import trio
@@ -10,7 +11,7 @@ import trio.testing
 
 from storvsp.scsi import DiskUnit
 from storvsp.scsi.reservations import MAX_REGISTRATIONS, TYPES
-from tests.scsi_support import MemoryDisk, make_command, run
+from tests.scsi_support import MemoryDisk, Reply, make_command, run
 
 CONFLICT = 0x18
 READY = "00" * 6
@@ -23,49 +24,59 @@ WE, EA, WE_RO, EA_RO, WE_AR, EA_AR = 1, 3, 5, 6, 7, 8
 class Cluster:
     """A unit and shorthand for initiators "a", "b", "c" whose keys are 1, 2, 3."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.disk = MemoryDisk(supports_unmap=True, removable=True)
         self.unit = DiskUnit(self.disk, luns=lambda: [0])
 
-    async def out(self, who, action, kind=0, key=0, new=0, flags=0, size=24, room=None):
+    async def out(
+        self,
+        who: Hashable,
+        action: int,
+        kind: int = 0,
+        key: int = 0,
+        new: int = 0,
+        flags: int = 0,
+        size: int = 24,
+        room: int | None = None,
+    ) -> Reply:
         cdb = struct.pack(">BBBHIB", 0x5F, action, kind, 0, size, 0)
         data = struct.pack(">QQ4xB3x", key, new, flags).ljust(size if room is None else room, b"\0")
         return await run(self.unit, cdb, out=data[:room], initiator=who)
 
-    async def join(self, *names):
+    async def join(self, *names: str) -> None:
         for name in names:
             reply = await self.out(name, REGISTER, new=ord(name) - 96)
             assert (reply.status, reply.transferred) == (0, 24)
 
-    async def ask(self, action, who="x", room=512):
+    async def ask(self, action: int, who: Hashable = "x", room: int = 512) -> bytes:
         cdb = struct.pack(">BB5xHB", 0x5E, action, room, 0)
         reply = await run(self.unit, cdb, room=room, initiator=who)
         assert reply.status == 0
         return reply.data
 
-    async def keys(self):
+    async def keys(self) -> list[int]:
         data = await self.ask(0)
         assert int.from_bytes(data[4:8], "big") == len(data) - 8
         return [int.from_bytes(data[at : at + 8], "big") for at in range(8, len(data), 8)]
 
-    async def held(self):
+    async def held(self) -> tuple[int, int] | None:
         data = await self.ask(1)
         if len(data) == 8:
             return None
         assert data[4:8] == b"\0\0\0\x10"
         return int.from_bytes(data[8:16], "big"), data[21]
 
-    async def generation(self):
+    async def generation(self) -> int:
         return int.from_bytes((await self.ask(0))[:4], "big")
 
-    async def status(self, who, cdb):
+    async def status(self, who: Hashable, cdb: str) -> int:
         if bytes.fromhex(cdb)[0] in {0x28, 0x5A, 0x1A}:
             reply = await run(self.unit, cdb, room=512, initiator=who)
         else:
             reply = await run(self.unit, cdb, out=bytes(512), initiator=who)
         return reply.status
 
-    async def attention(self, who):
+    async def attention(self, who: Hashable) -> int | None:
         reply = await run(self.unit, READY, initiator=who)
         return reply.fault[1] if reply.status else None
 

@@ -1,23 +1,26 @@
 """INQUIRY, REPORT LUNS, mode pages, logs and the answers for absent units."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
-from storvsp.scsi import CdromUnit, DiskUnit, absent_unit
+from storvsp.scsi import CdromUnit, DiskUnit, Outcome, absent_unit
 from storvsp.scsi.attention import MAX_INITIATORS, MAX_PENDING, Attentions
 from storvsp.scsi.sense import REPORTED_LUNS_DATA_HAS_CHANGED, Sense, field_pointer
 from storvsp.scsi.target import encode_lun
 from storvsp.scsi.unit import fill, window
-from tests.scsi_support import MemoryDisk, make_command, run
+from tests.scsi_support import MemoryDisk, Reply, make_command, run
 
 IDENTITY = bytes(range(16))
 
 
-def make_unit(luns=(0,), **changes):
+def make_unit(luns: Sequence[int] = (0,), **changes: Any) -> tuple[MemoryDisk, DiskUnit]:
     disk = MemoryDisk(**changes)
     return disk, DiskUnit(disk, luns=lambda: luns, identity=IDENTITY)
 
 
-def hexes(text):
+def hexes(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
@@ -115,8 +118,8 @@ async def test_report_luns_lists_all_units():
     assert (await run(unit, "a0 00 00 000000 00000010 00 00", room=4096)).data == listed[:16]
     assert (await run(unit, "a0 00 00 000000 00000007 00 00", room=4096)).data == listed[:7]
     for select in (0x01, 0x10, 0x11, 0x12):
-        cdb = bytes((0xA0, 0, select, 0, 0, 0, 0, 0, 0, 255, 0, 0))
-        assert (await run(unit, cdb, room=4096)).data == bytes(8)
+        short = bytes((0xA0, 0, select, 0, 0, 0, 0, 0, 0, 255, 0, 0))
+        assert (await run(unit, short, room=4096)).data == bytes(8)
     assert (await run(unit, "a0 00 03 000000 00001000 00 00", room=16)).pointer == (2, None, True)
     assert (await run(unit, "a0 00 00 000000 00000000 00 00")).transferred == 0
 
@@ -129,9 +132,12 @@ def test_luns_are_encoded_by_size():
             encode_lun(bad)
 
 
-def answer_absent(cdb, luns=(), **keywords):
+def answer_absent(
+    cdb: str | bytes, luns: Sequence[int] = (), **keywords: Any
+) -> tuple[Outcome, bytes]:
     command, buffer = make_command(cdb, **keywords)
     outcome = absent_unit(command, luns)
+    assert outcome is not None
     return outcome, bytes(buffer)
 
 
@@ -161,8 +167,10 @@ def test_report_luns_is_good_for_an_absent_unit():
 def test_everything_else_at_an_absent_unit_is_left_to_the_controller():
     """Checklist row 21: the controller answers INVALID_LUN."""
     for opcode in set(range(256)) - {0x12, 0xA0}:
-        assert answer_absent(bytes([opcode]) + bytes(15), room=64)[0] is None
-    assert answer_absent("")[0] is None
+        command, _ = make_command(bytes([opcode]) + bytes(15), room=64)
+        assert absent_unit(command, [0]) is None
+    command, _ = make_command("")
+    assert absent_unit(command, [0]) is None
 
 
 PAGES = {
@@ -221,14 +229,14 @@ async def test_mode_commands_name_the_field_they_refuse(cdb, pointer):
     assert (await run(unit, cdb, out=bytes(12) if cdb[:2] == "15" else None)).pointer == pointer
 
 
-def select(parameters, long=False):
+def select(parameters: bytes, long: bool = False) -> bytes:
     size = len(parameters)
     if long:
         return bytes((0x55, 0x10, 0, 0, 0, 0, 0)) + size.to_bytes(2, "big") + b"\0"
     return bytes((0x15, 0x10, 0, 0, size, 0))
 
 
-async def change(unit, text, long=False, **keywords):
+async def change(unit: DiskUnit, text: str, long: bool = False, **keywords: Any) -> Reply:
     parameters = hexes(text)
     return await run(unit, select(parameters, long), out=parameters, **keywords)
 
@@ -416,7 +424,7 @@ async def test_a_detached_initiator_is_not_told():
     assert (await run(unit, "00" * 6)).status == 0
 
 
-def codes(data):
+def codes(data: bytes) -> set[tuple[int, int | None]]:
     return {
         (data[at], int.from_bytes(data[at + 2 : at + 4], "big") if data[at + 5] & 1 else None)
         for at in range(4, len(data), 8)
@@ -424,12 +432,12 @@ def codes(data):
 
 
 async def test_supported_operation_codes_are_those_that_work():
-    for changes in ({}, {"supports_unmap": True}):
-        _, unit = make_unit(**changes)
+    for thin in (False, True):
+        _, unit = make_unit(supports_unmap=thin)
         reply = await run(unit, "a3 0c 00 00 0000 00002000 00 00", room=8192)
         assert int.from_bytes(reply.data[:4], "big") == len(reply.data) - 4
         supported = codes(reply.data)
-        assert ((0x42, None) in supported) == bool(changes)
+        assert ((0x42, None) in supported) == thin
         assert {(0x9E, 0x10), (0xA3, 0x0C), (0x28, None), (0x5F, 6)} <= supported
         plain = {code for code, action in supported if action is None}
         for opcode in range(256):
@@ -459,7 +467,7 @@ async def test_unknown_service_actions_are_refused_by_name():
 async def test_one_operation_code_is_described_with_its_bits():
     _, unit = make_unit()
 
-    async def ask(options, opcode, action=0):
+    async def ask(options: int, opcode: int, action: int = 0) -> Reply:
         cdb = bytes((0xA3, 0x0C, options, opcode, 0, action, 0, 0, 1, 0, 0, 0))
         return await run(unit, cdb, room=256)
 
