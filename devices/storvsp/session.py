@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from storvsp.fastpath import serve_batch_untrusted
 from storvsp.scsi import Command, DataDirection, Outcome, absent_unit
 from storvsp.wire import (
     BEGIN_INITIALIZATION,
@@ -148,8 +149,12 @@ class Session:
         async with trio.open_nursery() as nursery:
             try:
                 while True:
-                    for packet in await channel.receive_batch():
-                        self._handle(channel, packet, nursery)
+                    packets = await channel.receive_batch()
+                    if self.stage is Stage.READY:
+                        serve_batch_untrusted(self, channel, packets, nursery)
+                    else:
+                        for packet in packets:
+                            self.handle(channel, packet, nursery)
                     if not channel.try_flush():
                         await channel.flush()
             except trio.EndOfChannel:
@@ -158,21 +163,14 @@ class Session:
 
     # -- requests --------------------------------------------------------------------------------
 
-    def _handle(self, channel: Channel, packet: Packet, nursery: trio.Nursery) -> None:
+    def handle(self, channel: Channel, packet: Packet, nursery: trio.Nursery) -> None:
+        """Act on any packet: answer it, or start a task that will. Cannot block."""
         if packet.kind not in {IN_BAND, GPA_DIRECT}:
             # We never ask for completions and have no transfer pages: nothing to answer.
             self._complain(channel, packet, f"packet of type {packet.kind}")
             return
         data = packet.data
         start = packet.payload_offset
-        if (
-            self.stage is Stage.READY
-            and len(data) - start >= PACKET_SIZE
-            and data[start] == EXECUTE_SRB
-            and not data[start + 1]
-        ):
-            self._execute(channel, packet, Srb._make(REQUEST.unpack_from(data, start)), nursery)
-            return
         try:
             request = parse_packet_untrusted(data, start, min(len(data), start + PACKET_SIZE))
         except GuestProtocolError as error:
@@ -180,7 +178,7 @@ class Session:
             self._answer(channel, packet, None, STATUS_INVALID_PARAMETER)
             return
         if request.operation == EXECUTE_SRB:
-            self._execute_checked(channel, packet, nursery)
+            self._execute_srb(channel, packet, nursery)
         else:
             self._control(channel, packet, request)
 
@@ -273,8 +271,7 @@ class Session:
 
     # -- SCSI commands ---------------------------------------------------------------------------
 
-    def _execute_checked(self, channel: Channel, packet: Packet, nursery: trio.Nursery) -> None:
-        """The same as the fast way, for short packets and before the handshake is over."""
+    def _execute_srb(self, channel: Channel, packet: Packet, nursery: trio.Nursery) -> None:
         data, start = packet.data, packet.payload_offset
         try:
             srb = parse_srb_untrusted(data, start, min(len(data), start + PACKET_SIZE))
@@ -303,15 +300,26 @@ class Session:
                 # at it only if the SCSI status is 0, Linux drops the LUN.
                 self._reply(channel, packet, srb, srb_status=SRB_INVALID_LUN)
             else:
-                self._finish(channel, packet, srb, outcome)
+                self.finish(channel, packet, srb, outcome)
             return
         outcome = unit.try_execute(command)
         if outcome is not None:
             self.inline += 1
-            self._finish(channel, packet, srb, outcome)
+            self.finish(channel, packet, srb, outcome)
         else:
-            self.waited += 1
-            nursery.start_soon(self._execute_slowly, channel, packet, srb, command)
+            self.wait(channel, packet, srb, command, nursery)
+
+    def wait(
+        self,
+        channel: Channel,
+        packet: Packet,
+        srb: Srb,
+        command: Command,
+        nursery: trio.Nursery,
+    ) -> None:
+        """Let a command that has to wait for its disk do so in a task of its own."""
+        self.waited += 1
+        nursery.start_soon(self._execute_slowly, channel, packet, srb, command)
 
     def _command_untrusted(self, channel: Channel, packet: Packet, srb: Srb) -> Command:
         """Turn an SRB and its GPA range into a command. Raises GuestProtocolError."""
@@ -360,14 +368,15 @@ class Session:
         if unit is None:
             self._reply(channel, packet, srb, srb_status=SRB_INVALID_LUN)
         else:
-            self._finish(channel, packet, srb, await unit.execute(command))
+            self.finish(channel, packet, srb, await unit.execute(command))
         # Tasks that end in the same turn of the loop share one flush only by luck; the ring's
         # signalling rule keeps the price of a flush low.
         await channel.flush()
 
     # -- answers ---------------------------------------------------------------------------------
 
-    def _finish(self, channel: Channel, packet: Packet, srb: Srb, outcome: Outcome) -> None:
+    def finish(self, channel: Channel, packet: Packet, srb: Srb, outcome: Outcome) -> None:
+        """Answer a command that has ended, well or badly. Cannot block."""
         status, sense, transferred = outcome
         if not status:
             self._reply(channel, packet, srb, srb_status=SRB_SUCCESS, transferred=transferred)
