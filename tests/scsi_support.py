@@ -17,6 +17,7 @@ class MemoryDisk(Disk):
 
     Attributes:
         inline: The fast forms do the work; otherwise they decline and the slow forms wait once.
+        prompt: Slow forms do not wait at all, as those of a disk in memory.
         pause: If set, slow forms wait for it before they touch the data.
         fail: If set, every transfer and flush raises it.
         calls: Names of the calls made, with what distinguishes them.
@@ -27,6 +28,7 @@ class MemoryDisk(Disk):
         self._info = DiskInfo(size=blocks * sector, **changes)
         self.data = bytearray(blocks * sector)
         self.inline = True
+        self.prompt = False
         self.pause: trio.Event | None = None
         self.fail: BaseException | None = None
         self.calls: list[str] = []
@@ -79,7 +81,7 @@ class MemoryDisk(Disk):
     async def _wait(self) -> None:
         if self.pause is not None:
             await self.pause.wait()
-        else:
+        elif not self.prompt:
             await trio.lowlevel.checkpoint()
 
     def try_readv(self, offset: int, buffers: Buffers) -> bool:

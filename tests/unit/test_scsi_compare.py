@@ -276,3 +276,37 @@ def test_the_first_difference_is_found():
             right[at] = 1
             right[-1] |= 2
             assert first_difference(left, right) == at
+
+
+@pytest.mark.parametrize(
+    ("cdb", "size"),
+    [
+        ("2f 00 00000000 00 0020 00", 0),
+        ("2f 06 00000000 00 0020 00", 512),
+        ("2e 00 00000000 00 0020 00", 32 * 512),
+        ("8b 00 0000000000000000 00000020 00 00", 32 * 512),
+        ("41 00 00000000 00 0020 00", 512),
+        ("28 00 00000000 00 0020 00", None),
+        ("2a 00 00000000 00 0020 00", 32 * 512),
+    ],
+)
+async def test_long_commands_let_others_run_although_the_disk_never_waits(cdb, size):
+    disk = MemoryDisk(max_transfer=1024)
+    disk.data[:] = b"q" * len(disk.data)
+    disk.prompt = True
+    unit = DiskUnit(disk, luns=lambda: [0])
+    turns = 0
+
+    async def count():
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count)
+        room = 32 * 512 if size is None else 0
+        out = None if size is None else b"q" * size
+        assert (await run(unit, cdb, room=room, out=out)).status == 0
+        assert turns >= 10
+        nursery.cancel_scope.cancel()

@@ -7,6 +7,8 @@ import struct
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Final
 
+import trio
+
 from storvsp.disk import Disk
 from storvsp.scsi import cdb as op, cdrom_data as mmc, sense
 from storvsp.scsi.base import COMMON, DispatchUnit
@@ -253,6 +255,8 @@ async def read(unit: CdromUnit, command: Command) -> Outcome:
     disk, offset, buffers, size = _plan_untrusted(unit, command)
     for at, part in split(buffers, _limit(disk)):
         if part:
+            if at:
+                await trio.lowlevel.checkpoint()
             await disk.readv(offset + at, part)
     return Outcome(STATUS_GOOD, b"", size)
 

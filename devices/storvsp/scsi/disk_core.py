@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Final
 
+import trio
+
 from storvsp.disk import Disk
 from storvsp.scsi import sense
 from storvsp.scsi.base import DispatchUnit
@@ -215,17 +217,26 @@ class DiskCore(DispatchUnit):
         return command.data if command.length == size else window(command.data, 0, size)
 
     async def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Fill buffers from byte ``offset``, in as many steps as the back-end needs."""
+        """Fill buffers from byte ``offset``, in as many steps as the back-end needs.
+
+        Not a checkpoint unless the back-end makes it one or there is more than one step; a
+        handler that calls this in a loop yields by itself.
+        """
         for at, part in split(buffers, self.limit):
-            if not self.disk.try_readv(offset + at, part):
-                await self.disk.readv(offset + at, part)
+            if at:
+                await trio.lowlevel.checkpoint()
+            await self.disk.readv(offset + at, part)
 
     async def write(self, offset: int, buffers: Sequence[memoryview], *, fua: bool = False) -> None:
-        """Write buffers at byte ``offset``; durable on return if asked for or uncached."""
+        """Write buffers at byte ``offset``; durable on return if asked for or uncached.
+
+        A checkpoint under the same conditions as :meth:`read`.
+        """
         fua = fua or self.write_through
         for at, part in split(buffers, self.limit):
-            if not self.disk.try_writev(offset + at, part, fua=fua):
-                await self.disk.writev(offset + at, part, fua=fua)
+            if at:
+                await trio.lowlevel.checkpoint()
+            await self.disk.writev(offset + at, part, fua=fua)
 
     async def settle(self) -> None:
         """Make what was changed without ``write`` durable if the write cache is off."""

@@ -6,6 +6,8 @@ import struct
 from collections.abc import Iterable
 from typing import Final
 
+import trio
+
 from storvsp.disk import Extent
 from storvsp.scsi import cdb as op
 from storvsp.scsi.disk_core import DiskCore
@@ -71,6 +73,7 @@ async def unmap(unit: DiskCore, command: Command) -> Outcome:
             raise out_of_range(lba, 2)
     for lba, blocks in ranges:
         if blocks:
+            await trio.lowlevel.checkpoint()
             await unit.disk.unmap(lba * unit.sector_size, blocks * unit.sector_size)
     await unit.settle()
     return Outcome(STATUS_GOOD, b"", size)
@@ -105,6 +108,7 @@ async def write_same(unit: DiskCore, command: Command) -> Outcome:
     if any(block):
         pattern = memoryview(block * (min(unit.chunk, size) // sector))
         for at in range(0, size, len(pattern)):
+            await trio.lowlevel.checkpoint()
             await unit.write(offset + at, [pattern[: size - at]])
     else:
         await unit.disk.write_zeroes(offset, size, may_unmap=thin)

@@ -1,12 +1,15 @@
 """Commands that compare: VERIFY, WRITE AND VERIFY, COMPARE AND WRITE; and ORWRITE.
 
 The guest's data is copied before it is looked at, because a comparison against pages that the
-guest may change meanwhile would mean nothing.
+guest may change meanwhile would mean nothing. Long ranges are worked on in pieces with a checkpoint
+between them: a back-end in memory never waits, and one guest must not stop the others.
 """
 
 from __future__ import annotations
 
 from typing import Final
+
+import trio
 
 from storvsp.scsi import cdb as op, sense
 from storvsp.scsi.disk_core import CHUNK, DiskCore
@@ -67,6 +70,7 @@ async def verify(unit: DiskCore, command: Command) -> Outcome:
         pattern = take(command, sector) * (chunk // sector)
     scratch = bytearray(chunk)
     for at in range(0, size, max(chunk, 1)):
+        await trio.lowlevel.checkpoint()
         length = min(chunk, size - at)
         offset = transfer.lba * sector + at
         if not check:
@@ -94,6 +98,7 @@ async def write_and_verify(unit: DiskCore, command: Command) -> Outcome:
     chunk = min(unit.chunk, size)
     scratch = bytearray(chunk)
     for at in range(0, size, max(chunk, 1)):
+        await trio.lowlevel.checkpoint()
         offset = transfer.lba * sector + at
         copy = take(command, min(chunk, size - at), at)
         await unit.write(offset, [memoryview(copy)], fua=True)
@@ -135,6 +140,7 @@ async def orwrite(unit: DiskCore, command: Command) -> Outcome:
     unit.data_out_untrusted(command, size, transfer.count_byte)
     chunk = min(unit.chunk, CHUNK)
     for at in range(0, size, chunk):
+        await trio.lowlevel.checkpoint()
         length = min(chunk, size - at)
         offset = transfer.lba * sector + at
         bits = int.from_bytes(take(command, length, at), "little")

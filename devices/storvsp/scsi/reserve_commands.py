@@ -9,15 +9,13 @@ import hashlib
 import struct
 import uuid
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from storvsp.scsi import cdb as op
+from storvsp.scsi.disk_core import DiskCore
 from storvsp.scsi.sense import invalid_cdb_field, invalid_parameter, parameter_list_length_error
 from storvsp.scsi.table import Access, Spec, usage
 from storvsp.scsi.unit import GOOD, Command, Outcome, fill, take
-
-if TYPE_CHECKING:
-    from storvsp.scsi.disk_core import DiskCore
 
 _PARAMETERS = struct.Struct(">QQ4xB3x")
 _HEADER = struct.Struct(">II")
