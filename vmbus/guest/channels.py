@@ -207,7 +207,11 @@ class Channels:
         channel.on_packet = on_packet
         self._opening[relid] = channel
         try:
-            gpadl = self._rings[relid] = await self.create_gpadl(relid, pfns)
+            try:
+                gpadl = self._rings[relid] = await self.create_gpadl(relid, pfns)
+            except HostRefusedError:
+                self._ram.free(pfns)
+                raise
             status = await self._open(channel, gpadl, ring_pages, user_data)
         finally:
             self._opening.pop(relid, None)
