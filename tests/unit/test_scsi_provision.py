@@ -55,7 +55,9 @@ async def test_unmap_frees_the_ranges():
 ])  # fmt: skip
 async def test_unmap_checks_all_ranges_before_it_frees_one(ranges):
     disk, unit = make_unit()
-    assert (await unmap(unit, unmap_list(*ranges))).fault == (5, 0x2100)
+    reply = await unmap(unit, unmap_list(*ranges))
+    assert reply.fault == (5, 0x2100)
+    assert reply.pointer == (8 + 16 * (len(ranges) - 1), None, False)
     assert disk.calls == []
 
 

@@ -68,9 +68,9 @@ async def unmap(unit: DiskCore, command: Command) -> Outcome:
     if not size:
         return GOOD
     ranges = parse_unmap_untrusted(take(command, size))
-    for lba, blocks in ranges:
+    for index, (lba, blocks) in enumerate(ranges):
         if lba >= unit.blocks or lba + blocks > unit.blocks:
-            raise out_of_range(lba, 2)
+            raise out_of_range(lba, 8 + 16 * index, in_cdb=False)
     for lba, blocks in ranges:
         if blocks:
             await trio.lowlevel.checkpoint()

@@ -191,19 +191,20 @@ def parameter_list_length_error() -> CheckCondition:
     return CheckCondition(Sense(ILLEGAL_REQUEST, PARAMETER_LIST_LENGTH_ERROR))
 
 
-def out_of_range(lba: int, byte: int) -> CheckCondition:
+def out_of_range(lba: int, byte: int, *, in_cdb: bool = True) -> CheckCondition:
     """Refuse a block address: ILLEGAL REQUEST 21/00.
 
     Args:
         lba: First logical block asked for.
-        byte: Index of the LOGICAL BLOCK ADDRESS field in the CDB.
+        byte: Index of the LOGICAL BLOCK ADDRESS field.
+        in_cdb: True if that is in the CDB, False if it is in the parameter list.
     """
     return CheckCondition(
         Sense(
             ILLEGAL_REQUEST,
             LBA_OUT_OF_RANGE,
             information=lba,
-            specific=field_pointer(byte, in_cdb=True),
+            specific=field_pointer(byte, in_cdb=in_cdb),
         )
     )
 
