@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID, uuid4, uuid5
 
 from storvsp.disk import Disk
 from storvsp.scsi import CdromUnit, DiskUnit, LogicalUnit
@@ -115,7 +115,10 @@ class ScsiController:
             taken = set(self.luns(path, target))
             lun = next(free for free in range(MAX_LUN + 2) if free not in taken)
         kind = CdromUnit if disk.info.optical else DiskUnit
-        unit = kind(disk, luns=lambda: self.luns(path, target))
+        # A disk without a name of its own keeps the one its place gives it, so that a guest finds
+        # it again after a restart of the server.
+        identity = uuid5(self._offer.instance_id, f"{path}:{target}:{lun}").bytes
+        unit = kind(disk, luns=lambda: self.luns(path, target), identity=identity)
         try:
             address = self.add_unit(unit, path=path, target=target, lun=lun)
         except ConfigError:
