@@ -268,9 +268,14 @@ async def attach_machine(
                 for vp, kick in enumerate(kicks):
                     nursery.start_soon(_kicked, machine, vp, kick)
                 machine.msr_written = lambda vp, index: _tell(attachment, machine, vp, index)
-            nursery.start_soon(_process, attachment)
+            reading = trio.CancelScope()
+            stopped = trio.Event()
+            nursery.start_soon(_process, attachment, reading, stopped)
             yield attachment, delegate
             if orderly and not delegate.over.is_set():
+                # goodbye() reads the answer and closes the socket, in a thread of its own.
+                reading.cancel()
+                await stopped.wait()
                 await trio.to_thread.run_sync(attachment.goodbye)
             nursery.cancel_scope.cancel()
     finally:
@@ -327,12 +332,14 @@ async def _kicked(machine: SoftMachine, vp: int, kick: int) -> None:
             machine.interrupt(vp, vector)
 
 
-async def _process(attachment: Attachment) -> None:
-    """Handle what the server sends until the connection is over."""
-    while True:
-        descriptor = attachment.fileno()
-        if descriptor < 0:
-            return
-        await trio.lowlevel.wait_readable(descriptor)
-        if not attachment.process():
-            return
+async def _process(attachment: Attachment, reading: trio.CancelScope, stopped: trio.Event) -> None:
+    """Handle what the server sends until the connection is over, or ``reading`` is cancelled."""
+    with reading:
+        while True:
+            descriptor = attachment.fileno()
+            if descriptor < 0:
+                break
+            await trio.lowlevel.wait_readable(descriptor)
+            if not attachment.process():
+                break
+    stopped.set()
