@@ -143,10 +143,10 @@ class Presences:
         """Look at the channels that somebody has let go of.
 
         Returns:
-            Whether numbers or an instance have become free, so that an offer may be possible now.
+            Whether there were any: numbers or an instance may be free now for another offer.
         """
-        freed = False
-        for channel in self._channels.take_unsettled():
+        unsettled = self._channels.take_unsettled()
+        for channel in unsettled:
             presence = channel.presence
             if not isinstance(channel.life, Closed) or channel.gpadls:
                 continue
@@ -156,12 +156,10 @@ class Presences:
                 follow(presence, PresenceTrigger.FORGET, Gone())
                 self._channels.remove(channel)
                 self._outbox.emit(ChannelGone(key=channel.key))
-                freed = True
             elif isinstance(presence, Kept):
                 self._move(channel, PresenceTrigger.LEAVE, Hidden())
                 self._channels.displace(presence.placement)
-                freed = True
-        return freed
+        return bool(unsettled)
 
     def _move(self, channel: Channel, trigger: PresenceTrigger, successor: Presence) -> None:
         channel.presence = follow(channel.presence, trigger, successor)
