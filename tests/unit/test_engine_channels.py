@@ -43,7 +43,7 @@ def result(events, *, ok: bool) -> m.OpenChannelResult:
     return reply
 
 
-# --- Open -------------------------------------------------------------------------------------------
+# --- Open -------------------------------------------------------------------------------------
 
 
 def test_the_device_is_asked_first_and_then_the_guest_is_told(guest) -> None:
@@ -178,7 +178,7 @@ def test_the_monitor_bit_is_only_used_with_pages() -> None:
     assert guest.opened().monitor_id is None
 
 
-# --- Signals chosen by the guest --------------------------------------------------------------------
+# --- Signals chosen by the guest --------------------------------------------------------------
 
 
 def test_a_6_0_guest_may_choose_its_signals() -> None:
@@ -236,7 +236,7 @@ def test_signals_are_not_chosen_without_the_feature() -> None:
     assert guest.opened().connection_id == 0x2001
 
 
-# --- Close ------------------------------------------------------------------------------------------
+# --- Close ------------------------------------------------------------------------------------
 
 
 def test_closing_has_no_reply_and_the_channel_can_be_opened_again(guest) -> None:
@@ -306,7 +306,7 @@ def test_a_channel_revoked_while_reopening_is_answered_once(guest) -> None:
     assert guest.take() == []
 
 
-# --- Modify -----------------------------------------------------------------------------------------
+# --- Modify -----------------------------------------------------------------------------------
 
 
 def response(events, *, ok: bool) -> None:
@@ -385,7 +385,7 @@ def test_retargeting_before_4_1_does_not_exist() -> None:
     assert fault_field(guest.post_bytes(payload)) == "type"
 
 
-# --- Sub-channels -----------------------------------------------------------------------------------
+# --- Sub-channels -----------------------------------------------------------------------------
 
 
 def with_subchannels() -> tuple[Guest, list[int]]:

@@ -231,7 +231,7 @@ def test_releasing_a_relid_drops_what_is_unfinished(guest) -> None:
     assert fault_field(guest.post(body)) == "gpadl"
 
 
-# --- Budgets ----------------------------------------------------------------------------------------
+# --- Budgets ----------------------------------------------------------------------------------
 
 
 def limited(**budgets: int) -> Guest:

@@ -255,7 +255,7 @@ class Engine:
         self.connection = follow(self.connection, trigger, successor)
 
     def _on_contact(self, contact: Contact) -> None:
-        if isinstance(self.connection, Disconnected):
+        if isinstance(self.connection, Disconnected) and self._is_quiet():
             self._answer_contact(contact)
         else:
             self._leave(contact=contact)
@@ -396,9 +396,7 @@ class Engine:
         if self._presences.settle():
             self._offer_waiting()
         state = self.connection
-        if not isinstance(state, Disconnecting):
-            return
-        if not all(channel.is_quiet for channel in self.channel_table):
+        if not isinstance(state, Disconnecting) or not self._is_quiet():
             return
         self._move(ConnectionTrigger.DRAINED, Disconnected())
         if state.link is not None:
@@ -409,6 +407,9 @@ class Engine:
             self.outbox.emit(ResetDone())
         if state.contact is not None:
             self._answer_contact(state.contact)
+
+    def _is_quiet(self) -> bool:
+        return all(channel.is_quiet for channel in self.channel_table)
 
     def _offer_waiting(self) -> None:
         """Offer what the guest does not know yet, if it has asked for offers."""

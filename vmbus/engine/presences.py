@@ -148,7 +148,12 @@ class Presences:
         unsettled = self._channels.take_unsettled()
         for channel in unsettled:
             presence = channel.presence
-            if not isinstance(channel.life, Closed) or channel.gpadls:
+            if not isinstance(channel.life, Closed):
+                continue
+            if isinstance(presence, Kept):
+                # Of a guest that has left, so nobody else is going to ask for them.
+                self._gpadls.drop(channel, guest_left=True)
+            if channel.gpadls:
                 continue
             if isinstance(presence, Released):
                 if presence.placement is not None:

@@ -9,7 +9,7 @@ from vmbus.engine.gpadls import GpadlTable
 from vmbus.engine.lives import Lives
 from vmbus.engine.outbox import Outbox
 from vmbus.engine.presences import Presences
-from vmbus.engine.states import CloseReply, Kept, Link, OpenRequest, Rescinded, Slot
+from vmbus.engine.states import CloseReply, Link, OpenRequest, Rescinded, Slot
 from vmbus.errors import GuestProtocolError
 from vmbus.wire import messages as m
 from vmbus.wire.versions import Feature, Version
@@ -183,8 +183,6 @@ class ChannelRequests:
         if channel.is_reserved:
             self._presences.revoke_subchannels(channel)
         self._lives.close_reserved_untrusted(channel, reply)
-        if isinstance(channel.presence, Kept):
-            self._gpadls.drop(channel, guest_left=True)
 
     # --- Modify ----------------------------------------------------------------------------------
 
