@@ -118,7 +118,12 @@ class RingMemory:
         """Bytes of data space."""
         self.control = memory.page(pfns[0]).cast("I")
         """The control page as u32 items."""
-        self._runs = memory.gather(0, self.size, pfns[1:], write=True)
+        try:
+            self._runs = memory.gather(0, self.size, pfns[1:], write=True)
+        except GuestProtocolError:
+            # A ring that nobody gets must not keep a page mapped.
+            self.control.release()
+            raise
         self._starts = [0]
         for run in self._runs:
             self._starts.append(self._starts[-1] + len(run))
