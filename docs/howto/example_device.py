@@ -1,0 +1,66 @@
+"""A device that answers every packet with its own bytes, reversed; see write-a-device.md."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+from uuid import UUID
+
+import trio
+
+from vmbus.channel import Channel
+from vmbus.device import Device, Offer
+from vmbus.errors import ConfigError
+
+CLASS_MIRROR = UUID("8a1f0d52-6f0e-4c42-9d4b-3c1f9a6f0c11")
+
+
+class MirrorDevice:
+    """Answers each request with its payload backwards."""
+
+    def __init__(self, instance_id: UUID) -> None:
+        self._offer = Offer(class_id=CLASS_MIRROR, instance_id=instance_id)
+        self.answered = 0
+
+    @property
+    def offer(self) -> Offer:
+        """What the guest is told; the same at every call."""
+        return self._offer
+
+    async def run(self, primary: Channel) -> None:
+        """Serve one life: from the guest's OPEN to its CLOSE."""
+        try:
+            while True:
+                for packet in await primary.receive_batch():
+                    if packet.wants_completion:
+                        primary.complete(packet.transaction_id, packet.payload[::-1])
+                        self.answered += 1
+                await primary.flush()
+        except trio.EndOfChannel:
+            return  # nothing is in flight here, so there is nothing to wait for
+
+    def snapshot(self) -> dict[str, Any]:
+        """For ``vmbus top`` and other eyes."""
+        return {"answered": self.answered}
+
+    async def aclose(self) -> None:
+        """Nothing to close."""
+
+    @classmethod
+    async def from_specs(
+        cls,
+        specs: Sequence[str],
+        *,
+        instance_id: UUID,
+        initiator: Hashable,
+        options: dict[str, Any],
+    ) -> MirrorDevice:
+        """Make one for a guest of ``vmbus serve --device mirror``."""
+        if specs or options:
+            raise ConfigError("a mirror has no back-ends and no options")
+        return cls(instance_id)
+
+    @classmethod
+    async def command(cls, device: Device, request: dict[str, Any]) -> dict[str, Any]:
+        """There is nothing to operate."""
+        raise ConfigError("a mirror can do nothing but mirror")
