@@ -75,13 +75,13 @@ def make_offer(number: int = 1, **options: Any) -> Offer:
     return Offer(class_id=CLASS_SCSI, instance_id=UUID(int=number), **options)
 
 
-def pages_message(relid: int, gpadl: int, pfns: list[int], **changes: Any) -> list[m.Message]:
+def pages_message(relid: int, gpadl: int, pfns: list[int], **changes: Any) -> list[Any]:
     """GPADL_HEADER and bodies for one range of whole pages."""
     data = build_range(len(pfns) * PAGE_SIZE, 0, pfns)
     header = m.GpadlHeader(
         relid=relid, gpadl=gpadl, range_buflen=len(data), range_count=1, data=data[:216]
     )
-    found: list[m.Message] = [dataclasses.replace(header, **changes)]
+    found: list[Any] = [dataclasses.replace(header, **changes)]
     for number, start in enumerate(range(216, len(data), 224)):
         body = data[start : start + 224]
         found.append(m.GpadlBody(message_number=number, gpadl=gpadl, data=body))
@@ -210,6 +210,8 @@ class Guest:
                         self.engine.gpadl_released(event.key, event.handle)
                     case TlConnect():
                         self.engine.tl_connect_done(event.request_id, ok=False)
+                    case _:
+                        pass
             todo = self.take()
             found += todo
         return found

@@ -6,6 +6,7 @@ The model knows nothing but the books that matter: which requests are open, and 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 from uuid import UUID
 
 from hypothesis import settings, strategies as st
@@ -48,8 +49,8 @@ class Bus(RuleBasedStateMachine):
         super().__init__()
         self.guest = Guest(CONFIG)
         self.engine = self.guest.engine
-        self.questions: list[object] = []
-        self.owed: Counter[object] = Counter()
+        self.questions: list[Any] = []
+        self.owed: Counter[tuple[Any, ...]] = Counter()
         self.gone: set[int] = set()
         self.keys: set[int] = set()
         self.resets = 0
@@ -57,7 +58,7 @@ class Bus(RuleBasedStateMachine):
 
     # --- Books -------------------------------------------------------------------------------
 
-    def digest(self, events: list[object]) -> None:
+    def digest(self, events: list[Any]) -> None:
         for event in events:
             match event:
                 case ChannelOpen() | ChannelClose() | ChannelModify() | GpadlTeardown():
@@ -92,6 +93,8 @@ class Bus(RuleBasedStateMachine):
                     self.settle(("close reserved", event.relid))
                 case m.AllOffersDelivered():
                     self.settle(("offers",))
+                case _:
+                    pass
 
     def check_question(self, event: object) -> None:
         """A device is never asked to open and to close at once, nor anything twice."""
@@ -296,7 +299,7 @@ class Bus(RuleBasedStateMachine):
                 self.engine.modify_done(event.key, ok=ok)
             case GpadlTeardown():
                 self.engine.gpadl_released(event.key, event.handle)
-            case TlConnect():
+            case _:
                 self.engine.tl_connect_done(event.request_id, ok=ok)
         self.digest(self.guest.take())
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.engine_support import Guest, fault_field, make_offer, only, pages_message
 from vmbus.engine import Budgets, EngineConfig, Fault, GpadlTeardown, SendMessage
+from vmbus.engine.states import Unfinished
 from vmbus.errors import LocalProtocolError
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import build_range
@@ -275,8 +276,9 @@ def test_pages_are_counted_when_announced_and_given_back() -> None:
 def test_nothing_is_held_for_an_announcement() -> None:
     guest = limited()
     guest.post(m.GpadlHeader(relid=1, gpadl=1, range_buflen=65528, range_count=1, data=b""))
-    assembly = next(iter(guest.engine.channel_table)).gpadls[1].assembly
-    assert len(assembly._data) == 0
+    state = next(iter(guest.engine.channel_table)).gpadls[1]
+    assert isinstance(state, Unfinished)
+    assert len(state.assembly._data) == 0
 
 
 def test_every_known_guest_fits_into_the_default_budgets() -> None:

@@ -197,6 +197,12 @@ def test_a_device_rescinded_before_the_guest_leaves_is_gone_in_the_end() -> None
     assert ChannelGone(key=1) in guest.answer(found)
 
 
+def test_a_guest_without_monitor_pages_leaves_none_behind() -> None:
+    guest = Guest()
+    guest.contact(monitor_page_1=0)
+    assert only(MonitorPages, guest.post(m.Unload())) == []
+
+
 # --- Contact without unload -------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -12,8 +13,9 @@ import pytest
 from tests.engine_support import Guest, make_offer, only, pages_message
 from vmbus.engine import ChannelClose, EngineConfig, Fault, SendMessage
 from vmbus.engine.states import ACCEPTED, CONNECTION, GPADL, LIFE, PRESENCE
+from vmbus.errors import LocalProtocolError
 from vmbus.wire import messages as m
-from vmbus.wire.versions import Version
+from vmbus.wire.versions import Feature, Version
 
 GUEST_MESSAGES = {
     spec.message for spec in m.MESSAGES if spec.direction is m.Direction.GUEST_TO_HOST
@@ -195,8 +197,8 @@ STATES: list[Callable[[], Guest]] = [
 def samples(relid: int, gpadl: int) -> list[m.Message]:
     header, body = pages_message(relid, gpadl, list(range(100, 140)))
     names = UUID(int=5)
-    ring = {"ring_gpadl": gpadl, "downstream_page_offset": 4}
-    slot = {"target_vp": 0, "target_sint": 3}
+    ring: Any = {"ring_gpadl": gpadl, "downstream_page_offset": 4}
+    slot: Any = {"target_vp": 0, "target_sint": 3}
     return [
         m.InitiateContact(
             version=Version.V5_3, target_vp=0, target_info=2, monitor_page_1=0, monitor_page_2=0
@@ -233,11 +235,11 @@ def test_the_samples_are_all_messages_that_a_guest_has() -> None:
 
 def raw(message: m.Message, guest: Guest) -> bytes:
     version = guest.version or Version.V6_0
-    for features in (guest.features, sum(m.Feature)):
+    for features in (guest.features, sum(Feature)):
         for chosen in (version, Version.V6_0):
             try:
-                return m.build_message(message, version=chosen, features=m.Feature(features))
-            except m.LocalProtocolError:
+                return m.build_message(message, version=chosen, features=Feature(features))
+            except LocalProtocolError:
                 continue
     raise AssertionError(message)
 
@@ -309,4 +311,5 @@ def test_every_state_of_a_table_can_be_reached_and_every_target_has_a_row(table)
 @pytest.mark.parametrize("table", [CONNECTION, PRESENCE, LIFE, GPADL])
 def test_every_trigger_of_a_table_is_used(table) -> None:
     used = {trigger for row in table.values() for trigger in row}
-    assert used == set(type(next(iter(used))))
+    kind: Any = type(next(iter(used)))
+    assert used == set(kind)

@@ -368,17 +368,14 @@ class Engine:
     ) -> None:
         """Start cleaning up; what is owed after that is kept in the state."""
         state = self.connection
-        link = None
-        if isinstance(state, Disconnecting):
-            link = state.link
-            reset_owed = reset or state.reset
-            successor = Disconnecting(link, reset=reset_owed, contact=contact)
-        else:
-            if isinstance(state, Connected | Paused):
-                link = state.link
-                self._disconnect(link)
-            successor = Disconnecting(link, unload=unload, reset=reset, contact=contact)
-        self._move(ConnectionTrigger.LEAVE, successor)
+        if isinstance(state, Connected | Paused):
+            self._disconnect(state.link)
+        link = None if isinstance(state, Disconnected) else state.link
+        reset_owed = reset or (isinstance(state, Disconnecting) and state.reset)
+        self._move(
+            ConnectionTrigger.LEAVE,
+            Disconnecting(link, unload=unload, reset=reset_owed, contact=contact),
+        )
         # Sub-channels go first; they have the higher keys.
         for channel in reversed(tuple(self.channel_table)):
             self._presences.leave(channel, reset=reset)

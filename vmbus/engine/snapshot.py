@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmbus.engine.states import (
     Closed,
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vmbus.engine.channels import Channel
     from vmbus.engine.engine import Engine
 
-Snapshot = dict[str, object]
+Snapshot = dict[str, Any]
 
 
 def connection_snapshot(engine: Engine) -> Snapshot:

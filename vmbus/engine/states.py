@@ -39,6 +39,10 @@ class Gone:
     """Final state: there is no record any more."""
 
 
+Table = dict[type, dict[Enum, type]]
+"""State -> trigger -> the state that follows; the first row is the state to start in."""
+
+
 # --- Connection ---------------------------------------------------------------------------------
 
 
@@ -115,7 +119,7 @@ class ConnectionTrigger(Enum):
 
 
 _C = ConnectionTrigger
-CONNECTION: dict[type, dict[ConnectionTrigger, type]] = {
+CONNECTION: Table = {
     Disconnected: {_C.ACCEPT: Connected, _C.LEAVE: Disconnecting},
     Connected: {
         _C.REQUEST_OFFERS: Connected,
@@ -211,7 +215,7 @@ class PresenceTrigger(Enum):
 
 
 _P = PresenceTrigger
-PRESENCE: dict[type, dict[PresenceTrigger, type]] = {
+PRESENCE: Table = {
     Hidden: {_P.OFFER: Offered, _P.REVOKE: Released},
     Offered: {_P.REVOKE: Rescinded, _P.LEAVE: Hidden, _P.KEEP: Kept},
     Kept: {_P.REVOKE: Released, _P.LEAVE: Hidden},
@@ -317,7 +321,7 @@ class LifeTrigger(Enum):
 
 
 _L = LifeTrigger
-LIFE: dict[type, dict[LifeTrigger, type]] = {
+LIFE: Table = {
     Closed: {_L.OPEN: Opening},
     Opening: {_L.OPENED: Open, _L.REFUSED: Closed, _L.ABANDON: Abandoned},
     Abandoned: {
@@ -383,7 +387,7 @@ class GpadlTrigger(Enum):
 
 
 _G = GpadlTrigger
-GPADL: dict[type, dict[GpadlTrigger, type]] = {
+GPADL: Table = {
     Unfinished: {_G.COMPLETE: Usable, _G.FAIL: Gone},
     Usable: {_G.TEARDOWN: TearingDown},
     TearingDown: {_G.LEAVE: TearingDown, _G.RELEASED: Gone},
@@ -394,11 +398,11 @@ GPADL: dict[type, dict[GpadlTrigger, type]] = {
 # --- The only way from one state to the next ----------------------------------------------------
 
 Trigger = ConnectionTrigger | PresenceTrigger | LifeTrigger | GpadlTrigger
-_TABLES: dict[type[Enum], dict[type, dict[Trigger, type]]] = {
-    ConnectionTrigger: CONNECTION,  # type: ignore[dict-item]  # dict is invariant in its key
-    PresenceTrigger: PRESENCE,  # type: ignore[dict-item]
-    LifeTrigger: LIFE,  # type: ignore[dict-item]
-    GpadlTrigger: GPADL,  # type: ignore[dict-item]
+_TABLES: dict[type[Enum], Table] = {
+    ConnectionTrigger: CONNECTION,
+    PresenceTrigger: PRESENCE,
+    LifeTrigger: LIFE,
+    GpadlTrigger: GPADL,
 }
 S = TypeVar("S")
 
