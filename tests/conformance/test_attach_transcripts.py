@@ -186,7 +186,7 @@ class FakeServer(threading.Thread):
 
     def run(self) -> None:
         self._sock.settimeout(20)
-        made = []
+        made: list[int] = []
         reader = FrameReader(stream=False)
         try:
             for entry in self._entries:

@@ -65,7 +65,8 @@ def send_raw(sock: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> Non
     sock.sendmsg([data], rights)
 
 
-HELLO = Hello(1, 1, Feature(0), 64, Role.VMM, "vmm")
+NO_FEATURES = Feature(0)
+HELLO = Hello(1, 1, NO_FEATURES, 64, Role.VMM, "vmm")
 INFO = VmInfo(2, 4096, bytes(range(16)), 0, 0)
 TABLE = SetMemTable((MemoryRegion(0, RAM_SIZE, 0, 0, 0),))
 
@@ -120,6 +121,11 @@ class RawVmm:
                     await trio.lowlevel.wait_readable(self.sock)
             return frame
 
+    async def receive_and_drop(self) -> None:
+        frame = await self.receive()
+        assert frame is not None
+        frame.close()
+
     async def expect(self, kind: int) -> Frame:
         frame = await self.receive()
         assert frame is not None, "the server closed the connection"
@@ -158,11 +164,11 @@ class RawVmm:
         else:
             await self.send(frame.kind, flags=REPLY, seq=frame.seq)
 
-    async def greet(self, features: Feature = Feature(0)) -> None:
+    async def greet(self, features: Feature = NO_FEATURES) -> None:
         hello = Hello(1, 1, features, 64, Role.VMM, "vmm")
         await self.ok(Number.HELLO, hello.encode())
 
-    async def attach(self, features: Feature = Feature(0), *, info: VmInfo = INFO) -> None:
+    async def attach(self, features: Feature = NO_FEATURES, *, info: VmInfo = INFO) -> None:
         """Go through the boot order; takes the message ports the bus adds."""
         await self.greet(features)
         await self.ok(Number.VM_INFO, info.encode())

@@ -177,11 +177,7 @@ class ClientSocket:
         """End the connection but keep the descriptors: wakes whoever polls."""
         with self._lock:
             if self._open:
-                try:
-                    self._sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    # Not connected any more: the poller has seen that already.
-                    return
+                self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close everything. Idempotent."""

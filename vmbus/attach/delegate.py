@@ -89,4 +89,7 @@ class Delegate(Protocol):
         """The server has something to say about the guest."""
 
     def closed(self, reason: str) -> None:
-        """The connection is over; called once. Afterwards nothing else is."""
+        """The connection is over, even one that ``connect`` could not finish; called once, last.
+
+        The attachment's ``fileno()`` is still there, to be taken out of an event loop.
+        """

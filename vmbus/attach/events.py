@@ -90,6 +90,5 @@ class EventQueue:
         # Not a full checkpoint: the credits run out soon enough for others to get their turn.
         await trio.lowlevel.checkpoint_if_cancelled()
         event = self._events.popleft()
-        if type(event) is PostedMessage:
-            self.give_credit(1)
+        self.give_credit(1 if type(event) is PostedMessage else 0)
         return event

@@ -118,6 +118,7 @@ class FrameReader:
             close_all(fds)
             return
         self._fds.extend(fds)
+        self.last_header = None
         try:
             if message_flags & socket.MSG_CTRUNC:
                 raise _fatal(f"frame: more than {MAX_FDS} descriptors", errno.EMSGSIZE)

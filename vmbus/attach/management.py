@@ -78,6 +78,7 @@ class Management:
                 if inspect.isawaitable(result):
                     result = await result
                 data = JsonObject(result).encode()
+                fds = [] if len(data) <= MAX_PAYLOAD else [big_reply(data)]
             except VMBusError as error:
                 link.reply_error(number, seq, errno.EINVAL, str(error))
             except OSError as error:
@@ -86,10 +87,7 @@ class Management:
                 logger.exception("%s failed", Number(number).name)
                 link.reply_error(number, seq, errno.EIO, f"the server failed: {error!r}")
             else:
-                if len(data) <= MAX_PAYLOAD:
-                    link.reply(number, seq, data)
-                else:
-                    link.reply(number, seq, b"", [big_reply(data)])
+                link.reply(number, seq, b"" if fds else data, fds)
             finally:
                 self._busy = False
 

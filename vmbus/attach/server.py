@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+import uuid
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -117,16 +118,16 @@ class Server:
         command: CommandCallback | None,
     ) -> None:
         self._handler = handler
-        self._vm_ids: set[bytes] = set()
+        self._vm_ids: set[uuid.UUID] = set()
         self.name = name
         self.limits = limits
         self.trust_vmm = trust_vmm
         self.query = query
         self.command = command
 
-    def claim(self, vm_id: bytes) -> None:
+    def claim(self, vm_id: uuid.UUID) -> None:
         """Reserve a VM's identity; all zeros is anonymous. Raises PeerProtocolError, EBUSY."""
-        if any(vm_id):
+        if vm_id.int:
             require(
                 vm_id not in self._vm_ids,
                 "VM_INFO: a VM with this vm_id is attached; if it was you, try again shortly",
@@ -143,7 +144,7 @@ class Server:
         greeter = _Greeter(self)
         link = greeter.link = Link(sock, greeter, self.limits)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(link.run)
+            nursery.start_soon(_run_shielded, link)
             try:
                 await _first_of(greeter.greeted, link.closed, self.limits.hello_timeout)
                 if greeter.transport is not None:
@@ -192,6 +193,16 @@ class Server:
             finished.set()
             nursery.cancel_scope.cancel()
         return reason
+
+
+async def _run_shielded(link: Link) -> None:
+    """Keep the link alive during cancellation until ``link.fail``, so that goodbye gets out."""
+    with trio.CancelScope(shield=True):
+        try:
+            await link.run()
+        except Exception:
+            # A bug of ours; it must not end the other connections.
+            logger.exception("serving a connection failed")
 
 
 async def _first_of(one: trio.Event, other: trio.Event, seconds: float = float("inf")) -> None:
@@ -248,18 +259,18 @@ async def serve(
     slots = trio.CapacityLimiter(limits.max_connections)
     async with trio.open_nursery() as nursery:
 
-        async def connection(sock: socket.socket) -> None:
+        async def connection(sock: socket.socket, slot: object) -> None:
             try:
                 attached = await server.serve_connection(sock)
             finally:
-                slots.release_on_behalf_of(sock)
+                slots.release_on_behalf_of(slot)
             if attached and exit_after_guest:
                 nursery.cancel_scope.cancel()
 
         while True:
-            sock = await _accept(listener)
-            await slots.acquire_on_behalf_of(sock)
-            nursery.start_soon(connection, sock)
+            slot = object()
+            await slots.acquire_on_behalf_of(slot)
+            nursery.start_soon(connection, await _accept(listener), slot)
 
 
 async def _accept(listener: socket.socket) -> socket.socket:

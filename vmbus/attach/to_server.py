@@ -149,7 +149,8 @@ class HelloReply:
             errno.EPROTO,
         )
         require(
-            not self.features & ~request.features,
+            # Plain integers: the complement of an IntFlag forgets the bits it does not know.
+            not self.features & ~int(request.features),
             f"HELLO reply: features {self.features:#x} hold bits that were not offered",
             errno.EPROTO,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import uuid
 from collections.abc import AsyncIterator, Callable
 
 import trio
@@ -86,7 +87,7 @@ class SocketTransport:
         *,
         features: Feature,
         management: Management,
-        claim: Callable[[bytes], None],
+        claim: Callable[[uuid.UUID], None],
         trust_vmm: bool,
     ) -> None:
         self._link = link
@@ -97,7 +98,7 @@ class SocketTransport:
         self.name = hello.name or "vmm"
         self.memory = GuestMemory()
         self.vp_count = 0
-        self.vm_id = bytes(16)
+        self.vm_id = uuid.UUID(int=0)
         """The VM's identity; all zeros if the VMM gave none."""
         self.state = State.GREETED
         self.attached = trio.Event()
@@ -248,14 +249,22 @@ class SocketTransport:
         """Tier T1, if agreed."""
         if Feature.CALL_FD not in self.features or self.state is State.CLOSED:
             return -1
-        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        made: list[int] = []
+        try:
+            made.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+            made.append(os.dup(made[0]))
+        except OSError as error:
+            close_all(made)
+            logger.warning("%s: no eventfd for a channel: %s", self.name, error.strerror)
+            return -1
+        fd, theirs = made
 
         def answered(answer: Answer) -> None:
             if isinstance(answer, Exception):
                 call.refused(fd)
 
         message = SetCallFd(call.port, call.vp, call.sint, call.flag)
-        self._link.request_soon(Number.SET_CALL_FD, message.encode(), [os.dup(fd)], answered)
+        self._link.request_soon(Number.SET_CALL_FD, message.encode(), [theirs], answered)
         if self._link.closed.is_set():
             close_all((fd,))
             return -1
@@ -347,8 +356,8 @@ class SocketTransport:
             info.vp_count <= self._hello.max_vps,
             f"VM_INFO: vp_count {info.vp_count} is above HELLO's max_vps {self._hello.max_vps}",
         )
-        self._claim(info.vm_id)
-        self.vm_id = info.vm_id
+        self._claim(info.uuid)
+        self.vm_id = info.uuid
         self.vp_count = info.vp_count
         self.synics = [VpSynic() for _ in range(info.vp_count)]
         self.state = State.DESCRIBED
