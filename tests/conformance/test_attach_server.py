@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.unit.attach_support import (
+from tests.attach_support import (
     HELLO,
     INFO,
     RAM_SIZE,

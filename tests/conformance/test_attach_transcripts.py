@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.unit.attach_support import (
+from tests.attach_support import (
     RAM_SIZE,
     RawVmm,
     Recorder,

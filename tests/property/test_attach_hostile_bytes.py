@@ -12,7 +12,7 @@ import pytest
 import trio
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from tests.unit.attach_support import (
+from tests.attach_support import (
     RAM_SIZE,
     Bus,
     RawVmm,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.unit.attach_support import count_fds, make_eventfd, send_raw
+from tests.attach_support import count_fds, make_eventfd, send_raw
 from vmbus.attach.framing import (
     ASYNC,
     ERROR,

@@ -9,7 +9,7 @@ import socket
 import pytest
 import trio
 
-from tests.unit.attach_support import count_fds, make_eventfd, make_memfd
+from tests.attach_support import count_fds, make_eventfd, make_memfd
 from vmbus.attach.descriptors import (
     check_eventfd_untrusted,
     check_memory_untrusted,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.unit.attach_support import Bus, count_fds, raw_vmm
+from tests.attach_support import Bus, count_fds, raw_vmm
 from vmbus.attach import listen
 from vmbus.attach.listen import from_fd, from_systemd, listen_path, open_listener
 from vmbus.attach.server import _accept, serve

@@ -1,4 +1,4 @@
-"""The server's end of an event port."""
+"""The server's end of an event port, and of a message on its way into a slot."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import trio
 
 from vmbus.attach.framing import close_all
+from vmbus.attach.link import Answer
 
 
 class EventPort:
@@ -36,3 +37,15 @@ class EventPort:
         if fd >= 0:
             trio.lowlevel.notify_closing(fd)
             close_all((fd,))
+
+
+class Delivery:
+    """One DELIVER_MESSAGE that the VMM has not answered yet."""
+
+    __slots__ = ("abandoned", "answer", "answered")
+
+    def __init__(self) -> None:
+        self.answered = trio.Event()
+        self.answer: Answer = b""
+        self.abandoned = False
+        """The task that waited was cancelled; the slot is still spoken for."""

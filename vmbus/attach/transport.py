@@ -12,7 +12,7 @@ import trio
 
 from vmbus.attach.calls import FLAGS_PER_SINT_BYTES, SocketCall, VpSynic
 from vmbus.attach.descriptors import check_eventfd_untrusted
-from vmbus.attach.doorbell import EventPort
+from vmbus.attach.doorbell import Delivery, EventPort
 from vmbus.attach.events import EventQueue
 from vmbus.attach.framing import Frame, close_all
 from vmbus.attach.guest_memory import MemoryTable
@@ -54,15 +54,6 @@ from vmbus.transport import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-class _Delivery:
-    __slots__ = ("abandoned", "answer", "answered")
-
-    def __init__(self) -> None:
-        self.answered = trio.Event()
-        self.answer: Answer = b""
-        self.abandoned = False
 
 
 class SocketTransport:
@@ -116,7 +107,7 @@ class SocketTransport:
         self._lifecycle_busy = False
         self._goodbye: tuple[int, int] | None = None
         self._ports: dict[tuple[int, int], EventPort] = {}
-        self._deliveries: dict[tuple[int, int], _Delivery] = {}
+        self._deliveries: dict[tuple[int, int], Delivery] = {}
         self._next_port = 0
         self._handlers: dict[int, Callable[[Frame], None]] = {
             Number.SET_MEM_TABLE: self._on_set_mem_table,
@@ -157,7 +148,7 @@ class SocketTransport:
                 raise trio.BusyResourceError(f"a message for VP {vp} SINT {sint} is under way")
             # Its task was cancelled, but the VMM still works on it.
             await before.answered.wait()
-        delivery = self._deliveries[key] = _Delivery()
+        delivery = self._deliveries[key] = Delivery()
 
         def answered(answer: Answer) -> None:
             delivery.answer = answer
@@ -320,15 +311,13 @@ class SocketTransport:
     # -- requests ------------------------------------------------------------------------------
 
     def _need_open(self) -> None:
-        if self.state is State.CLOSED or self._link.closed.is_set():
+        if self.state is State.CLOSED:
             raise trio.BrokenResourceError(f"{self.name}: {self._link.reason or 'said goodbye'}")
 
     async def _ask(self, kind: int, payload: bytes, fds: list[int] | None = None) -> None:
-        try:
-            self._need_open()
-        except trio.BrokenResourceError:
+        if self.state is State.CLOSED:
             close_all(fds or ())
-            raise
+        self._need_open()
         await self._link.request(kind, payload, fds)
 
     def _answer_attach(self) -> None:
