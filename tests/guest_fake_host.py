@@ -8,12 +8,15 @@ storage device answers. It knows nothing of the project's real host.
 from __future__ import annotations
 
 import contextlib
+import functools
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 from uuid import UUID
 
 import trio
+import trio.testing
 
 from vmbus.guest.machine import Interrupt, Region
 from vmbus.wire.guids import CLASS_SCSI
@@ -228,10 +231,18 @@ class Channel:
         self.incoming = Ring(views[:split])
         self.outgoing = Ring(views[split:])
         self.serving = True
+        self.mute = False
         self.received: list[bytes] = []
 
     def drain(self) -> None:
-        while self.serving and (packet := self.incoming.read_packet()) is not None:
+        while self.serving:
+            self.outgoing.words[3] = 600
+            if self.outgoing.room <= 600:
+                return  # until the guest says that there is room
+            self.outgoing.words[3] = 0
+            packet = self.incoming.read_packet()
+            if packet is None:
+                return
             self.received.append(packet)
             self.host.on_packet(self, packet)
 
@@ -247,6 +258,8 @@ class Channel:
             self.announce()
 
     def announce(self) -> None:
+        if self.mute:
+            return
         flag = self.offer.relid
         version = self.host.version
         if version is not None and version < Version.V2_4:
@@ -271,9 +284,9 @@ class Host:
         self.gpadls: dict[int, tuple[int, list[int]]] = {}
         self.partial: dict[int, tuple[int, int, bytes]] = {}
         self.channels: dict[int, Channel] = {}
-        self.log: list[Message] = []
+        self.log: list[Any] = []
         self.raw: list[tuple[int, bytes]] = []
-        self.handlers: dict[str, Callable[[Message], None]] = {}
+        self.handlers: dict[str, Callable[[Any], object]] = {}
         self.ports = {1, 4}
         self.on_packet: Callable[[Channel, bytes], None] = echo
         self.signals: list[int] = []
@@ -399,3 +412,21 @@ def holding(channel: Channel) -> Iterator[None]:
     yield
     channel.serving = True
     channel.drain()
+
+
+async def cancelled(call, *arguments, **options) -> None:
+    """Start a call and cancel it once it waits for something."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(functools.partial(call, *arguments, **options))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+
+
+async def poll_monitor(machine: Machine) -> None:
+    """Be the host that looks at monitor page 2 every now and then."""
+    while True:
+        await trio.sleep(0.0005)
+        page = machine.view(machine.host.monitor_page, 4096).cast("I")
+        if page[2]:
+            page[2] = 0
+            machine.host.drain_all()

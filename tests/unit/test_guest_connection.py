@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import trio
 
-from tests.guest_fake_host import Machine, message, offer
+from tests.guest_fake_host import Machine, message, offer, poll_monitor
 from vmbus.errors import LocalProtocolError
 from vmbus.guest import (
     FREEBSD,
@@ -55,16 +57,6 @@ async def test_every_personality_connects_opens_talks_closes_and_leaves(personal
     assert names.count("OPENCHANNEL") == names.count("CLOSECHANNEL") == 1
     assert names.count("GPADL_TEARDOWN") == 1
     assert not host.gpadls
-
-
-async def poll_monitor(machine: Machine) -> None:
-    """Be the host that looks at monitor page 2 every now and then."""
-    while True:
-        await trio.sleep(0.0005)
-        page = machine.view(machine.host.monitor_page, 4096).cast("I")
-        if page[2]:
-            page[2] = 0
-            machine.host.drain_all()
 
 
 async def test_linux_walks_down_its_ladder_and_uses_connection_4_above_5():
@@ -231,7 +223,7 @@ async def test_new_offers_are_announced():
     machine = Machine()
     async with boot(machine, LINUX_6_1) as guest:
         await guest.connection.connect()
-        seen = []
+        seen: list[object] = []
         guest.connection.on_offer = seen.append
         async with trio.open_nursery() as nursery:
             found = []
@@ -306,7 +298,7 @@ async def test_a_refused_gpadl_or_channel_is_reported_and_taken_back():
             await connection.open_channel(found, ring_pages=2)
         del host.handlers["GPADL_HEADER"]
         host.handlers["OPENCHANNEL"] = lambda item: host.send(message(6, 1, item.open_id, 5))
-        with pytest.raises(HostRefusedError, match="OPENCHANNEL 1: .* 0x5"):
+        with pytest.raises(HostRefusedError, match=r"OPENCHANNEL 1: .* 0x5"):
             await connection.open_channel(found, ring_pages=2)
         del host.handlers["OPENCHANNEL"]
         channel = await connection.open_channel(found, ring_pages=2)
@@ -328,7 +320,9 @@ async def test_a_reply_about_something_else_crashes_the_guest(personality):
         machine = Machine()
         host = machine.host
         host.offers = [offer(1)]
-        host.handlers[name] = lambda item, host=host, answer=answer: host.send(answer)
+        host.handlers[name] = functools.partial(
+            lambda host, answer, _: host.send(answer), host, answer
+        )
         with pytest.raises(GuestPanic, match=r"nobody|was due"):
             async with boot(machine, personality) as guest:
                 (found,) = await guest.connection.connect()

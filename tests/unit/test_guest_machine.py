@@ -197,7 +197,7 @@ async def test_a_flag_before_the_open_result_is_served_except_by_uefi():
             host.machine.host.handlers.clear()
 
         host.handlers["OPENCHANNEL"] = hasty
-        seen = []
+        seen: list[object] = []
         async with trio.open_nursery() as nursery:
 
             async def run(personality=personality, machine=machine, seen=seen) -> None:
@@ -236,7 +236,7 @@ async def test_shared_flags_make_the_guest_look_at_their_neighbours():
         offers = await guest.connection.connect()
         opened = [await guest.connection.open_channel(o, ring_pages=2) for o in offers]
         for relid in (1, 2):
-            host.channels[relid].announce = lambda: None
+            host.channels[relid].mute = True
             host.channels[relid].send(6, b"hello...")
         machine.set_flag(1)  # that of 2 was lost between reading and clearing
         for channel in opened[:2]:

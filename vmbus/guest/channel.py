@@ -78,9 +78,10 @@ class _Request:
             trio.lowlevel.reschedule(self.task)
             self.task = None
 
-
-def _abort(_raise_cancel: object) -> trio.lowlevel.Abort:
-    return trio.lowlevel.Abort.SUCCEEDED
+    def abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
+        # At once: a completion may come before the task runs, and must not wake it again.
+        self.task = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
 
 class GuestChannel:
@@ -209,9 +210,8 @@ class GuestChannel:
                 await self.signal()
             if request.reply is None and request.error is None:
                 request.task = trio.lowlevel.current_task()
-                await trio.lowlevel.wait_task_rescheduled(_abort)
+                await trio.lowlevel.wait_task_rescheduled(request.abort)
         except BaseException:
-            request.task = None
             if request.reply is None:
                 request.abandoned = True
             elif request.release is not None:
@@ -294,8 +294,8 @@ class GuestChannel:
         self.interrupts += 1
         must_signal = False
         if self._error is None:
-            self._in.mask()
             while True:
+                self._in.mask()
                 packets, wanted = self._in.read_batch()
                 must_signal |= wanted
                 for packet in packets:

@@ -198,6 +198,7 @@ class StorvscAdapter:
         answer = await self._command(CREATE_SUB_CHANNELS, build_sub_channels(count))
         self._demand(answer, "CREATE_SUB_CHANNELS")
         offers = await self.guest.connection.wait_offers(self._is_sub_channel, count)
+        self._no_more_than(count)
         for index, offer in enumerate(offers, 1):
             if offer.class_id != self.offer.class_id or offer.subchannel_index != index:
                 self._panic(f"sub-channel {offer.subchannel_index} where {index} was due")
@@ -210,9 +211,12 @@ class StorvscAdapter:
         Raises:
             GuestPanic: It has not.
         """
+        self._no_more_than(len(self.channels) - 1)
+
+    def _no_more_than(self, count: int) -> None:
         offers = [o for o in self.guest.connection.offers.values() if self._is_sub_channel(o)]
-        if len(offers) > len(self.channels) - 1:
-            self._panic(f"{len(offers)} sub-channels offered, {len(self.channels) - 1} wanted")
+        if len(offers) > count:
+            self._panic(f"{len(offers)} sub-channels offered, {count} wanted")
 
     # ------------------------------------------------------------------------------ commands
 
