@@ -34,7 +34,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("L3", ("vmbus.channel", "vmbus.delivery")),
     # What a device is to the bus is layer 4; it has to be said before the bus that runs devices.
     ("L4", ("vmbus.device",)),
-    ("L3", ("vmbus.doorbells",)),
+    ("L3", ("vmbus.doorbells", "vmbus.roster")),
     ("L3", ("vmbus.runner",)),
     ("L3", ("vmbus.bus",)),
     ("L3", ("vmbus.loopback", "vmbus.attach", "vmbus.guest")),
