@@ -140,6 +140,15 @@ def test_a_handle_belongs_to_its_channel(guest) -> None:
     assert guest.engine.gpadl(2, 7) is None
 
 
+def test_letting_go_of_a_handle_leaves_the_same_one_unfinished_elsewhere(guest) -> None:
+    guest.create(1, 7)
+    teardown = guest.post(m.GpadlTeardown(relid=1, gpadl=7))
+    header, body = pages_message(2, 7, list(range(100, 130)))
+    guest.post(header)
+    assert guest.answer(teardown) == [m.GpadlTorndown(gpadl=7)]
+    created(guest.post(body), 0)
+
+
 @pytest.mark.parametrize("relid", [0, 3, 0xFFFFFFFF])
 def test_a_list_for_an_unknown_channel_is_refused(guest, relid) -> None:
     found = guest.post(*pages_message(relid, 7, [5]))
@@ -223,11 +232,11 @@ def test_rescinding_fails_what_is_unfinished_first(guest) -> None:
     guest.create(1, 7)
 
 
-def test_releasing_a_relid_drops_what_is_unfinished(guest) -> None:
+def test_releasing_a_relid_fails_what_is_unfinished(guest) -> None:
     header, body = pages_message(1, 7, list(range(100, 130)))
     guest.engine.revoke(1)
     guest.post(header)
-    guest.post(m.RelidReleased(relid=1))
+    created(guest.post(m.RelidReleased(relid=1)))
     assert guest.engine.gpadl_table.count == 0
     assert fault_field(guest.post(body)) == "gpadl"
 

@@ -219,8 +219,11 @@ class GpadlTable:
         self._outbox.emit(GpadlTeardown(key=channel.key, handle=state.gpadl.handle))
 
     def _remove(self, channel: Channel, handle: int, trigger: GpadlTrigger) -> None:
-        follow(channel.gpadls.pop(handle), trigger, Gone())
-        self._unfinished.pop(handle, None)
+        state = channel.gpadls.pop(handle)
+        follow(state, trigger, Gone())
+        if isinstance(state, Unfinished):
+            # Not so for a finished one: another channel's may be unfinished under this handle.
+            del self._unfinished[handle]
         self._handles[handle] -= 1
         if not self._handles[handle]:
             del self._handles[handle]

@@ -109,6 +109,7 @@ class Presences:
 
     def release(self, channel: Channel, placement_of: Rescinded) -> None:
         """RELID_RELEASED: the guest has forgotten a rescinded channel."""
+        self._gpadls.fail_unfinished(channel)
         self._gpadls.drop(channel, guest_left=False)
         self._move(channel, PresenceTrigger.RELEASE, Released(placement_of.placement))
 
