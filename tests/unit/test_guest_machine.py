@@ -266,6 +266,23 @@ async def test_other_failures_leave_the_guest_as_they_are():
     assert isinstance(caught.value.exceptions[0], KeyError)
 
 
+async def test_a_panic_comes_alone_with_its_consequences_as_the_cause():
+    with pytest.raises(GuestPanic, match="mine") as caught:
+        async with boot(Machine(), LINUX_6_1) as guest, trio.open_nursery() as nursery:
+            nursery.start_soon(fail, KeyError("consequence"))
+            nursery.start_soon(fail, GuestPanic(guest.personality.name, "mine"))
+    assert isinstance(caught.value.__cause__, ExceptionGroup)
+    with pytest.raises(BaseExceptionGroup) as group:
+        async with boot(Machine(), LINUX_6_1) as guest, trio.open_nursery() as nursery:
+            nursery.start_soon(fail, SystemExit())
+            nursery.start_soon(fail, GuestPanic(guest.personality.name, "mine"))
+    assert group.group_contains(SystemExit)
+
+
+async def fail(error: BaseException) -> None:
+    raise error
+
+
 def test_ram_gives_pages_in_a_row_or_scattered_and_never_twice():
     ram = Ram(Machine(pages=16))
     base = RAM_BASE // 4096

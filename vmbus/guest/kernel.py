@@ -110,8 +110,8 @@ async def boot(
         seed: Makes the choice of scattered pages repeatable.
 
     Raises:
-        GuestPanic: The machine or the host broke a rule that these drivers rely on; raised alone,
-            whatever else failed in consequence.
+        GuestPanic: The machine or the host broke a rule that these drivers rely on; raised by
+            itself and not in a group, with what failed in consequence as its cause.
     """
     try:
         async with trio.open_nursery() as nursery:
@@ -125,14 +125,11 @@ async def boot(
             finally:
                 guest.processors.stop()
             nursery.cancel_scope.cancel()
-    except* GuestPanic as group:
-        raise _first(group) from None
-
-
-def _first(group: BaseExceptionGroup[GuestPanic]) -> GuestPanic:
-    """Return one panic out of a group of them."""
-    found: BaseException = group
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    assert isinstance(found, GuestPanic)
-    return found
+    except BaseExceptionGroup as group:
+        panics, others = group.split(GuestPanic)
+        if panics is None or not isinstance(others, Exception | None):
+            raise
+        first: BaseException = panics
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from others
