@@ -1,0 +1,71 @@
+"""Asking a running server, with its refusals worded for the command line."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import uuid5
+
+from vmbus.attach import operator
+from vmbus.attach.protocol import RefusedError
+from vmbus.cli.program import Failure, UsageFailure
+from vmbus.errors import AttachError
+
+MAX_DEVICES = 256
+"""Places on a server's command line that are looked at."""
+
+
+def ask_guests(path: str) -> dict[str, Any]:
+    """Return what the server behind ``path`` knows of its guests. Raises Failure, AttachError."""
+    return _ask(path, lambda: operator.query(path, "guests"))
+
+
+def send_command(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Have the server behind ``path`` do something. Raises Failure, AttachError."""
+    return _ask(path, lambda: operator.command(path, request))
+
+
+def _ask(path: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return ask()
+    except RefusedError as error:
+        # "COMMAND: EINVAL: the text", of which the last part is for people.
+        text = str(error).split(": ", 2)[-1]
+        kind = UsageFailure if error.errno == errno.EINVAL else Failure
+        raise kind(text) from error
+    except AttachError as error:
+        cause = error.__cause__
+        if isinstance(cause, FileNotFoundError | ConnectionRefusedError):
+            raise Failure(
+                f"no server listens on {path}; start one with: vmbus serve --socket {path}"
+            ) from error
+        raise
+
+
+def pick_guest(guests: list[dict[str, Any]], name: str | None) -> list[dict[str, Any]]:
+    """Return the guest of that name, or all of them. Raises Failure if there is none."""
+    if name is None:
+        return guests
+    found = [guest for guest in guests if guest["name"] == name]
+    if not found:
+        attached = ", ".join(str(guest["name"]) for guest in guests) or "none"
+        raise UsageFailure(f"there is no guest {name!r}; attached are: {attached}")
+    return found
+
+
+def numbered_devices(guest: dict[str, Any], plugin: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield a guest's devices made by ``plugin`` with the number that commands know them by.
+
+    The server numbers the devices of a plug-in in the order of its command line, and makes their
+    instance GUIDs from their places in it.
+    """
+    from vmbus.server import INSTANCE_NAMESPACE
+
+    by_instance = {device["instance"]: device for device in guest["devices"]}
+    number = 0
+    for place in range(MAX_DEVICES):
+        device = by_instance.get(str(uuid5(INSTANCE_NAMESPACE, f"{plugin}/{place}")))
+        if device is not None:
+            yield number, device
+            number += 1

@@ -1,0 +1,124 @@
+"""``vmbus devices``: what is installed, and how to write it on a command line.
+
+Names, help and examples come from the plug-ins themselves: from the docstring of the module that
+an entry point names. Its first line may begin with the way to write it, as in
+````ram:SIZE``: a disk in memory``; the first longer literal after it is the example.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator
+
+import click
+
+from vmbus.cli.output import print_json, print_table, safe
+from vmbus.cli.params import json_option
+from vmbus.plugins import ENTRY_POINT_GROUP
+
+BACKEND_GROUPS = {"storvsp.disks": "disk"}
+"""Entry point groups of the devices' back-ends, and what to call one."""
+
+_LITERAL = re.compile(r"``(.+?)``")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plugin:
+    """One installed plug-in."""
+
+    kind: str
+    """``device``, or what a back-end is."""
+    name: str
+    value: str
+    """The object that the entry point names, as ``module:attribute``."""
+    help: str
+    """One line; empty if the module says nothing."""
+    example: str
+    """How to write it."""
+    error: str | None
+    """Why it cannot be used."""
+
+
+def find_plugins() -> list[Plugin]:
+    """Load every installed plug-in; a broken one breaks itself only."""
+    groups = {ENTRY_POINT_GROUP: "device", **BACKEND_GROUPS}
+    return [
+        plugin
+        for group, kind in groups.items()
+        for plugin in _describe(kind, importlib.metadata.entry_points(group=group))
+    ]
+
+
+def _describe(kind: str, points: Iterable[importlib.metadata.EntryPoint]) -> Iterator[Plugin]:
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for point in points:
+        same_name = found.setdefault(point.name, [])
+        if point.value not in {other.value for other in same_name}:
+            same_name.append(point)
+    for name, same_name in sorted(found.items()):
+        point = same_name[0]
+        text, example, error = "", "", None
+        if len(same_name) > 1:
+            values = " and ".join(sorted(other.value for other in same_name))
+            error = f"several packages claim this name: {values}; uninstall all but one"
+        else:
+            try:
+                loaded = point.load()
+            except Exception as problem:
+                error = f"{type(problem).__name__}: {problem}"
+            else:
+                doc = inspect.getdoc(sys.modules.get(point.module)) or inspect.getdoc(loaded)
+                text, example = read_docstring(doc or "", kind, name)
+        yield Plugin(kind, name, point.value, text, example, error)
+
+
+def read_docstring(doc: str, kind: str, name: str) -> tuple[str, str]:
+    """Return one line of help and an example, from a plug-in's docstring."""
+    first, _, rest = doc.strip().partition("\n")
+    usage = re.match(r"``(.+?)``: *", first)
+    text = first[usage.end() :] if usage else first
+    text = text.replace("``", "").rstrip(".")
+    separator = " " if kind == "device" else ":"
+    literals = [usage[1]] if usage else []
+    examples = [text for text in _LITERAL.findall(rest) if text.startswith(f"{name}{separator}")]
+    example = next(iter(examples + literals), name + separator.strip())
+    if kind == "device":
+        example = f"--device {example!r}" if " " in example else f"--device {example}"
+    return text, example
+
+
+@click.command()
+@json_option
+def command(*, as_json: bool) -> None:
+    """Show the installed devices and disk back-ends.
+
+    A plug-in that cannot be imported is shown as broken, with the reason; nothing else is
+    affected by it.
+    """
+    plugins = find_plugins()
+    if as_json:
+        print_json([dataclasses.asdict(plugin) for plugin in plugins])
+        return
+    if not plugins:
+        click.echo("No devices are installed. If this is a source tree, run: pip install -e .")
+        return
+    print_table(
+        ("kind", "name", "what it is", "example"),
+        [
+            (
+                plugin.kind,
+                plugin.name,
+                plugin.help if plugin.error is None else "broken",
+                plugin.example,
+            )
+            for plugin in plugins
+        ],
+    )
+    for plugin in plugins:
+        if plugin.error is not None:
+            click.echo(f"\n{plugin.kind} {plugin.name} ({plugin.value}) is broken:")
+            click.echo(f"  {safe(plugin.error)}")

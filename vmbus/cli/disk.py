@@ -1,0 +1,147 @@
+"""``vmbus disk``: the disks of a running guest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from vmbus.cli.client import ask_guests, numbered_devices, pick_guest, send_command
+from vmbus.cli.output import print_json, print_table, size_text
+from vmbus.cli.params import F, json_option, socket_option
+
+CONTROLLER = "storvsp"
+
+
+def guest_option(function: F) -> F:
+    """Add ``--guest``."""
+    return click.option(
+        "--guest", metavar="NAME", help="Which guest; needed if there are several."
+    )(function)
+
+
+def controller_option(function: F) -> F:
+    """Add ``--controller``."""
+    return click.option(
+        "--controller",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Which of the guest's SCSI controllers.",
+    )(function)
+
+
+@click.group()
+def command() -> None:
+    """List, add, remove and resize the disks of a running guest.
+
+    Guests notice at once. A disk's address is its LUN, or path:target:lun.
+    """
+
+
+@command.command("list")
+@socket_option
+@click.option("--guest", metavar="NAME", help="Only this one's.")
+@json_option
+def list_disks(*, socket_path: str, guest: str | None, as_json: bool) -> None:
+    """List the disks of all guests."""
+    guests = pick_guest(ask_guests(socket_path)["guests"], guest)
+    disks = [
+        {"guest": each["name"], "controller": number, **unit}
+        for each in guests
+        for number, device in numbered_devices(each, CONTROLLER)
+        for unit in device["units"]
+    ]
+    if as_json:
+        print_json(disks)
+    elif disks:
+        print_table(
+            ("guest", "controller", "address", "size", "kind", "access"),
+            [
+                (
+                    disk["guest"],
+                    str(disk["controller"]),
+                    disk["address"],
+                    size_text(disk["size"]),
+                    disk["kind"],
+                    "read only" if disk["read_only"] else "read, write",
+                )
+                for disk in disks
+            ],
+        )
+    else:
+        click.echo("no disks" if guests else "no guests attached")
+
+
+@command.command("add")
+@socket_option
+@guest_option
+@controller_option
+@json_option
+@click.argument("spec")
+def add_disk(
+    *, socket_path: str, guest: str | None, controller: int, as_json: bool, spec: str
+) -> None:
+    """Add the disk SPEC, scheme:[options]target, to a guest.
+
+    Paths in it are the server's. The options path, target and lun say where it goes; otherwise it
+    gets the lowest free LUN.
+    """
+    result = _operate(socket_path, guest, controller, action="add", spec=spec)
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(f"added at {result['address']}")
+
+
+@command.command("remove")
+@socket_option
+@guest_option
+@controller_option
+@json_option
+@click.argument("address")
+def remove_disk(
+    *, socket_path: str, guest: str | None, controller: int, as_json: bool, address: str
+) -> None:
+    """Remove the disk at ADDRESS from a guest.
+
+    Commands under way end with an error; unmount the disk in the guest before.
+    """
+    result = _operate(socket_path, guest, controller, action="remove", address=address)
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(f"removed {address}")
+
+
+@command.command("resize")
+@socket_option
+@guest_option
+@controller_option
+@json_option
+@click.argument("address")
+@click.argument("size")
+def resize_disk(
+    *,
+    socket_path: str,
+    guest: str | None,
+    controller: int,
+    as_json: bool,
+    address: str,
+    size: str,
+) -> None:
+    """Give the disk at ADDRESS another SIZE, for example 20G."""
+    result = _operate(socket_path, guest, controller, action="resize", address=address, size=size)
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(f"{address} has {size_text(result['size'])} now")
+
+
+def _operate(path: str, guest: str | None, controller: int, **request: str) -> dict[str, Any]:
+    """Have the server carry out a request on a guest's controller."""
+    full: dict[str, Any] = {"device": CONTROLLER, "index": controller, **request}
+    if guest is not None:
+        full["guest"] = guest
+    return send_command(path, full)

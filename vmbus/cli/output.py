@@ -1,0 +1,79 @@
+"""How commands write: tables, sizes and JSON; colour on a terminal only.
+
+Text that a guest or a VMM chose goes through :func:`safe` on its way to a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+STYLES = {"ok": "green", "limited": "yellow", "missing": "red", "broken": "red"}
+"""Words that stand out in tables."""
+
+
+def on_terminal() -> bool:
+    """Whether a person is looking at the output."""
+    return sys.stdout.isatty()
+
+
+def safe(text: object) -> str:
+    """Return text that cannot steer a terminal: what is not printable becomes ``?``."""
+    return "".join(char if char.isprintable() else "?" for char in str(text))
+
+
+def size_text(size: float | None) -> str:
+    """Write bytes for people: ``512 B``, ``1.5 GiB``; ``-`` for None."""
+    if size is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB" if size < 1000 else f"{size:.0f} TiB"
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document on one line, at once."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+    sys.stdout.flush()
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table: by rich on a terminal, else as aligned columns of any width."""
+    lines = [tuple(map(safe, row)) for row in rows]
+    if on_terminal():
+        console().print(make_table(headers, lines))
+        return
+    widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
+    for line in (tuple(headers), *lines):
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+def console() -> Console:
+    """Return rich's console for standard output."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False)
+
+
+def make_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Make rich's table of plain cells; those that are a word of :data:`STYLES` get its colour."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+    return table

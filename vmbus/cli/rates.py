@@ -1,0 +1,133 @@
+"""What ``vmbus top`` shows: rates, from two answers of a server a moment apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+COUNTERS = (
+    "packets_in",
+    "packets_out",
+    "bytes_in",
+    "bytes_out",
+    "signals_in",
+    "signals_out",
+    "batches",
+    "ring_full",
+)
+"""Counters of a channel that rates are made of (vmbus.channel.Statistics)."""
+
+Key = tuple[int, int]
+"""Number of the guest and relid of the channel: names may come back, numbers do not."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer to the query ``guests``."""
+
+    time: float
+    """When it arrived, in seconds of a clock that never goes back."""
+    reply: Mapping[str, Any]
+
+    def channels(self) -> Iterator[tuple[Key, dict[str, Any], dict[str, Any]]]:
+        """Yield key, guest and channel of every open channel."""
+        for guest in self.reply["guests"]:
+            for channel in guest["channels"]:
+                yield (guest["number"], channel["relid"]), guest, channel
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChannelView:
+    """One open channel."""
+
+    relid: int
+    device: str
+    """Short name of the device class."""
+    subchannel_index: int
+    incoming_fill: float
+    """How much of the ring from the guest is waiting for us, 0 to 1."""
+    outgoing_fill: float
+    """How much of the ring to the guest is waiting for it, 0 to 1."""
+    outstanding: int
+    rates: dict[str, float]
+    """Per second, by the names of :data:`COUNTERS`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GuestView:
+    """One attached guest."""
+
+    name: str
+    number: int
+    version: str | None
+    memory: int
+    paused: bool
+    faults: int
+    channels: tuple[ChannelView, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServerView:
+    """A server and its guests, at one moment."""
+
+    server: str
+    pid: int
+    rss: int
+    guests_served: int
+    interval: float
+    """Seconds that the rates are averages of."""
+    guests: tuple[GuestView, ...]
+
+
+def compare(before: Sample, after: Sample) -> ServerView:
+    """Describe the later sample, with rates since the earlier one.
+
+    A channel that was opened in between, or again, counts from 0.
+    """
+    seconds = max(after.time - before.time, 1e-9)
+    earlier = {key: channel for key, _, channel in before.channels()}
+    found: dict[int, list[ChannelView]] = {}
+    for key, guest, channel in after.channels():
+        old = earlier.get(key, {})
+        if any(channel[name] < old.get(name, 0) for name in COUNTERS):
+            old = {}
+        rates = {name: (channel[name] - old.get(name, 0)) / seconds for name in COUNTERS}
+        found.setdefault(key[0], []).append(_view(guest, channel, rates))
+    reply = after.reply
+    return ServerView(
+        server=reply["server"],
+        pid=reply["pid"],
+        rss=reply["rss"],
+        guests_served=reply["guests_served"],
+        interval=seconds,
+        guests=tuple(
+            GuestView(
+                name=guest["name"],
+                number=guest["number"],
+                version=guest["version"],
+                memory=guest["memory"],
+                paused=guest["paused"],
+                faults=guest["faults"],
+                channels=tuple(found.get(guest["number"], ())),
+            )
+            for guest in reply["guests"]
+        ),
+    )
+
+
+def _view(guest: dict[str, Any], channel: dict[str, Any], rates: dict[str, float]) -> ChannelView:
+    classes = {device["key"]: device["class"] for device in guest["devices"]}
+    return ChannelView(
+        relid=channel["relid"],
+        device=classes.get(channel["device"], "?"),
+        subchannel_index=channel["subchannel_index"],
+        incoming_fill=_share(channel["incoming_used"], channel["incoming_size"]),
+        outgoing_fill=_share(channel["outgoing_used"], channel["outgoing_size"]),
+        outstanding=channel["outstanding"],
+        rates=rates,
+    )
+
+
+def _share(used: int, size: int) -> float:
+    return used / size if size else 0.0
