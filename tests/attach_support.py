@@ -29,7 +29,6 @@ from vmbus.transport import (
     PartitionPaused,
     PartitionReset,
     PartitionResumed,
-    PostedMessage,
 )
 
 RAM_SIZE = 1 << 20
@@ -215,7 +214,7 @@ class Bus:
             self.events.append(event)
             self.seen.set()
             self.seen = trio.Event()
-            if self.auto and not isinstance(event, PostedMessage):
+            if self.auto:
                 event.done()
         self.ended.set()
 

@@ -19,18 +19,20 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 import trio
 
 from vmbus.channel import Channel
+from vmbus.delivery import Deliveries
 from vmbus.device import Device
 from vmbus.doorbells import InterruptPage, MonitorPage
 from vmbus.engine import Engine, EngineConfig, events
-from vmbus.errors import ConfigError, GuestProtocolError
+from vmbus.errors import GuestProtocolError
 from vmbus.gpadl import Gpadl
+from vmbus.roster import Roster
 from vmbus.runner import ChannelRunner
 from vmbus.transport import (
     Doorbell,
@@ -53,25 +55,11 @@ from vmbus.wire.versions import Version
 
 _log = logging.getLogger("vmbus.bus")
 
-MAX_FAULTY_LIVES = 3
-"""A device whose channel died this often on one connection is not offered again before the next."""
 LOGGED_FAULTS = 20
 """Guest faults that are logged one by one; then only every hundredth, or a guest fills the disk."""
 
 TlListener = Callable[[events.TlConnect], bool]
 """Answers an hv_sock connect request: True if it will offer a channel for it. Cannot block."""
-
-
-@dataclasses.dataclass(slots=True)
-class _Attached:
-    """A device on the bus."""
-
-    device: Device
-    key: int
-    removing: trio.Event | None = None
-    faulty_lives: int = 0
-    offered: bool = True
-    running: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,21 +100,21 @@ class Bus:
         self.sint = DEFAULT_SINT
         """SINT of the channels' event flags, as the guest wants it."""
         self._tl_listener = tl_listener
-        self._devices: dict[int, _Attached] = {}
+        self._roster = Roster(self)
         self.runners: dict[int, ChannelRunner] = {}
-        self._messages: deque[events.SendMessage] = deque()
-        self._queued = 0
-        self._delivered = 0
-        self._message_added = trio.Event()
-        self._message_done = trio.Event()
+        self.deliveries = Deliveries(transport, self._take_posts)
+        self._posts: deque[PostedMessage] = deque()
+        """Taken from the transport, not yet given to the engine; bounded by the transport."""
+        self._pumping = False
         self._teardowns: set[tuple[int, int]] = set()
         self._reset_done: list[Callable[[], None]] = []
-        self._running = trio.Event()
-        self._running.set()
+        self._paused = False
+        self._ending = False
         self._gone = trio.Event()
-        self._faults: Counter[int | None] = Counter()
+        self._faults = 0
         self._version: Version | None = None
         self._contact = trio.Event()
+        self._doorbell_lock = trio.Lock()
         self._shared_doorbell: Doorbell | None = None
 
     # -- the host program's side -----------------------------------------------------------------
@@ -138,43 +126,28 @@ class Bus:
             A number for :meth:`remove_device`.
 
         Raises:
-            ConfigError: The instance GUID is taken, or the bus is full.
+            ConfigError: The instance GUID is taken.
+            BudgetError: The bus is full.
         """
-        key = self.engine.offer(device.offer)
-        self._devices[key] = _Attached(device, key)
+        number = self._roster.add(device)
         self.pump()
-        return key
+        return number
 
-    async def remove_device(self, key: int) -> None:
+    async def remove_device(self, number: int) -> None:
         """Take a device off the bus (hot remove) and close it. Is a checkpoint.
 
-        Returns when its channels are closed and the device has let go of guest memory. A guest
-        that never releases the relid keeps nothing but the relid.
+        Returns when the device has let go of guest memory and is closed; it does so even if the
+        call is cancelled. A guest that never releases the relid keeps nothing but the relid.
 
         Raises:
             ConfigError: There is no such device.
         """
-        attached = self._devices.get(key)
-        if attached is None:
-            raise ConfigError(f"there is no device {key} on this bus")
-        if attached.removing is None:
-            attached.removing = trio.Event()
-            # Linux drops completions of a rescinded channel but waits for them all the same, so
-            # what is in flight is answered before the guest hears of the removal.
-            with trio.move_on_after(self.config.close_grace):
-                for runner in self._runners_of(key):
-                    await runner.pause()
-            if attached.offered:
-                self.engine.revoke(attached.key)
-                self.pump()
-            else:
-                self._forget(attached)
-        await attached.removing.wait()
+        await self._roster.remove(number)
 
     @property
     def devices(self) -> dict[int, Device]:
         """The devices by number."""
-        return {key: attached.device for key, attached in self._devices.items()}
+        return {entry.number: entry.device for entry in self._roster}
 
     async def wait_gone(self) -> None:
         """Wait until the partition is gone. Is a checkpoint."""
@@ -189,30 +162,34 @@ class Bus:
     def snapshot(self) -> dict[str, Any]:
         """Describe the bus for people, as JSON types. Cannot block, never raises."""
         devices = []
-        for attached in self._devices.values():
-            offer = attached.device.offer
+        for entry in self._roster:
+            offer = entry.device.offer
             devices.append(
                 {
-                    "key": attached.key,
+                    "key": entry.number,
                     "class": class_name(offer.class_id),
                     "instance": str(offer.instance_id),
-                    "faulty_lives": attached.faulty_lives,
-                    **attached.device.snapshot(),
+                    "faulty_lives": entry.faulty_lives,
+                    **entry.device.snapshot(),
                 }
             )
         return {
             "name": self.transport.name,
             "version": str(self._version) if self._version is not None else None,
             "memory": self.transport.memory.size,
-            "paused": not self._running.is_set(),
-            "faults": sum(self._faults.values()),
-            "messages_waiting": len(self._messages),
+            "paused": self._paused,
+            "faults": self._faults,
+            "messages_waiting": len(self.deliveries),
             "monitor_polls": self.monitor.polls,
             "devices": devices,
             "channels": [
-                {"device": key, **runner.channel.snapshot()}
-                for key, runner in sorted(self.runners.items())
+                {
+                    "device": owner.number if owner is not None else None,
+                    **runner.channel.snapshot(),
+                }
+                for _, runner in sorted(self.runners.items())
                 if runner.channel is not None
+                for owner in (self._roster.owner(runner.event.primary_key),)
             ],
         }
 
@@ -220,29 +197,34 @@ class Bus:
 
     def pump(self) -> None:
         """Carry out whatever the engine has to say. Cannot block. Called after every input."""
-        while happened := self.engine.take():
-            for event in happened:
-                self._handle(event)
+        if self._pumping:
+            # What an event has led to comes after the events that are there already.
+            return
+        self._pumping = True
+        try:
+            while happened := self.engine.take():
+                for event in happened:
+                    self._handle(event)
+        finally:
+            self._pumping = False
 
     def _handle(self, event: events.Event) -> None:
         match event:
             case events.SendMessage():
-                self._messages.append(event)
-                self._queued += 1
-                self._message_added.set()
+                self.deliveries.put(event)
             case events.DiscardMessages():
-                self._drop_messages()
+                self.deliveries.drop()
             case events.ChannelOpen():
                 self._open(event)
             case events.ChannelClose():
-                self.runners[event.key].close()
+                self._close(event.key)
             case events.ChannelModify():
                 self.runners[event.key].retarget(event.target_vp)
                 self.engine.modify_done(event.key, ok=True)
             case events.GpadlTeardown():
                 self._teardown(event.key, event.handle)
             case events.ChannelGone():
-                self._channel_gone(event.key)
+                self._roster.gone(event.key)
             case events.MonitorPages():
                 self.monitor.use(event.page_2)
             case events.InterruptPage():
@@ -252,10 +234,10 @@ class Bus:
                 self.sint = event.sint
                 self._contact.set()
                 _log.info("%s: guest speaks VMBus %s", self.transport.name, event.version)
-                if event.version == Version.V0_13 and self._shared_doorbell is None:
-                    self.nursery.start_soon(self._serve_shared_doorbell)
             case events.Disconnected():
-                self._disconnected()
+                self._version = None
+                self._contact = trio.Event()
+                self._roster.disconnected()
             case events.ResetDone():
                 while self._reset_done:
                     self._reset_done.pop(0)()
@@ -268,10 +250,18 @@ class Bus:
                 raise AssertionError(f"the engine has an event the bus does not know: {event}")
 
     def _open(self, event: events.ChannelOpen) -> None:
-        attached = self._devices.get(event.primary_key)
-        runner = ChannelRunner(self, event, attached.device if attached is not None else None)
+        owner = self._roster.owner(event.primary_key)
+        runner = ChannelRunner(self, event, owner.device if owner is not None else None)
         self.runners[event.key] = runner
         self.nursery.start_soon(runner.run)
+
+    def _close(self, key: int) -> None:
+        runner = self.runners.get(key)
+        if runner is not None:
+            runner.close()
+        else:
+            # The bus is ending and was quicker.
+            self.engine.close_done(key)
 
     def _teardown(self, key: int, handle: int) -> None:
         runner = self.runners.get(key)
@@ -295,63 +285,17 @@ class Bus:
     def channel_failed(self, event: events.ChannelOpen, reason: str) -> None:
         """A device gave its channel up: rescind it, so that the guest knows. Cannot block."""
         self.report_fault(reason, event.relid)
-        owner = self._devices.get(event.primary_key)
-        if owner is not None and owner.offered and owner.removing is None:
-            owner.faulty_lives += 1
-            self.engine.revoke(owner.key)
-            self.pump()
-
-    def _channel_gone(self, key: int) -> None:
-        attached = self._devices.get(key)
-        if attached is None:
-            return
-        attached.offered = False
-        if attached.removing is not None:
-            self._forget(attached)
-        elif attached.faulty_lives < MAX_FAULTY_LIVES:
-            self._offer_again(attached)
-
-    def _offer_again(self, attached: _Attached) -> None:
-        del self._devices[attached.key]
-        attached.key = self.engine.offer(attached.device.offer)
-        attached.offered = True
-        self._devices[attached.key] = attached
-
-    def _forget(self, attached: _Attached) -> None:
-        del self._devices[attached.key]
-        self.nursery.start_soon(self._close_device, attached)
-
-    async def _close_device(self, attached: _Attached) -> None:
-        try:
-            await attached.device.aclose()
-        except Exception:
-            _log.exception("%s: closing a device failed", self.transport.name)
-        if attached.removing is not None:
-            attached.removing.set()
-
-    def _disconnected(self) -> None:
-        self._version = None
-        self._contact = trio.Event()
-        for attached in tuple(self._devices.values()):
-            attached.faulty_lives = 0
-            if not attached.offered and attached.removing is None:
-                self._offer_again(attached)
+        self._roster.failed(event.primary_key)
+        self.pump()
 
     def report_fault(self, text: str, relid: int | None) -> None:
         """Count and log what a guest did wrong. Cannot block."""
-        self._faults[relid] += 1
-        count = sum(self._faults.values())
+        self._faults += 1
+        count = self._faults
         if count <= LOGGED_FAULTS or count % 100 == 0:
             where = "control plane" if relid is None else f"channel {relid}"
             _log.warning("%s: %s: %s (fault %d)", self.transport.name, where, text, count)
             self.transport.report(f"{where}: {text}")
-
-    def _runners_of(self, key: int) -> list[ChannelRunner]:
-        return [
-            runner
-            for runner in self.runners.values()
-            if key in {runner.event.key, runner.event.primary_key}
-        ]
 
     # -- tasks -----------------------------------------------------------------------------------
 
@@ -360,83 +304,91 @@ class Bus:
         async for event in self.transport.incoming():
             match event:
                 case PostedMessage():
-                    if event.message_type != MESSAGE_TYPE_VMBUS:
-                        self.report_fault(f"message of SynIC type {event.message_type:#x}", None)
-                        continue
-                    self.engine.receive_untrusted(event.connection_id, event.payload, vp=event.vp)
-                    self.pump()
-                    # A guest that does not take its messages does not get to send more.
-                    while len(self._messages) > self.config.engine.budgets.max_queued_messages:
-                        self._message_done = trio.Event()
-                        await self._message_done.wait()
+                    self._posts.append(event)
+                    self._take_posts()
                 case PartitionReset():
-                    self._reset_done.append(event.done)
-                    self._drop_messages()
-                    self.engine.reset()
-                    self.pump()
+                    self._reset(event.done)
                 case PartitionPaused():
+                    self._paused = True
+                    self.deliveries.hold()
                     self.nursery.start_soon(self._pause, event.done)
                 case PartitionResumed():
-                    self._running.set()
-                    for runner in self.runners.values():
-                        runner.resume()
+                    self._resume()
                     event.done()
                 case MemoryRemoval():
                     # Rings and transfers in flight hold views of their own; the region is unmapped
                     # when the last one is given up, which is for the transport to wait for.
+                    self.monitor.forget(event.gpa, event.size)
+                    self.interrupt_page.forget(event.gpa, event.size)
                     event.done()
         self._gone.set()
 
-    def _drop_messages(self) -> None:
-        """The guest has left: forget what is not in a slot yet, but for reserved channels."""
-        kept = [message for message in self._messages if message.reserved]
-        self._delivered += len(self._messages) - len(kept)
-        self._messages = deque(kept)
-        self._message_done.set()
+    def _take_posts(self) -> None:
+        """Give the engine what the guest has posted, unless the guest has to wait.
 
-    async def run_outgoing(self) -> None:
-        """Deliver control messages, in order, one at a time."""
-        while True:
-            if not self._messages:
-                self._message_added = trio.Event()
-                await self._message_added.wait()
-            await self._running.wait()
-            if not self._messages:
-                continue
-            message = self._messages.popleft()
-            if not await self.transport.deliver(
-                message.vp, message.sint, MESSAGE_TYPE_VMBUS, message.payload
-            ):
-                _log.info(
-                    "%s: message to VP %d SINT %d dropped, its SynIC is off",
-                    self.transport.name,
-                    message.vp,
-                    message.sint,
-                )
-            self._delivered += 1
-            self._message_done.set()
+        A guest that does not take its messages does not get to send more: most of what it sends
+        makes one. Only posts wait for that; what the VMM wants is done all the same.
+        """
+        limit = self.config.engine.budgets.max_queued_messages
+        while self._posts and len(self.deliveries) <= limit:
+            if self._paused or self._ending:
+                return
+            post = self._posts.popleft()
+            if post.message_type == MESSAGE_TYPE_VMBUS:
+                self.engine.receive_untrusted(post.connection_id, post.payload, vp=post.vp)
+                self.pump()
+            else:
+                self.report_fault(f"message of SynIC type {post.message_type:#x}", None)
+            post.done()
 
-    async def wait_messages_delivered(self) -> None:
-        """Wait until every control message queued so far is in its slot. Is a checkpoint."""
-        target = self._queued
-        while self._delivered < target:
-            self._message_done = trio.Event()
-            await self._message_done.wait()
+    def _reset(self, done: Callable[[], None]) -> None:
+        self._reset_done.append(done)
+        while self._posts:
+            self._posts.popleft().done()
+        self.deliveries.drop(reserved=True)
+        self.engine.reset()
+        self.pump()
 
     async def _pause(self, done: Callable[[], None]) -> None:
-        self._running = trio.Event()
         for runner in tuple(self.runners.values()):
             await runner.pause()
         done()
 
-    async def _serve_shared_doorbell(self) -> None:
-        """Serve connection id 2, the doorbell of all channels of a 0.13 guest."""
-        self._shared_doorbell = await self.transport.add_event_port(CONNECTION_EVENTS, 0)
+    def _resume(self) -> None:
+        self._paused = False
+        self.deliveries.flow()
+        for runner in self.runners.values():
+            runner.resume()
+        self._take_posts()
+
+    async def need_shared_doorbell(self) -> None:
+        """See to it that connection id 2, the doorbell of all 0.13 channels, is served.
+
+        Raises:
+            AttachError: The VMM refused.
+            trio.BrokenResourceError: The partition is gone.
+        """
+        async with self._doorbell_lock:
+            if self._shared_doorbell is None:
+                self._shared_doorbell = await self.transport.add_event_port(CONNECTION_EVENTS, 0)
+                self.nursery.start_soon(self._serve_shared_doorbell, self._shared_doorbell.fd)
+
+    async def _serve_shared_doorbell(self, fd: int) -> None:
         while True:
-            await trio.lowlevel.wait_readable(self._shared_doorbell.fd)
+            await trio.lowlevel.wait_readable(fd)
             with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._shared_doorbell.fd)
+                os.eventfd_read(fd)
             self.interrupt_page.scan(self.open_channels)
+
+    async def aclose(self) -> None:
+        """End all channels and close all devices. For :func:`open_bus`. Is a checkpoint."""
+        self._ending = True
+        while self.runners:
+            for runner in tuple(self.runners.values()):
+                runner.stop()
+            for runner in tuple(self.runners.values()):
+                await runner.finished.wait()
+        await self._roster.aclose()
 
     def open_channels(self) -> list[Channel]:
         """The channels that are being served now."""
@@ -471,28 +423,37 @@ async def open_bus(
 
     Raises:
         ConfigError: Two devices have the same instance GUID.
+        AttachError: The VMM does not let the guest post messages to us.
+        trio.BrokenResourceError: The partition is gone already.
     """
     failure: BaseException | None = None
+    waiting = deque(devices)
     async with trio.open_nursery() as nursery:
         bus = Bus(transport, nursery, config or BusConfig(), tl_listener)
-        await transport.add_message_port(CONNECTION_MESSAGES)
-        await transport.add_message_port(CONNECTION_MESSAGES_5)
+        serving = trio.CancelScope()
         try:
-            for device in devices:
-                bus.add_device(device)
-            nursery.start_soon(bus.run_incoming)
-            nursery.start_soon(bus.run_outgoing)
+            await transport.add_message_port(CONNECTION_MESSAGES)
+            await transport.add_message_port(CONNECTION_MESSAGES_5)
+            while waiting:
+                bus.add_device(waiting[0])
+                waiting.popleft()
+            nursery.start_soon(_run_within, serving, bus.run_incoming)
+            nursery.start_soon(bus.deliveries.run)
             nursery.start_soon(bus.monitor.run)
             yield bus
         except BaseException as error:  # raised again below, out of the nursery
             failure = error
+        # From here on the guest is not listened to: channels end, none begins.
+        serving.cancel()
         with trio.CancelScope(shield=True):
-            for runner in tuple(bus.runners.values()):
-                runner.stop()
-            for runner in tuple(bus.runners.values()):
-                await runner.finished.wait()
-            for attached in tuple(bus._devices.values()):
-                await bus._close_device(attached)
+            await bus.aclose()
+            for device in waiting:
+                await bus._roster.close_device(device)
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+async def _run_within(scope: trio.CancelScope, run: Callable[[], Awaitable[None]]) -> None:
+    with scope:
+        await run()

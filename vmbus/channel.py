@@ -117,7 +117,7 @@ class Channel:
         self._queue: deque[bytes] = deque()
         self._outstanding = 0
         self._ended = False
-        self._closed = False
+        self._frozen = False
         self._receiving = False
         self._released = trio.Event()
         self._bell: trio.Event | None = None
@@ -218,6 +218,7 @@ class Channel:
             self._outstanding -= 1
             if not self._outstanding and self._drained is not None:
                 self._drained.set()
+                self._drained = None
             self._room.set()
 
     def send(
@@ -266,6 +267,8 @@ class Channel:
             # The ring belongs to the guest again; nobody waits for these packets.
             queue.clear()
             return True
+        if self._frozen:
+            return False
         count, signal = self._writer.write_batch_untrusted(tuple(queue))
         if count == len(queue):
             size = sum(map(len, queue))
@@ -298,12 +301,15 @@ class Channel:
         writer = self._writer
         try:
             while not self.try_flush():
+                if self._frozen and self._gate is not None:
+                    await self._gate.wait()
+                    continue
                 size = max(len(self._queue[0]) + TRAILER_SIZE, writer.ring.size // 4)
                 if not writer.wait_for_room(size):
                     with trio.move_on_after(POLL_INTERVAL):
                         await self._wait_doorbell()
         finally:
-            if not self._ended:
+            if not self._ended and not self._frozen:
                 writer.stop_waiting()
             flushed, self._flushed = self._flushed, None
             flushed.set()
@@ -371,7 +377,6 @@ class Channel:
 
         From here on the guest's pages are not touched through this channel.
         """
-        self._closed = True
         self._queue.clear()
         self._released.set()
 
@@ -389,6 +394,7 @@ class Channel:
             self._gate.set()
         if self._drained is not None:
             self._drained.set()
+            self._drained = None
         self.poke()
 
     def poke(self) -> None:
@@ -416,16 +422,34 @@ class Channel:
         self._call.retarget(vp)
 
     async def pause(self) -> None:
-        """Hand out no more packets, and wait for those handed out. Is a checkpoint."""
-        if self._gate is None:
-            self._gate = trio.Event()
+        """Hand out no more packets, wait for those handed out, then write no more. A checkpoint.
+
+        What is queued for a ring that has no room stays queued.
+        """
+        gate = await self._quiesce()
+        if gate is self._gate:
+            self._frozen = True
+
+    async def drain(self) -> None:
+        """Hand out no more packets, wait for those handed out and their answers. A checkpoint.
+
+        Raises:
+            RingError: The guest's read index is corrupt.
+        """
+        await self._quiesce()
+        await self.flush()
+
+    async def _quiesce(self) -> trio.Event:
+        gate = self._gate = self._gate or trio.Event()
         while self._outstanding and not self._ended:
-            self._drained = trio.Event()
+            if self._drained is None:
+                self._drained = trio.Event()
             await self._drained.wait()
-        self._drained = None
+        return gate
 
     def resume(self) -> None:
         """Undo :meth:`pause`. Cannot block."""
+        self._frozen = False
         if self._gate is not None:
             gate, self._gate = self._gate, None
             gate.set()

@@ -41,6 +41,7 @@ class MonitorPage:
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
         self._words: memoryview | None = None
+        self._gpa = 0
         self._channels: dict[int, tuple[Channel, int]] = {}
         self._changed = trio.Event()
         self.polls = 0
@@ -54,6 +55,7 @@ class MonitorPage:
             self._words.release()
             self._words = None
         if gpa is not None:
+            self._gpa = gpa
             try:
                 self._words = self._memory.page(gpa >> PAGE_SHIFT).cast("I")
             except GuestProtocolError:
@@ -61,6 +63,11 @@ class MonitorPage:
                 # channels fall back on hypercalls, which monitored guests also understand.
                 self._words = None
         self._changed.set()
+
+    def forget(self, gpa: int, size: int) -> None:
+        """Let go of the page if it lies in ``size`` bytes from ``gpa`` on. Cannot block."""
+        if self._words is not None and gpa <= self._gpa < gpa + size:
+            self.use(None)
 
     def add(self, monitor_id: int, channel: Channel, latency: int) -> None:
         """Serve ``channel`` from bit ``monitor_id``; ``latency`` in 100 ns ticks."""
@@ -108,6 +115,7 @@ class InterruptPage:
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
         self._bytes: memoryview | None = None
+        self._gpa = 0
 
     def use(self, gpa: int | None) -> None:
         """Take the page at ``gpa`` (bytes) from now on, or none. Cannot block."""
@@ -115,10 +123,16 @@ class InterruptPage:
             self._bytes.release()
             self._bytes = None
         if gpa is not None:
+            self._gpa = gpa
             try:
                 self._bytes = self._memory.page(gpa >> PAGE_SHIFT)
             except GuestProtocolError:
                 self._bytes = None
+
+    def forget(self, gpa: int, size: int) -> None:
+        """Let go of the page if it lies in ``size`` bytes from ``gpa`` on. Cannot block."""
+        if self._bytes is not None and gpa <= self._gpa < gpa + size:
+            self.use(None)
 
     def set_bit(self, relid: int) -> None:
         """Set the host-to-guest bit of ``relid``. Cannot block."""

@@ -21,6 +21,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
@@ -202,7 +203,8 @@ class LoopbackTransport:
             if self._posts >= self._post_limit:
                 return HvStatus.INSUFFICIENT_BUFFERS
             self._posts += 1
-            self._events.append(PostedMessage(connection_id, message_type, vp, payload))
+            done = partial(self._post_done, self._life)
+            self._events.append(PostedMessage(connection_id, message_type, vp, payload, done))
         self._in_trio(self._arrived)
         return HvStatus.SUCCESS
 
@@ -353,10 +355,13 @@ class LoopbackTransport:
             if not self._events:
                 self._arrival = trio.Event()
                 return self._arrival
-            event = self._events.popleft()
-            if type(event) is PostedMessage:
+            return self._events.popleft()
+
+    def _post_done(self, life: int) -> None:
+        """The bus is done with a message that was posted so many resets ago."""
+        with self._lock:
+            if life == self._life:
                 self._posts -= 1
-            return event
 
     def _check_open(self) -> None:
         if self._closed:
@@ -379,8 +384,8 @@ class LoopbackTransport:
             with self._lock:
                 self._events = deque(e for e in self._events if type(e) is not PostedMessage)
                 self._posts = 0
+                self._life += 1
             self._resetting = True
-            self._life += 1
             if self._held is not None:
                 self._held.clear()
             self._wake_all()

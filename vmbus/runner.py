@@ -12,6 +12,7 @@ The order of events matters to guests, and this is where it is kept:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ class ChannelRunner:
     Attributes:
         event: What the guest asked for.
         channel: The channel while it is served, else None.
+        served: Set when the device has returned; a primary channel's only.
         finished: Set when nothing of the channel is left.
         closed_by_guest: The engine waits to hear that the channel is closed.
     """
@@ -48,9 +50,13 @@ class ChannelRunner:
         self.channel: Channel | None = None
         self.finished = trio.Event()
         self.closed_by_guest = False
+        self.served = trio.Event()
         self._closing = trio.Event()
+        self._starting = trio.CancelScope()
         self._scope = trio.CancelScope()
-        self._paused = False
+        self._cut_off = ""
+        self._unpaused = trio.Event()
+        self._unpaused.set()
 
     # -- for the bus -----------------------------------------------------------------------------
 
@@ -62,6 +68,8 @@ class ChannelRunner:
     def stop(self) -> None:
         """End the channel, without the engine being told. Idempotent. Cannot block."""
         self._closing.set()
+        self._unpaused.set()
+        self._starting.cancel()
         if self.channel is not None:
             self.channel.end()
         self._scope.deadline = trio.current_time() + self.bus.config.close_grace
@@ -76,14 +84,25 @@ class ChannelRunner:
         return handle == self.event.gpadl.handle
 
     async def pause(self) -> None:
-        """Wait until nothing is in flight. Is a checkpoint."""
-        self._paused = True
+        """Wait until nothing is in flight and guest memory is not touched. Is a checkpoint."""
+        self._unpaused = trio.Event()
         if self.channel is not None:
             await self.channel.pause()
 
+    async def drain(self) -> None:
+        """Take no more requests, and wait until all answers are in the ring. Is a checkpoint."""
+        if self.channel is not None:
+            with contextlib.suppress(GuestProtocolError):
+                await self.channel.drain()
+
+    def cut_off(self, reason: str) -> None:
+        """Do without the device, which does not do its part. Cannot block."""
+        self._cut_off = reason
+        self._scope.cancel()
+
     def resume(self) -> None:
         """Serve again. Cannot block."""
-        self._paused = False
+        self._unpaused.set()
         if self.channel is not None:
             self.channel.resume()
 
@@ -99,46 +118,64 @@ class ChannelRunner:
 
     async def _run(self) -> None:
         event = self.event
-        engine = self.bus.engine
         transport = self.bus.transport
         port: Doorbell | None = None
+        channel: Channel | None = None
         try:
-            incoming_pfns, outgoing_pfns = event.gpadl.ring_pages(event.downstream_page_offset)
-            reader = RingReader(RingMemory(transport.memory, incoming_pfns))
-            writer = RingWriter(RingMemory(transport.memory, outgoing_pfns))
-            if not event.incoming_by_page:
-                port = await transport.add_event_port(event.connection_id, 0)
-        except (GuestProtocolError, AttachError) as error:
-            self._fault(f"cannot be opened: {error}")
-            engine.open_done(event.key, ok=False)
-            self.bus.pump()
-            return
+            try:
+                if event.incoming_by_page:
+                    await self.bus.need_shared_doorbell()
+                else:
+                    port = await transport.add_event_port(event.connection_id, 0)
+                await self._unpaused.wait()
+                if not self._closing.is_set():
+                    channel = self._make_channel(port)
+            except (GuestProtocolError, AttachError, OSError) as error:
+                self.bus.report_fault(f"cannot be opened: {error}", event.relid)
+            except trio.BrokenResourceError:
+                _log.debug("%s: gone while channel %d opened", transport.name, event.relid)
+            if channel is None:
+                self.bus.engine.open_done(event.key, ok=False)
+                self.bus.pump()
+            else:
+                await self._serve(channel)
+        finally:
+            self.channel = None
+            if channel is not None:
+                channel.end()
+                channel.close_doorbell()
+                channel.release_rings()
+            if port is not None:
+                await self._remove_port()
+
+    async def _remove_port(self) -> None:
+        transport = self.bus.transport
+        try:
+            with trio.CancelScope(shield=True):
+                await transport.remove_event_port(self.event.connection_id, 0)
+        except (AttachError, trio.BrokenResourceError) as error:
+            # Whatever the VMM makes of it, we do not listen any more.
+            _log.info("%s: event port of channel %d: %s", transport.name, self.event.relid, error)
+
+    def _make_channel(self, port: Doorbell | None) -> Channel:
+        event = self.event
+        memory = self.bus.transport.memory
+        incoming_pfns, outgoing_pfns = event.gpadl.ring_pages(event.downstream_page_offset)
         channel = Channel(
             relid=event.relid,
             offer=event.offer,
             subchannel_index=event.subchannel_index,
             version=event.version,
-            memory=transport.memory,
+            memory=memory,
             open_user_data=event.user_data,
-            reader=reader,
-            writer=writer,
+            reader=RingReader(RingMemory(memory, incoming_pfns)),
+            writer=RingWriter(RingMemory(memory, outgoing_pfns)),
             doorbell_fd=port.fd if port is not None else None,
             call=self._make_call(),
             max_outstanding=self.bus.config.max_outstanding,
         )
         channel.bind(self._offer_subchannels, lambda handle: self.bus.gpadl(event.key, handle))
-        try:
-            await self._serve(channel)
-        finally:
-            channel.end()
-            if self.event.monitor_id is not None and self.channel is not None:
-                self.bus.monitor.remove(self.event.monitor_id)
-            self.channel = None
-            channel.close_doorbell()
-            channel.release_rings()
-            if port is not None:
-                with trio.CancelScope(shield=True):
-                    await transport.remove_event_port(event.connection_id, 0)
+        return channel
 
     def _make_call(self) -> Call:
         event = self.event
@@ -157,16 +194,16 @@ class ChannelRunner:
     async def _serve(self, channel: Channel) -> None:
         event = self.event
         bus = self.bus
+        # Before the guest hears that the channel is open: it may ask for another VP at once.
+        self.channel = channel
         bus.engine.open_done(event.key, ok=True)
         bus.pump()
-        await bus.wait_messages_delivered()
-        self.channel = channel
-        if event.monitor_id is not None:
-            bus.monitor.add(event.monitor_id, channel, event.offer.monitor_latency or 0)
-        if self._paused:
-            await channel.pause()
+        with self._starting:
+            await bus.deliveries.wait_delivered()
         if self._closing.is_set():
             channel.end()
+        if event.monitor_id is not None:
+            bus.monitor.add(event.monitor_id, channel, event.offer.monitor_latency or 0)
         _log.info(
             "%s: channel %d.%d open, version %s",
             bus.transport.name,
@@ -174,10 +211,14 @@ class ChannelRunner:
             event.subchannel_index,
             event.version,
         )
-        if event.primary_key == event.key:
-            await self._run_device(channel)
-        else:
-            await self._lend(channel)
+        try:
+            if event.primary_key == event.key:
+                await self._run_device(channel)
+            else:
+                await self._lend(channel)
+        finally:
+            if event.monitor_id is not None:
+                bus.monitor.remove(event.monitor_id)
 
     async def _run_device(self, channel: Channel) -> None:
         """A primary channel: the device's life is this task."""
@@ -188,8 +229,10 @@ class ChannelRunner:
                     await self.device.run(channel)
         except Exception as error:
             reason = self._explain(error)
+        finally:
+            self.served.set()
         if not self._closing.is_set():
-            await self._give_up(reason)
+            await self._give_up(self._cut_off or reason)
 
     def _explain(self, error: Exception) -> str:
         """Say in a line why the device gave up; log what is our fault and not the guest's."""
@@ -209,22 +252,23 @@ class ChannelRunner:
     async def _lend(self, channel: Channel) -> None:
         """A sub-channel: it belongs to the device task of its primary."""
         primary = self.bus.runners.get(self.event.primary_key)
-        if primary is None or primary.channel is None:
-            channel.end()
-            return
-        primary.channel.deliver_subchannel(channel)
-        async with trio.open_nursery() as nursery:
+        if primary is not None and primary.channel is not None:
+            primary.channel.deliver_subchannel(channel)
+            async with trio.open_nursery() as nursery:
 
-            async def primary_over() -> None:
-                await primary.finished.wait()
-                nursery.cancel_scope.cancel()
+                async def device_over() -> None:
+                    await primary.served.wait()
+                    nursery.cancel_scope.cancel()
 
-            nursery.start_soon(primary_over)
-            await channel.wait_released()
-            nursery.cancel_scope.cancel()
+                nursery.start_soon(device_over)
+                with self._scope:
+                    await channel.wait_released()
+                    nursery.cancel_scope.cancel()
+                if self._scope.cancelled_caught:
+                    # Only a device that has been stopped has let go of guest memory for sure.
+                    primary.cut_off(f"the device does not let go of channel {self.event.relid}")
         channel.end()
-        if not self._closing.is_set():
-            await self._closing.wait()
+        await self._closing.wait()
 
     async def _give_up(self, reason: str) -> None:
         """Nobody serves the channel any more: tell the guest, and wait for it to close."""
@@ -238,9 +282,6 @@ class ChannelRunner:
             self.bus.engine.offer_subchannels(self.event.key, count)
         finally:
             self.bus.pump()
-
-    def _fault(self, text: str) -> None:
-        self.bus.report_fault(text, self.event.relid)
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

@@ -36,6 +36,10 @@ class Doorbell(Protocol):
         """A non-blocking eventfd, readable when the guest has signalled. Owned by the port."""
 
 
+def _nothing() -> None:
+    """Nobody counts."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class PostedMessage:
     """The guest called HvPostMessage."""
@@ -47,6 +51,13 @@ class PostedMessage:
     """VP that made the call."""
     payload: bytes
     """At most 240 bytes, chosen by the guest."""
+    done: Callable[[], None] = dataclasses.field(default=_nothing, repr=False, compare=False)
+    """Called by the bus, once, when it needs no more room for this message.
+
+    A transport lets only so many messages be under way, counting those that are not done: that is
+    how a guest is held up that does not take the replies to what it has posted. The bus takes
+    events out of :meth:`Transport.incoming` at any time, so life-cycle events are never held up.
+    """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

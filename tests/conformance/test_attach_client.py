@@ -376,8 +376,9 @@ def test_posts_beyond_the_credits_are_for_the_guest_to_repeat(tmp_path: Path) ->
 
     async def handler(transport: SocketTransport) -> None:
         await transport.add_message_port(4)
-        async for _ in transport.incoming():
+        async for event in transport.incoming():
             await trio.to_thread.run_sync(gate.wait)
+            event.done()
 
     limits = ServerLimits(post_credits=4)
     with (

@@ -75,6 +75,7 @@ async def scripted_bus(transport: SocketTransport) -> None:
     calls = []
     async for event in transport.incoming():
         if isinstance(event, PostedMessage):
+            event.done()
             if not await transport.deliver(event.vp, 2, 1, VERSION_RESPONSE):
                 continue
             await transport.add_event_port(0x11, 0)

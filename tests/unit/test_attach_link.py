@@ -130,7 +130,7 @@ async def test_events_come_in_order_and_end() -> None:
     granted: list[int] = []
     begun: list[int] = []
     events = EventQueue(4, granted.append, lambda: begun.append(1))
-    post = PostedMessage(1, 1, 0, b"")
+    post = PostedMessage(1, 1, 0, b"", events.message_done)
     reset = PartitionReset(lambda: None)
     for _ in range(2):
         events.take_credit()
@@ -139,11 +139,16 @@ async def test_events_come_in_order_and_end() -> None:
     assert begun == []
     assert [await anext(events) for _ in range(3)] == [post, post, reset]
     assert begun == [1]
+    assert granted == []
+    post.done()
+    post.done()
     assert granted == [1, 1]
     events.drop_messages()
     events.put(reset)
     events.end()
     events.end()
+    post.done()
+    assert granted == [1, 1]
     assert [event async for event in events] == []
 
 

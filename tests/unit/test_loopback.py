@@ -91,8 +91,29 @@ async def test_a_guest_that_posts_too_much_has_to_try_again():
     rig = Rig(post_limit=2)
     await rig.transport.add_message_port(1)
     assert [rig.guest.post(1, b"x") for _ in range(3)] == [0, 0, HvStatus.INSUFFICIENT_BUFFERS]
-    await anext(rig.transport.incoming())
+    taken = await anext(rig.transport.incoming())
+    assert isinstance(taken, PostedMessage)
+    assert rig.guest.post(1, b"x") == HvStatus.INSUFFICIENT_BUFFERS
+    taken.done()
     assert rig.guest.post(1, b"x") == 0
+    assert rig.guest.post(1, b"x") == HvStatus.INSUFFICIENT_BUFFERS
+
+
+async def test_a_message_of_a_former_life_makes_no_room_in_the_next():
+    rig = Rig(post_limit=1)
+    await rig.transport.add_message_port(1)
+    rig.guest.post(1, b"old")
+    incoming = rig.transport.incoming()
+    taken = await anext(incoming)
+    assert isinstance(taken, PostedMessage)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.transport.reset)
+        event = await anext(incoming)
+        assert isinstance(event, PartitionReset)
+        event.done()
+    rig.guest.enable()
+    assert rig.guest.post(1, b"new") == 0
+    taken.done()
     assert rig.guest.post(1, b"x") == HvStatus.INSUFFICIENT_BUFFERS
 
 
@@ -553,6 +574,7 @@ async def test_a_guest_in_another_thread_gets_and_posts_messages_in_order():
             async for event in rig.transport.incoming():
                 assert isinstance(event, PostedMessage)
                 echoed.append(int.from_bytes(event.payload, "little"))
+                event.done()
                 if len(echoed) == count:
                     return
 

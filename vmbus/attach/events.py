@@ -15,10 +15,11 @@ from vmbus.transport import PartitionEvent, PostedMessage
 class EventQueue:
     """Partition events in order; an asynchronous iterator for one consumer.
 
-    Posted messages are bounded by credits: the VMM may have so many under way or in here, and
-    tells the guest "insufficient buffers" beyond that, as the hypervisor does with its 16 buffers
-    per port. The reader therefore never has to stop, which matters because the replies that the
-    bus waits for come through it. Everything else in here is bounded by the one-at-a-time rules.
+    Posted messages are bounded by credits: the VMM may have so many under way, in here, or taken
+    by the consumer and not done, and tells the guest "insufficient buffers" beyond that, as the
+    hypervisor does with its 16 buffers per port. The reader therefore never has to stop, which
+    matters because the replies that the bus waits for come through it. Everything else in here is
+    bounded by the one-at-a-time rules.
 
     Args:
         credit_limit: Messages that may be under way.
@@ -50,10 +51,15 @@ class EventQueue:
     def give_credit(self, count: int) -> None:
         """So many messages are done with; credits go back in handfuls while more wait."""
         self._owed += count
-        if self._owed and (not self._events or self._owed * 4 >= self._limit):
+        if self._owed and (self._owed == self._uncredited or self._owed * 4 >= self._limit):
             self._uncredited -= self._owed
             owed, self._owed = self._owed, 0
             self._grant(owed)
+
+    def message_done(self) -> None:
+        """The consumer is done with a message. Cannot block."""
+        if not self._ended:
+            self.give_credit(1)
 
     def put(self, event: PartitionEvent) -> None:
         """Append. Cannot block."""
@@ -89,6 +95,4 @@ class EventQueue:
             await self._arrival.wait()
         # Not a full checkpoint: the credits run out soon enough for others to get their turn.
         await trio.lowlevel.checkpoint_if_cancelled()
-        event = self._events.popleft()
-        self.give_credit(1 if type(event) is PostedMessage else 0)
-        return event
+        return self._events.popleft()

@@ -424,7 +424,7 @@ class SocketTransport:
         except PeerProtocolError:
             events.give_credit(1)
             raise
-        events.put(PostedMessage(connection_id, message_type, vp, payload))
+        events.put(PostedMessage(connection_id, message_type, vp, payload, events.message_done))
 
     def _on_signal_event(self, frame: Frame) -> None:
         event = SignalEvent.decode_untrusted(frame.payload)
