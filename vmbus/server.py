@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import resource
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,8 @@ from vmbus.plugins import load_device
 from vmbus.transport import Transport
 
 _log = logging.getLogger("vmbus.server")
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 INSTANCE_NAMESPACE = UUID("6f1d3c0e-5a0b-4c1e-9c55-0d5a3a7c1b2e")
 """Instance GUIDs are made from this and the device's place, so that a guest finds the same
@@ -56,9 +59,8 @@ class _Guest:
 
     number: int
     transport: Transport
-    bus: Bus
-    devices: list[tuple[str, int]]
-    """Plug-in name and number on the bus."""
+    bus: Bus | None = None
+    """None until its devices are there."""
 
 
 class GuestServer:
@@ -98,7 +100,7 @@ class GuestServer:
         try:
             for index, setup in enumerate(setups):
                 plugin = load_device(setup.plugin)
-                specs = [spec.replace("{guest}", guest) for spec in setup.specs]
+                specs = [_for_guest(spec, guest) for spec in setup.specs]
                 devices.append(
                     await plugin.from_specs(
                         specs,
@@ -121,18 +123,18 @@ class GuestServer:
         """
         self._served += 1
         name = self._unique(transport.name)
-        devices = await self._make_devices(name, self.setups)
-        async with open_bus(transport, config=self.config) as bus:
-            numbers = [
-                (setup.plugin, bus.add_device(device))
-                for setup, device in zip(self.setups, devices, strict=True)
-            ]
-            self._guests[name] = _Guest(self._served, transport, bus, numbers)
-            _log.info("%s: attached with %d device(s)", name, len(numbers))
-            try:
-                await bus.wait_gone()
-            finally:
-                del self._guests[name]
+        self._guests[name] = guest = _Guest(self._served, transport)
+        try:
+            devices = await self._make_devices(name, self.setups)
+            async with open_bus(transport, devices, config=self.config) as bus:
+                guest.bus = bus
+                _log.info("%s: attached with %d device(s)", name, len(devices))
+                try:
+                    await bus.wait_gone()
+                finally:
+                    guest.bus = None
+        finally:
+            del self._guests[name]
         _log.info("%s: gone", name)
 
     def _unique(self, wanted: str) -> str:
@@ -164,6 +166,7 @@ class GuestServer:
             status["guests"] = [
                 {"name": name, "number": guest.number, **guest.bus.snapshot()}
                 for name, guest in self._guests.items()
+                if guest.bus is not None
             ]
         return status
 
@@ -180,25 +183,41 @@ class GuestServer:
         Raises:
             ConfigError: There is no such guest or device, or it cannot do that.
         """
-        guest = self._pick_guest(request.get("guest"))
+        bus = self._pick_bus(request.get("guest"))
         plugin = request.get("device", "storvsp")
-        numbers = [number for name, number in guest.devices if name == plugin]
+        # The bus was given one device for each setup, in this order, and keeps them.
+        found = [
+            device
+            for setup, device in zip(self.setups, bus.devices.values(), strict=True)
+            if setup.plugin == plugin
+        ]
         index = request.get("index", 0)
-        if not isinstance(index, int) or not 0 <= index < len(numbers):
-            raise ConfigError(f"the guest has {len(numbers)} device(s) {plugin!r}, no {index!r}")
-        devices = guest.bus.devices
-        return await load_device(plugin).command(devices[numbers[index]], request)
+        if not isinstance(index, int) or not 0 <= index < len(found):
+            raise ConfigError(f"the guest has {len(found)} device(s) {plugin!r}, no {index!r}")
+        return await load_device(plugin).command(found[index], request)
 
-    def _pick_guest(self, name: object) -> _Guest:
-        attached = ", ".join(self._guests) or "none"
+    def _pick_bus(self, name: object) -> Bus:
+        buses = {name: guest.bus for name, guest in self._guests.items() if guest.bus is not None}
+        attached = ", ".join(buses) or "none"
         if name is None:
-            if len(self._guests) == 1:
-                return next(iter(self._guests.values()))
+            if len(buses) == 1:
+                return next(iter(buses.values()))
             raise ConfigError(f"which guest? attached are: {attached}")
-        guest = self._guests.get(name) if isinstance(name, str) else None
-        if guest is None:
+        bus = buses.get(name) if isinstance(name, str) else None
+        if bus is None:
             raise ConfigError(f"there is no guest {name!r}; attached are: {attached}")
-        return guest
+        return bus
+
+
+def _for_guest(spec: str, guest: str) -> str:
+    """Put a guest's name into a specification."""
+    if "{guest}" in spec and not _PLAIN_NAME.fullmatch(guest):
+        # The VMM chooses the name. It must not choose the directory, nor options.
+        raise ConfigError(
+            f"{spec}: {guest!r} cannot stand for {{guest}}; it may have letters, digits, "
+            "'_', '-' and '.', and not begin with '.' or '-'"
+        )
+    return spec.replace("{guest}", guest)
 
 
 def resident_bytes() -> int:
