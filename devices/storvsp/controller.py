@@ -6,6 +6,7 @@ at path 0, target 0, LUNs 0 to 63 only, so new units go there by default.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
@@ -279,5 +280,7 @@ class ScsiController:
 
     async def aclose(self) -> None:
         """See :meth:`vmbus.device.Device.aclose`."""
-        for address in tuple(self.units):
-            await self.remove_disk(address)
+        async with contextlib.AsyncExitStack() as stack:
+            # One that fails must not keep the others open.
+            for address in tuple(self.units):
+                stack.push_async_callback(self.remove_disk, address)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from storvsp.fastpath import serve_batch_untrusted
-from storvsp.scsi import Command, DataDirection, Outcome, absent_unit
+from storvsp.scsi import Command, DataDirection, LogicalUnit, Outcome, absent_unit
 from storvsp.wire import (
     BEGIN_INITIALIZATION,
     CREATE_SUB_CHANNELS,
@@ -58,11 +58,13 @@ from storvsp.wire import (
 )
 from vmbus.channel import Channel
 from vmbus.errors import (
+    STATUS_INSUFFICIENT_RESOURCES,
     STATUS_INVALID_DEVICE_REQUEST,
     STATUS_INVALID_DEVICE_STATE,
     STATUS_INVALID_PARAMETER,
     STATUS_REVISION_MISMATCH,
     STATUS_SUCCESS,
+    BudgetError,
     GuestProtocolError,
     LocalProtocolError,
 )
@@ -166,8 +168,10 @@ class Session:
     def handle(self, channel: Channel, packet: Packet, nursery: trio.Nursery) -> None:
         """Act on any packet: answer it, or start a task that will. Cannot block."""
         if packet.kind not in {IN_BAND, GPA_DIRECT}:
-            # We never ask for completions and have no transfer pages: nothing to answer.
+            # No driver sends these. One that wants an answer gets it: it counts as a request
+            # that is under way until then.
             self._complain(channel, packet, f"packet of type {packet.kind}")
+            self._answer(channel, packet, None, STATUS_INVALID_DEVICE_REQUEST)
             return
         data = packet.data
         start = packet.payload_offset
@@ -261,6 +265,10 @@ class Session:
                 self.primary.offer_subchannels(count)
             except LocalProtocolError as error:
                 raise GuestProtocolError(str(error), status=STATUS_INVALID_DEVICE_STATE) from error
+            except BudgetError as error:
+                raise GuestProtocolError(
+                    str(error), status=STATUS_INSUFFICIENT_RESOURCES
+                ) from error
         self.subchannels = count
 
     def _reset(self) -> None:
@@ -319,7 +327,9 @@ class Session:
     ) -> None:
         """Let a command that has to wait for its disk do so in a task of its own."""
         self.waited += 1
-        nursery.start_soon(self._execute_slowly, channel, packet, srb, command)
+        # The unit that is there now: another one may take its place before the task begins.
+        unit = self.controller.units[srb.path, srb.target, srb.lun]
+        nursery.start_soon(self._execute_slowly, channel, packet, srb, command, unit)
 
     def _command_untrusted(self, channel: Channel, packet: Packet, srb: Srb) -> Command:
         """Turn an SRB and its GPA range into a command. Raises GuestProtocolError."""
@@ -362,13 +372,9 @@ class Session:
         )
 
     async def _execute_slowly(
-        self, channel: Channel, packet: Packet, srb: Srb, command: Command
+        self, channel: Channel, packet: Packet, srb: Srb, command: Command, unit: LogicalUnit
     ) -> None:
-        unit = self.controller.units.get((srb.path, srb.target, srb.lun))
-        if unit is None:
-            self._reply(channel, packet, srb, srb_status=SRB_INVALID_LUN)
-        else:
-            self.finish(channel, packet, srb, await unit.execute(command))
+        self.finish(channel, packet, srb, await unit.execute(command))
         # Tasks that end in the same turn of the loop share one flush only by luck; the ring's
         # signalling rule keeps the price of a flush low.
         await channel.flush()
@@ -446,7 +452,8 @@ class Session:
         """
         if self.stage is Stage.READY and self.version >= VERSION_4_2 and not self.primary.ended:
             self.primary.send(build_packet(ENUMERATE_BUS, flags=0))
-            if not self.primary.try_flush() and self._nursery is not None:
+            # Not here: a corrupt ring is the end of this life, and no matter of the caller's.
+            if self._nursery is not None:
                 self._nursery.start_soon(self.primary.flush)
 
     def _complain(self, channel: Channel, packet: Packet, text: str) -> None:
