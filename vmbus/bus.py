@@ -108,7 +108,8 @@ class Bus:
         self._pumping = False
         self._teardowns: set[tuple[int, int]] = set()
         self._reset_done: list[Callable[[], None]] = []
-        self._paused = False
+        self._running = trio.Event()
+        self._running.set()
         self._ending = False
         self._gone = trio.Event()
         self._faults = 0
@@ -149,6 +150,11 @@ class Bus:
         """The devices by number."""
         return {entry.number: entry.device for entry in self._roster}
 
+    @property
+    def paused(self) -> bool:
+        """Whether the VMM has paused the partition: guest memory is to be left alone."""
+        return not self._running.is_set()
+
     async def wait_gone(self) -> None:
         """Wait until the partition is gone. Is a checkpoint."""
         await self._gone.wait()
@@ -177,7 +183,7 @@ class Bus:
             "name": self.transport.name,
             "version": str(self._version) if self._version is not None else None,
             "memory": self.transport.memory.size,
-            "paused": self._paused,
+            "paused": self.paused,
             "faults": self._faults,
             "messages_waiting": len(self.deliveries),
             "monitor_polls": self.monitor.polls,
@@ -274,7 +280,9 @@ class Bus:
         """A channel's task is over; nothing of it touches guest memory. Cannot block."""
         key = runner.event.key
         del self.runners[key]
-        if runner.closed_by_guest:
+        if runner.refused:
+            self.engine.open_done(key, ok=False)
+        elif runner.closed_by_guest:
             self.engine.close_done(key)
         for waiting in sorted(self._teardowns):
             if waiting[0] == key:
@@ -309,8 +317,10 @@ class Bus:
                 case PartitionReset():
                     self._reset(event.done)
                 case PartitionPaused():
-                    self._paused = True
+                    if not self.paused:
+                        self._running = trio.Event()
                     self.deliveries.hold()
+                    self.monitor.hold()
                     self.nursery.start_soon(self._pause, event.done)
                 case PartitionResumed():
                     self._resume()
@@ -331,7 +341,7 @@ class Bus:
         """
         limit = self.config.engine.budgets.max_queued_messages
         while self._posts and len(self.deliveries) <= limit:
-            if self._paused or self._ending:
+            if self.paused or self._ending:
                 return
             post = self._posts.popleft()
             if post.message_type == MESSAGE_TYPE_VMBUS:
@@ -355,8 +365,9 @@ class Bus:
         done()
 
     def _resume(self) -> None:
-        self._paused = False
+        self._running.set()
         self.deliveries.flow()
+        self.monitor.flow()
         for runner in self.runners.values():
             runner.resume()
         self._take_posts()
@@ -378,6 +389,8 @@ class Bus:
             await trio.lowlevel.wait_readable(fd)
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(fd)
+            while self.paused:
+                await self._running.wait()
             self.interrupt_page.scan(self.open_channels)
 
     async def aclose(self) -> None:

@@ -44,6 +44,7 @@ class MonitorPage:
         self._gpa = 0
         self._channels: dict[int, tuple[Channel, int]] = {}
         self._changed = trio.Event()
+        self._held = False
         self.polls = 0
         """Looks at the page so far."""
         self.hits = 0
@@ -78,6 +79,15 @@ class MonitorPage:
         """The channel is closed. Cannot block."""
         del self._channels[monitor_id]
 
+    def hold(self) -> None:
+        """The partition is paused: do not poll until :meth:`flow`. Cannot block."""
+        self._held = True
+
+    def flow(self) -> None:
+        """Undo :meth:`hold`. Cannot block."""
+        self._held = False
+        self._changed.set()
+
     def scan(self) -> bool:
         """Look once; wake the channels of every group with a bit set. Cannot block."""
         words = self._words
@@ -100,7 +110,7 @@ class MonitorPage:
     async def run(self) -> None:
         """Poll for ever, at the shortest latency asked for; sleep while there is no need."""
         while True:
-            if self._words is None or not self._channels:
+            if self._held or self._words is None or not self._channels:
                 self._changed = trio.Event()
                 await self._changed.wait()
                 continue

@@ -40,6 +40,7 @@ class ChannelRunner:
         channel: The channel while it is served, else None.
         served: Set when the device has returned; a primary channel's only.
         finished: Set when nothing of the channel is left.
+        refused: The engine waits to hear that the channel could not be opened.
         closed_by_guest: The engine waits to hear that the channel is closed.
     """
 
@@ -49,6 +50,7 @@ class ChannelRunner:
         self.device = device
         self.channel: Channel | None = None
         self.finished = trio.Event()
+        self.refused = False
         self.closed_by_guest = False
         self.served = trio.Event()
         self._closing = trio.Event()
@@ -56,7 +58,8 @@ class ChannelRunner:
         self._scope = trio.CancelScope()
         self._cut_off = ""
         self._unpaused = trio.Event()
-        self._unpaused.set()
+        if not bus.paused:
+            self._unpaused.set()
 
     # -- for the bus -----------------------------------------------------------------------------
 
@@ -85,9 +88,13 @@ class ChannelRunner:
 
     async def pause(self) -> None:
         """Wait until nothing is in flight and guest memory is not touched. Is a checkpoint."""
-        self._unpaused = trio.Event()
+        if self._unpaused.is_set() and not self._closing.is_set():
+            self._unpaused = trio.Event()
         if self.channel is not None:
             await self.channel.pause()
+        if self._closing.is_set():
+            # The rings are left alone, but the device may have transfers in flight.
+            await self.finished.wait()
 
     async def drain(self) -> None:
         """Take no more requests, and wait until all answers are in the ring. Is a checkpoint."""
@@ -127,7 +134,8 @@ class ChannelRunner:
                     await self.bus.need_shared_doorbell()
                 else:
                     port = await transport.add_event_port(event.connection_id, 0)
-                await self._unpaused.wait()
+                while not self._unpaused.is_set():
+                    await self._unpaused.wait()
                 if not self._closing.is_set():
                     channel = self._make_channel(port)
             except (GuestProtocolError, AttachError, OSError) as error:
@@ -135,8 +143,8 @@ class ChannelRunner:
             except trio.BrokenResourceError:
                 _log.debug("%s: gone while channel %d opened", transport.name, event.relid)
             if channel is None:
-                self.bus.engine.open_done(event.key, ok=False)
-                self.bus.pump()
+                # The guest hears of it when the port is gone too, since it may then try again.
+                self.refused = True
             else:
                 await self._serve(channel)
         finally:

@@ -1,0 +1,275 @@
+"""The bus when lives overlap: openings, pauses, removals, and guests that do not behave."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import trio
+import trio.testing
+
+from tests.engine_support import make_memory, make_offer, pages_message
+from vmbus.bus import open_bus
+from vmbus.channel import Channel
+from vmbus.device import Offer
+from vmbus.errors import AttachError
+from vmbus.memory import PAGE_SIZE
+from vmbus.transport import (
+    PartitionEvent,
+    PartitionPaused,
+    PartitionResumed,
+    PostedMessage,
+)
+from vmbus.wire import messages as m
+from vmbus.wire.versions import NO_FEATURES, Version
+
+RING = 0xE1E10
+FIRST_PAGE = 100
+MONITOR_1, MONITOR_2 = 0x10000, 0x11000
+
+
+class SlowCall:
+    """Counts signals."""
+
+    def __init__(self) -> None:
+        self.signals = 0
+
+    def signal(self) -> None:
+        self.signals += 1
+
+    def retarget(self, vp: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Port:
+    """A doorbell."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+
+class SlowTransport:
+    """A partition whose VMM takes its time: gates say when it answers."""
+
+    name = "slow"
+    vp_count = 2
+
+    def __init__(self) -> None:
+        self.memory = make_memory()
+        self.delivered: list[m.Message] = []
+        self.reports: list[str] = []
+        self.ports: dict[tuple[int, int], Port] = {}
+        self.synic_on = True
+        self.removing = trio.Event()
+        self.removing.set()
+        self._send, self._receive = trio.open_memory_channel[PartitionEvent](1000)
+
+    async def deliver(self, vp: int, sint: int, message_type: int, payload: bytes) -> bool:
+        await trio.lowlevel.checkpoint()
+        if self.synic_on:
+            self.delivered.append(
+                m.parse_message_untrusted(
+                    payload,
+                    direction=m.Direction.HOST_TO_GUEST,
+                    version=Version.V5_3,
+                    features=NO_FEATURES,
+                )
+            )
+        return self.synic_on
+
+    def open_call(self, vp: int, sint: int, flag: int) -> SlowCall:
+        return SlowCall()
+
+    async def add_message_port(self, connection_id: int) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def add_event_port(self, connection_id: int, flag: int) -> Port:
+        await trio.lowlevel.checkpoint()
+        if (connection_id, flag) in self.ports:
+            raise AttachError("exists already")
+        port = self.ports[connection_id, flag] = Port()
+        return port
+
+    async def remove_event_port(self, connection_id: int, flag: int) -> None:
+        await self.removing.wait()
+        os.close(self.ports.pop((connection_id, flag)).fd)
+
+    async def incoming(self) -> AsyncIterator[PartitionEvent]:
+        async for event in self._receive:
+            yield event
+
+    def report(self, text: str) -> None:
+        self.reports.append(text)
+
+    # The guest and its VMM.
+
+    def put(self, event: PartitionEvent) -> None:
+        self._send.send_nowait(event)
+
+    def post(self, *messages: m.Message) -> None:
+        for message in messages:
+            payload = m.build_message(message, version=Version.V5_3)
+            self.put(PostedMessage(4, 1, 0, payload))
+
+    def ask(self, make: Callable[[Callable[[], None]], PartitionEvent]) -> trio.Event:
+        done = trio.Event()
+        self.put(make(done.set))
+        return done
+
+    def results(self) -> list[int]:
+        return [each.status for each in self.delivered if isinstance(each, m.OpenChannelResult)]
+
+    def contact(self) -> None:
+        self.post(
+            m.InitiateContact(
+                version=Version.V5_3,
+                target_vp=0,
+                target_info=2,
+                monitor_page_1=MONITOR_1,
+                monitor_page_2=MONITOR_2,
+            )
+        )
+
+    def create_ring(self, relid: int = 1) -> None:
+        self.post(*pages_message(relid, RING, list(range(FIRST_PAGE, FIRST_PAGE + 8))))
+
+    def open(self, relid: int = 1) -> None:
+        self.post(
+            m.OpenChannel(
+                relid=relid, open_id=relid, ring_gpadl=RING, target_vp=0, downstream_page_offset=4
+            )
+        )
+
+    def ring_word(self, page: int, word: int, value: int) -> None:
+        self.memory.page(FIRST_PAGE + page).cast("I")[word] = value
+
+
+class Idle:
+    """A device that takes packets and answers none, and may be slow to stop."""
+
+    def __init__(self, **options: Any) -> None:
+        self.offer: Offer = make_offer(1, **options)
+        self.running = 0
+        self.most_running = 0
+        self.lives = 0
+        self.may_stop = trio.Event()
+        self.may_stop.set()
+
+    async def run(self, primary: Channel) -> None:
+        self.lives += 1
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            while True:
+                await primary.receive_batch()
+        except trio.EndOfChannel:
+            # A time limit for the case that a test fails; none that passes gets near it.
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 2):
+                await self.may_stop.wait()
+        finally:
+            self.running -= 1
+
+    def snapshot(self) -> dict[str, Any]:
+        return {}
+
+    async def aclose(self) -> None:
+        pass
+
+
+async def settled() -> None:
+    await trio.testing.wait_all_tasks_blocked(0.001)
+
+
+async def connect(transport: SlowTransport) -> None:
+    transport.contact()
+    transport.post(m.RequestOffers())
+    transport.create_ring()
+    await settled()
+
+
+async def test_opening_again_while_the_port_of_a_refused_opening_is_being_removed_works():
+    transport = SlowTransport()
+    device = Idle()
+    async with open_bus(transport, [device]):
+        await connect(transport)
+        transport.removing = trio.Event()
+        transport.ring_word(0, 1, 0xFFFFFFFF)
+        transport.open()
+        await settled()
+        transport.ring_word(0, 1, 0)
+        transport.open()
+        await settled()
+        transport.removing.set()
+        await settled()
+        transport.open()
+        await settled()
+        assert transport.results().count(0) == 1
+        assert len(transport.results()) == 3
+        assert device.lives == 1
+
+
+async def test_a_pause_waits_for_a_device_that_is_still_at_a_closed_channel():
+    transport = SlowTransport()
+    device = Idle()
+    async with open_bus(transport, [device]):
+        await connect(transport)
+        transport.open()
+        await settled()
+        device.may_stop = trio.Event()
+        transport.post(m.CloseChannel(relid=1))
+        await settled()
+        paused = transport.ask(PartitionPaused)
+        await settled()
+        assert not paused.is_set()
+        device.may_stop.set()
+        await settled()
+        assert paused.is_set()
+
+
+async def test_a_channel_opened_again_does_not_begin_before_the_pause_is_over():
+    transport = SlowTransport()
+    device = Idle()
+    async with open_bus(transport, [device]):
+        await connect(transport)
+        transport.open()
+        await settled()
+        device.may_stop = trio.Event()
+        transport.post(m.CloseChannel(relid=1))
+        transport.open()
+        await settled()
+        paused = transport.ask(PartitionPaused)
+        await settled()
+        transport.ring_word(4, 16, 0)
+        device.may_stop.set()
+        await paused.wait()
+        await settled()
+        assert transport.memory.page(FIRST_PAGE + 4).cast("I")[16] == 0
+        assert device.lives == 1
+        await transport.ask(PartitionResumed).wait()
+        await settled()
+        assert transport.results() == [0, 0]
+        assert device.lives == 2
+
+
+async def test_a_pause_leaves_the_monitor_page_alone():
+    transport = SlowTransport()
+    async with open_bus(transport, [Idle(monitor_latency=10)]) as bus:
+        await connect(transport)
+        transport.open()
+        while not bus.monitor.polls:
+            await trio.sleep(0.001)
+        await transport.ask(PartitionPaused).wait()
+        page = transport.memory.page(MONITOR_2 // PAGE_SIZE)
+        page[:] = b"\xff" * PAGE_SIZE
+        polls = bus.monitor.polls
+        await trio.sleep(0.005)
+        assert bytes(page) == b"\xff" * PAGE_SIZE
+        assert bus.monitor.polls == polls
+        await transport.ask(PartitionResumed).wait()
+        while bus.monitor.hits == 0:
+            await trio.sleep(0.001)
+        assert bytes(page) != b"\xff" * PAGE_SIZE
