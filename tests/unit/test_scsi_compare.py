@@ -134,9 +134,11 @@ async def test_compare_and_write_writes_only_if_equal():
     assert disk.calls == ["read", "write fua"]
 
 
-async def test_compare_and_write_refuses_too_little_data_and_too_many_blocks():
+async def test_compare_and_write_refuses_data_that_does_not_fit_and_too_many_blocks():
+    """``iscsi-test-cu``: CompareAndWrite.InvalidDataOutSize."""
     disk, unit = make_unit(blocks=1024)
-    assert (await run(unit, CAW, out=bytes(2047))).pointer == (13, None, True)
+    for size in (2047, 4096):
+        assert (await run(unit, CAW, out=bytes(size))).pointer == (13, None, True)
     reply = await run(unit, "89 00 0000000000000003 000000 81 00 00", out=bytes(0x81 * 1024))
     assert reply.pointer == (13, None, True)
     assert (await run(unit, "89 00 00000000000003ff 000000 02 00 00")).fault == (5, 0x2100)

@@ -74,6 +74,16 @@ async def test_a_six_byte_command_of_length_0_moves_256_blocks():
     assert (await run(unit, "0a 00000a 00 00", out=payload)).transferred == len(payload)
 
 
+async def test_a_short_command_may_come_in_a_long_cdb():
+    """The operation code alone says how long a command is (SPC-4 4.2.5.1)."""
+    disk, unit = make_unit()
+    tail = "00" * 10
+    assert (await run(unit, "08 e00003 01 00" + tail, room=512)).data == disk.data[1536:2048]
+    reply = await run(unit, "08 1fffff 01 00" + tail, room=512)
+    assert (reply.fault, reply.pointer) == ((5, 0x2100), (1, None, True))
+    assert (await run(unit, "28 20 00000003 00 0001 00" + tail, room=512)).pointer == (1, 7, True)
+
+
 async def test_six_byte_commands_have_21_bit_addresses_and_ignore_the_old_lun_bits():
     disk, unit = make_unit()
     assert (await run(unit, "08 e00003 01 00", room=512)).data == disk.data[1536:2048]

@@ -51,7 +51,7 @@ async def test_unmap_frees_the_ranges():
 
 
 @pytest.mark.parametrize("ranges", [
-    [(0, 1), (128, 0)], [(0, 1), (127, 2)], [(0, 1), (2**64 - 1, 0xFFFFFFFF)], [(0, 0xFFFFFFFF)],
+    [(0, 1), (129, 0)], [(0, 1), (127, 2)], [(0, 1), (2**64 - 1, 0xFFFFFFFF)], [(0, 0xFFFFFFFF)],
 ])  # fmt: skip
 async def test_unmap_checks_all_ranges_before_it_frees_one(ranges):
     disk, unit = make_unit()
@@ -59,6 +59,13 @@ async def test_unmap_checks_all_ranges_before_it_frees_one(ranges):
     assert reply.fault == (5, 0x2100)
     assert reply.pointer == (8 + 16 * (len(ranges) - 1), None, False)
     assert disk.calls == []
+
+
+async def test_an_empty_range_may_begin_behind_the_last_block():
+    """``iscsi-test-cu``: Unmap.ZeroBlocks."""
+    disk, unit = make_unit()
+    assert (await unmap(unit, unmap_list((128, 0), (2, 1)))).status == 0
+    assert disk.calls == ["unmap 1024+512"]
 
 
 async def test_a_partial_descriptor_is_ignored():
@@ -155,9 +162,12 @@ async def test_write_same_names_the_field_it_refuses(cdb, pointer):
     assert disk.calls == []
 
 
-async def test_write_same_is_limited_and_needs_its_block():
+async def test_write_same_is_limited_and_takes_exactly_one_block():
+    """``iscsi-test-cu``: WriteSame10.InvalidDataOutSize and its kin."""
     disk, unit = make_unit()
-    assert (await run(unit, same(10), out=bytes(511))).pointer == (7, None, True)
+    for size in (511, 1024):
+        assert (await run(unit, same(10), out=bytes(size))).pointer == (7, None, True)
+    assert (await run(unit, same(10), room=512)).pointer == (0, None, True)
     unit.blocks = 1 << 30
     assert (await run(unit, same(16, count=(1 << 21) + 1), out=bytes(512))).pointer == (
         10, None, True,

@@ -148,8 +148,9 @@ def check_transfer_flags_untrusted(cdb: bytes) -> None:
     Raises:
         CheckCondition: A bit is set that must not be.
     """
-    if len(cdb) > 6:
+    group = cdb[0] >> 5  # not the CDB's length: drivers may send 16 bytes whatever the command is
+    if group:
         if cdb[1] & 0xE0:
             raise invalid_cdb_field(1, 7)
-        if cdb[1] & 0x01 and cdb[0] >> 5 != 4:
+        if cdb[1] & 0x01 and group != 4:
             raise invalid_cdb_field(1, 0)

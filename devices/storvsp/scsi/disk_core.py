@@ -198,7 +198,7 @@ class DiskCore(DispatchUnit):
         self.check_ready()
         transfer = decode_transfer_untrusted(command.cdb)
         if transfer.lba >= self.blocks or transfer.lba + transfer.blocks > self.blocks:
-            raise out_of_range(transfer.lba, 1 if len(command.cdb) < 10 else 2)
+            raise out_of_range(transfer.lba, 2 if command.cdb[0] >> 5 else 1)
         if writing:
             self.check_writable()
         return transfer

@@ -69,7 +69,9 @@ async def unmap(unit: DiskCore, command: Command) -> Outcome:
         return GOOD
     ranges = parse_unmap_untrusted(take(command, size))
     for index, (lba, blocks) in enumerate(ranges):
-        if lba >= unit.blocks or lba + blocks > unit.blocks:
+        # Unlike other ranges, an empty one may begin right behind the last block: SBC-3 5.30
+        # asks for the sum only.
+        if lba + blocks > unit.blocks:
             raise out_of_range(lba, 8 + 16 * index, in_cdb=False)
     for lba, blocks in ranges:
         if blocks:
@@ -101,7 +103,8 @@ async def write_same(unit: DiskCore, command: Command) -> Outcome:
     moved = 0
     block = b""
     if not (cdb[0] == op.WRITE_SAME_16 and flags & 0x01):  # NDOB
-        unit.data_out_untrusted(command, sector, transfer.count_byte)
+        if command.length != sector:  # the guest means something else than its CDB says
+            raise invalid_cdb_field(transfer.count_byte)
         block = take(command, sector)
         moved = sector
     offset = transfer.lba * sector
