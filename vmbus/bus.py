@@ -32,6 +32,7 @@ from vmbus.doorbells import InterruptPage, MonitorPage
 from vmbus.engine import Engine, EngineConfig, events
 from vmbus.errors import GuestProtocolError
 from vmbus.gpadl import Gpadl
+from vmbus.log_budget import LogBudget
 from vmbus.roster import Roster
 from vmbus.runner import ChannelRunner
 from vmbus.transport import (
@@ -54,9 +55,6 @@ from vmbus.wire.messages import (
 from vmbus.wire.versions import Version
 
 _log = logging.getLogger("vmbus.bus")
-
-LOGGED_FAULTS = 20
-"""Guest faults that are logged one by one; then only every hundredth, or a guest fills the disk."""
 
 TlListener = Callable[[events.TlConnect], bool]
 """Answers an hv_sock connect request: True if it will offer a channel for it. Cannot block."""
@@ -113,6 +111,11 @@ class Bus:
         self._ending = False
         self._gone = trio.Event()
         self._faults = 0
+        self._fault_log = LogBudget()
+        self.life_log = LogBudget()
+        """For guests and channels coming and going."""
+        self.failure_log = LogBudget()
+        """For devices that fail, with a traceback each."""
         self._version: Version | None = None
         self._contact = trio.Event()
         self._doorbell_lock = trio.Lock()
@@ -239,7 +242,8 @@ class Bus:
                 self._version = event.version
                 self.sint = event.sint
                 self._contact.set()
-                _log.info("%s: guest speaks VMBus %s", self.transport.name, event.version)
+                if self.life_log.spend():
+                    _log.info("%s: guest speaks VMBus %s", self.transport.name, event.version)
             case events.Disconnected():
                 self._version = None
                 self._contact = trio.Event()
@@ -299,10 +303,9 @@ class Bus:
     def report_fault(self, text: str, relid: int | None) -> None:
         """Count and log what a guest did wrong. Cannot block."""
         self._faults += 1
-        count = self._faults
-        if count <= LOGGED_FAULTS or count % 100 == 0:
+        if self._fault_log.spend():
             where = "control plane" if relid is None else f"channel {relid}"
-            _log.warning("%s: %s: %s (fault %d)", self.transport.name, where, text, count)
+            _log.warning("%s: %s: %s (fault %d)", self.transport.name, where, text, self._faults)
             self.transport.report(f"{where}: {text}")
 
     # -- tasks -----------------------------------------------------------------------------------

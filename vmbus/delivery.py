@@ -13,6 +13,7 @@ from collections.abc import Callable
 import trio
 
 from vmbus.engine.events import SendMessage
+from vmbus.log_budget import LogBudget
 from vmbus.transport import Transport
 from vmbus.wire.messages import MESSAGE_TYPE_VMBUS
 
@@ -30,6 +31,7 @@ class Deliveries:
     def __init__(self, transport: Transport, delivered: Callable[[], None]) -> None:
         self._transport = transport
         self._delivered = delivered
+        self._log_budget = LogBudget()
         self._waiting: deque[SendMessage] = deque()
         self._current: tuple[SendMessage, trio.CancelScope] | None = None
         self._put = 0
@@ -107,7 +109,7 @@ class Deliveries:
                 )
             finally:
                 self._current = None
-            if not arrived:
+            if not arrived and self._log_budget.spend():
                 _log.info(
                     "%s: message to VP %d SINT %d dropped, its SynIC is off",
                     self._transport.name,

@@ -212,13 +212,14 @@ class ChannelRunner:
             channel.end()
         if event.monitor_id is not None:
             bus.monitor.add(event.monitor_id, channel, event.offer.monitor_latency or 0)
-        _log.info(
-            "%s: channel %d.%d open, version %s",
-            bus.transport.name,
-            event.relid,
-            event.subchannel_index,
-            event.version,
-        )
+        if bus.life_log.spend():
+            _log.info(
+                "%s: channel %d.%d open, version %s",
+                bus.transport.name,
+                event.relid,
+                event.subchannel_index,
+                event.version,
+            )
         try:
             if event.primary_key == event.key:
                 await self._run_device(channel)
@@ -248,7 +249,8 @@ class ChannelRunner:
         guilty = [leaf for leaf in leaves if isinstance(leaf, GuestProtocolError)]
         if guilty:
             return str(guilty[0])
-        if not all(isinstance(leaf, trio.EndOfChannel) for leaf in leaves):
+        stopped = all(isinstance(leaf, trio.EndOfChannel) for leaf in leaves)
+        if not stopped and self.bus.failure_log.spend():
             _log.error(
                 "%s: channel %d: the device failed",
                 self.bus.transport.name,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import pytest
 import trio
 import trio.testing
 
@@ -273,3 +275,36 @@ async def test_a_pause_leaves_the_monitor_page_alone():
         while bus.monitor.hits == 0:
             await trio.sleep(0.001)
         assert bytes(page) != b"\xff" * PAGE_SIZE
+
+
+async def test_a_guest_cannot_fill_the_log(
+    caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+):
+    caplog.set_level(logging.INFO)
+    transport = SlowTransport()
+    transport.synic_on = False
+    async with open_bus(transport, [Idle()]) as bus:
+        for _ in range(300):
+            transport.contact()
+            transport.post(m.RequestOffers(), m.CloseChannel(relid=7))
+            transport.create_ring()
+            transport.open()
+            await trio.sleep(0.01)
+        before = len(caplog.records)
+        assert 60 <= before <= 66
+        assert 20 <= len(transport.reports) <= 21
+        await trio.sleep(3600)
+        for _ in range(300):
+            transport.post(m.CloseChannel(relid=7))
+            await trio.sleep(0.01)
+        # After an hour of peace it may do so again, but has not saved up.
+        assert 20 <= len(caplog.records) - before <= 21
+        faults = bus.snapshot()["faults"]
+        assert faults >= 600
+        assert f"(fault {faults})" not in caplog.text
+        transport.post(m.CloseChannel(relid=7))
+        await trio.sleep(10)
+        transport.post(m.CloseChannel(relid=7))
+        await trio.sleep(0.01)
+        # The number tells how many were left out.
+        assert f"(fault {faults + 2})" in caplog.text
