@@ -35,6 +35,9 @@ from vmbus.wire.versions import Version
 
 POLL_INTERVAL = 0.002
 """Seconds between looks at a full outgoing ring: OpenBSD, macOS and NetBSD never signal."""
+MAX_POLL_INTERVAL = 0.064
+"""What the interval grows to while nothing is read: a guest that keeps all its rings full must not
+take the time of the others."""
 
 
 def _make_doorbell() -> int:
@@ -299,15 +302,24 @@ class Channel:
         # Waking for each freed packet would cost a signal per packet; a quarter of the ring is
         # asked for, and what is free by then is used anyway, because the poll looks too.
         writer = self._writer
+        interval = POLL_INTERVAL
+        written = self.statistics.packets_out
         try:
             while not self.try_flush():
                 if self._frozen and self._gate is not None:
                     await self._gate.wait()
                     continue
+                if written != self.statistics.packets_out:
+                    written = self.statistics.packets_out
+                    interval = POLL_INTERVAL
                 size = max(len(self._queue[0]) + TRAILER_SIZE, writer.ring.size // 4)
-                if not writer.wait_for_room(size):
-                    with trio.move_on_after(POLL_INTERVAL):
-                        await self._wait_doorbell()
+                if writer.wait_for_room(size):
+                    # See receive_batch.
+                    await trio.lowlevel.checkpoint()
+                    continue
+                with trio.move_on_after(interval):
+                    await self._wait_doorbell()
+                interval = min(interval * 2, MAX_POLL_INTERVAL)
         finally:
             if not self._ended and not self._frozen:
                 writer.stop_waiting()
