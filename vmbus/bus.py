@@ -361,6 +361,9 @@ class Bus:
         self.deliveries.drop(reserved=True)
         self.engine.reset()
         self.pump()
+        for runner in self.runners.values():
+            # Those that are opening hear nothing from the engine, and may wait for the resume.
+            runner.stop()
 
     async def _pause(self, done: Callable[[], None]) -> None:
         for runner in tuple(self.runners.values()):

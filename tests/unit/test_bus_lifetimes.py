@@ -20,6 +20,7 @@ from vmbus.memory import PAGE_SIZE
 from vmbus.transport import (
     PartitionEvent,
     PartitionPaused,
+    PartitionReset,
     PartitionResumed,
     PostedMessage,
 )
@@ -66,6 +67,8 @@ class SlowTransport:
         self.reports: list[str] = []
         self.ports: dict[tuple[int, int], Port] = {}
         self.synic_on = True
+        self.adding = trio.Event()
+        self.adding.set()
         self.removing = trio.Event()
         self.removing.set()
         self._send, self._receive = trio.open_memory_channel[PartitionEvent](1000)
@@ -90,7 +93,7 @@ class SlowTransport:
         await trio.lowlevel.checkpoint()
 
     async def add_event_port(self, connection_id: int, flag: int) -> Port:
-        await trio.lowlevel.checkpoint()
+        await self.adding.wait()
         if (connection_id, flag) in self.ports:
             raise AttachError("exists already")
         port = self.ports[connection_id, flag] = Port()
@@ -255,6 +258,24 @@ async def test_a_channel_opened_again_does_not_begin_before_the_pause_is_over():
         await settled()
         assert transport.results() == [0, 0]
         assert device.lives == 2
+
+
+async def test_a_reset_in_a_pause_does_not_wait_for_the_resume():
+    transport = SlowTransport()
+    device = Idle()
+    async with open_bus(transport, [device]):
+        await connect(transport)
+        transport.adding = trio.Event()
+        transport.open()
+        await settled()
+        await transport.ask(PartitionPaused).wait()
+        transport.adding.set()
+        await settled()
+        reset = transport.ask(PartitionReset)
+        await settled()
+        assert reset.is_set()
+        assert transport.results() == []
+        assert device.lives == 0
 
 
 async def test_a_pause_leaves_the_monitor_page_alone():
