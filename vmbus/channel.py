@@ -452,7 +452,9 @@ class Channel:
         await self.flush()
 
     async def _quiesce(self) -> trio.Event:
-        gate = self._gate = self._gate or trio.Event()
+        if self._gate is None:
+            self._gate = trio.Event()
+        gate = self._gate
         while self._outstanding and not self._ended:
             if self._drained is None:
                 self._drained = trio.Event()

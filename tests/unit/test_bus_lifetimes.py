@@ -25,6 +25,7 @@ from vmbus.transport import (
     PostedMessage,
 )
 from vmbus.wire import messages as m
+from vmbus.wire.packets import FLAG_COMPLETION_REQUESTED, IN_BAND, build_packet
 from vmbus.wire.versions import NO_FEATURES, Version
 
 RING = 0xE1E10
@@ -148,6 +149,14 @@ class SlowTransport:
                 relid=relid, open_id=relid, ring_gpadl=RING, target_vp=0, downstream_page_offset=4
             )
         )
+
+    def send_request(self) -> None:
+        """Put one packet that wants a completion into the ring of a channel just opened."""
+        packet = build_packet(IN_BAND, b"", transaction_id=7, flags=FLAG_COMPLETION_REQUESTED)
+        self.memory.write((FIRST_PAGE + 1) * PAGE_SIZE, packet + bytes(8))
+        self.ring_word(0, 0, len(packet) + 8)
+        (port,) = self.ports.values()
+        os.eventfd_write(port.fd, 1)
 
     def ring_word(self, page: int, word: int, value: int) -> None:
         self.memory.page(FIRST_PAGE + page).cast("I")[word] = value
@@ -276,6 +285,27 @@ async def test_a_reset_in_a_pause_does_not_wait_for_the_resume():
         assert reset.is_set()
         assert transport.results() == []
         assert device.lives == 0
+
+
+async def test_a_device_may_be_removed_while_the_bus_becomes_quiet():
+    transport = SlowTransport()
+    async with open_bus(transport, [Idle()]) as bus, trio.open_nursery() as nursery:
+        await connect(transport)
+        transport.open()
+        await settled()
+        transport.send_request()
+        await settled()
+        nursery.start_soon(bus.remove_device, 1)
+        await settled()
+        paused = transport.ask(PartitionPaused)
+        await settled()
+        assert not paused.is_set()
+        bus.open_channels()[0].complete(7, b"")
+        await settled()
+        assert paused.is_set()
+        await transport.ask(PartitionResumed).wait()
+        await settled()
+        assert not bus.devices
 
 
 async def test_a_pause_leaves_the_monitor_page_alone():
