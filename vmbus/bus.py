@@ -30,7 +30,7 @@ from vmbus.delivery import Deliveries
 from vmbus.device import Device
 from vmbus.doorbells import InterruptPage, MonitorPage
 from vmbus.engine import Engine, EngineConfig, events
-from vmbus.errors import GuestProtocolError
+from vmbus.errors import BudgetError, ConfigError, GuestProtocolError
 from vmbus.gpadl import Gpadl
 from vmbus.log_budget import LogBudget
 from vmbus.roster import Roster
@@ -57,7 +57,10 @@ from vmbus.wire.versions import Version
 _log = logging.getLogger("vmbus.bus")
 
 TlListener = Callable[[events.TlConnect], bool]
-"""Answers an hv_sock connect request: True if it will offer a channel for it. Cannot block."""
+"""Answers an hv_sock connect request: True if it will offer a channel for it. Cannot block.
+
+A ConfigError or BudgetError, as :meth:`Bus.add_device` raises them, refuses the request.
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,12 +255,19 @@ class Bus:
                 while self._reset_done:
                     self._reset_done.pop(0)()
             case events.TlConnect():
-                accepted = self._tl_listener is not None and self._tl_listener(event)
-                self.engine.tl_connect_done(event.request_id, ok=accepted)
+                self.engine.tl_connect_done(event.request_id, ok=self._accepts(event))
             case events.Fault():
                 self.report_fault(event.text, event.relid)
             case _:
                 raise AssertionError(f"the engine has an event the bus does not know: {event}")
+
+    def _accepts(self, event: events.TlConnect) -> bool:
+        try:
+            return self._tl_listener is not None and self._tl_listener(event)
+        except (ConfigError, BudgetError) as error:
+            # The guest chose the instance, which may be taken or all zeros, and when to ask.
+            self.report_fault(f"connect request: {error}", None)
+            return False
 
     def _open(self, event: events.ChannelOpen) -> None:
         owner = self._roster.owner(event.primary_key)

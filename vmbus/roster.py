@@ -6,11 +6,12 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import trio
 
 from vmbus.device import Device
-from vmbus.errors import ConfigError
+from vmbus.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
     from vmbus.bus import Bus
@@ -36,6 +37,11 @@ class Entry:
     faulty_lives: int = 0
     offered: bool = True
 
+    @property
+    def instance(self) -> UUID:
+        """The instance GUID of its offer."""
+        return self.device.offer.instance_id
+
 
 class Roster:
     """The devices of one bus."""
@@ -45,6 +51,7 @@ class Roster:
         self._entries: dict[int, Entry] = {}
         self._next_number = 1
         self._owners: dict[int, Entry] = {}
+        self._name = bus.transport.name
 
     def __iter__(self) -> Iterator[Entry]:
         """Go through the devices in the order in which they came."""
@@ -56,6 +63,13 @@ class Roster:
 
     def add(self, device: Device) -> int:
         """Offer a device; return its number. Raises ConfigError, BudgetError."""
+        instance = device.offer.instance_id
+        if any(
+            not entry.offered and entry.removed is None and entry.instance == instance
+            for entry in self
+        ):
+            # The engine does not know of those that wait for the guest's next life.
+            raise ConfigError(f"offer: instance {instance} is on the bus already")
         entry = Entry(device, self._next_number, self._bus.engine.offer(device.offer))
         self._next_number += 1
         self._entries[entry.number] = entry
@@ -113,7 +127,12 @@ class Roster:
                 self._offer_again(entry)
 
     def _offer_again(self, entry: Entry) -> None:
-        entry.key = self._bus.engine.offer(entry.device.offer)
+        try:
+            entry.key = self._bus.engine.offer(entry.device.offer)
+        except BudgetError as error:
+            # Others have taken its room; the guest's next life may leave more.
+            _log.warning("%s: %s cannot come back: %s", self._name, entry.instance, error)
+            return
         entry.offered = True
         self._owners[entry.key] = entry
 
@@ -134,4 +153,4 @@ class Roster:
         try:
             await device.aclose()
         except Exception:
-            _log.exception("%s: closing a device failed", self._bus.transport.name)
+            _log.exception("%s: closing a device failed", self._name)

@@ -6,17 +6,20 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from uuid import UUID
 
 import pytest
 import trio
 import trio.testing
 
 from tests.engine_support import make_memory, make_offer, pages_message
-from vmbus.bus import open_bus
+from vmbus.bus import BusConfig, open_bus
 from vmbus.channel import Channel
 from vmbus.device import Offer
-from vmbus.errors import AttachError
+from vmbus.engine import Budgets, EngineConfig, TlConnect
+from vmbus.errors import AttachError, ConfigError
 from vmbus.memory import PAGE_SIZE
+from vmbus.roster import MAX_FAULTY_LIVES
 from vmbus.transport import (
     PartitionEvent,
     PartitionPaused,
@@ -140,13 +143,13 @@ class SlowTransport:
             )
         )
 
-    def create_ring(self, relid: int = 1) -> None:
-        self.post(*pages_message(relid, RING, list(range(FIRST_PAGE, FIRST_PAGE + 8))))
+    def create_ring(self, gpadl: int = RING) -> None:
+        self.post(*pages_message(1, gpadl, list(range(FIRST_PAGE, FIRST_PAGE + 8))))
 
-    def open(self, relid: int = 1) -> None:
+    def open(self, gpadl: int = RING) -> None:
         self.post(
             m.OpenChannel(
-                relid=relid, open_id=relid, ring_gpadl=RING, target_vp=0, downstream_page_offset=4
+                relid=1, open_id=1, ring_gpadl=gpadl, target_vp=0, downstream_page_offset=4
             )
         )
 
@@ -359,3 +362,75 @@ async def test_a_guest_cannot_fill_the_log(
         await trio.sleep(0.01)
         # The number tells how many were left out.
         assert f"(fault {faults + 2})" in caplog.text
+
+
+class Failing(Idle):
+    """A device that gives up at once."""
+
+    async def run(self, primary: Channel) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+async def fail_for_good(transport: SlowTransport) -> None:
+    """Open a :class:`Failing` until it is not offered any more."""
+    for gpadl in range(MAX_FAULTY_LIVES):
+        transport.create_ring(gpadl=gpadl)
+        transport.open(gpadl=gpadl)
+        await settled()
+        transport.post(m.GpadlTeardown(relid=1, gpadl=gpadl), m.RelidReleased(relid=1))
+        await settled()
+
+
+def config(**budgets: int) -> BusConfig:
+    return BusConfig(engine=EngineConfig(hv_sock=True, budgets=Budgets(**budgets)))
+
+
+async def test_an_instance_that_waits_for_the_next_life_of_the_guest_is_taken():
+    transport = SlowTransport()
+    async with open_bus(transport, [Failing()]) as bus:
+        await connect(transport)
+        await fail_for_good(transport)
+        assert bus.engine.channels == []
+        with pytest.raises(ConfigError):
+            bus.add_device(Idle())
+        transport.contact()
+        await settled()
+        assert len(bus.engine.channels) == 1
+
+
+async def test_a_device_whose_room_was_taken_comes_back_when_there_is_some():
+    transport = SlowTransport()
+    async with open_bus(transport, [Failing()], config=config(max_channels=1)) as bus:
+        await connect(transport)
+        await fail_for_good(transport)
+        other = Idle()
+        other.offer = make_offer(2)
+        number = bus.add_device(other)
+        transport.contact()
+        await settled()
+        assert [each["instance_id"] for each in bus.engine.channels] == [str(UUID(int=2))]
+        await bus.remove_device(number)
+        transport.contact()
+        await settled()
+        assert [each["instance_id"] for each in bus.engine.channels] == [str(UUID(int=1))]
+
+
+@pytest.mark.parametrize("endpoint", [0, 1, 9])
+async def test_a_connect_request_that_the_bus_has_no_place_for_is_refused(endpoint: int):
+    transport = SlowTransport()
+
+    def listen(request: TlConnect) -> bool:
+        device = Idle()
+        device.offer = Offer(class_id=request.service, instance_id=request.endpoint)
+        bus.add_device(device)
+        return True
+
+    options = config(max_channels=1)
+    async with open_bus(transport, [Idle()], config=options, tl_listener=listen) as bus:
+        await connect(transport)
+        request = m.TlConnectRequest(endpoint_id=UUID(int=endpoint), service_id=UUID(int=5))
+        transport.post(request)
+        await settled()
+        (result,) = (each for each in transport.delivered if isinstance(each, m.TlConnectResult))
+        assert result.endpoint_id == request.endpoint_id
+        assert len(transport.reports) == 1
