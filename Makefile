@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 VENV := .venv
+# One worker per processor; PYTEST_ARGS='-n 0 -k ring' for a look at a few tests.
+PYTEST_ARGS ?= -n auto
 BIN := $(VENV)/bin
 
 .PHONY: help demo test lint types unit bench docs clean
