@@ -140,9 +140,9 @@ class Session:
     async def _serve_subchannel(self, channel: Channel) -> None:
         try:
             await self._serve(channel)
-        except GuestProtocolError as error:
+        except* GuestProtocolError as errors:
             # Its ring is corrupt. The life goes on with the other channels.
-            _log.warning("channel %d: %s", channel.relid, error)
+            _log.warning("channel %d: %s", channel.relid, errors.exceptions[0])
         finally:
             await channel.aclose()
 
@@ -326,6 +326,10 @@ class Session:
         nursery: trio.Nursery,
     ) -> None:
         """Let a command that has to wait for its disk do so in a task of its own."""
+        if not packet.wants_completion:
+            # The channel bounds the requests that have to be answered; nothing would bound these.
+            self._complain(channel, packet, "EXECUTE_SRB that wants no answer has to wait")
+            return
         self.waited += 1
         # The unit that is there now: another one may take its place before the task begins.
         unit = self.controller.units[srb.path, srb.target, srb.lun]
