@@ -6,7 +6,7 @@ import pytest
 
 from storvsp.disk import DiskUnavailableError, Extent, NoSpaceError, OutOfRangeError
 from storvsp.disks import ram
-from storvsp.disks.ram import CHUNK, RamDisk
+from storvsp.disks.ram import CHUNK, MAX_SIZE, RamDisk
 from storvsp.specs import open_disk
 from vmbus.errors import ConfigError
 
@@ -121,6 +121,8 @@ async def test_shrinking_frees_and_growing_again_shows_zeros():
     for size in (0, 100, -512):
         with pytest.raises(ConfigError, match="not a positive number"):
             await disk.resize(size)
+    with pytest.raises(ConfigError, match="is larger than"):
+        await disk.resize(MAX_SIZE + 512)
     assert disk.info.size == 4 * CHUNK
 
 

@@ -9,6 +9,7 @@ import trio.testing
 
 from storvsp.disk import MediumError
 from storvsp.scsi import DiskUnit
+from storvsp.scsi.disk_core import BULK
 from storvsp.scsi.disk_verify import first_difference
 from storvsp.scsi.gate import Gate
 from tests.scsi_support import MemoryDisk, make_command, run
@@ -230,6 +231,33 @@ async def test_a_cancelled_exclusive_command_lets_the_others_in():
                 scope.cancel()
     assert entered
     assert not gate.closed
+
+
+@pytest.mark.parametrize(("cdb", "out"), [
+    ("2f 00 00000000 00 0002 00", None),
+    ("2e 00 00000000 00 0002 00", bytes(1024)),
+    ("41 00 00000000 00 0002 00", b"x" * 512),
+])  # fmt: skip
+async def test_only_a_few_commands_work_in_the_hosts_memory_at_a_time(cdb, out):
+    """A guest may have thousands under way, and each one holds up to a mebibyte."""
+    disk, unit = make_unit()
+    disk.pause = trio.Event()
+    entered = 0
+
+    async def wait() -> None:
+        nonlocal entered
+        entered += 1
+        await disk.pause.wait()
+
+    disk._wait = wait
+    async with trio.open_nursery() as nursery:
+        for _ in range(BULK + 5):
+            command, _ = make_command(cdb, out=out)
+            nursery.start_soon(unit.execute, command)
+        await trio.testing.wait_all_tasks_blocked()
+        assert entered == BULK
+        disk.pause.set()
+    assert entered >= BULK + 5
 
 
 async def test_a_reset_aborts_what_waits_for_the_disk():

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import struct
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from storvsp.disk import (
     ReadOnlyError,
 )
 from storvsp.scsi import Command, DataDirection, DiskUnit, Outcome
+from storvsp.scsi.disk_core import STEP
 from storvsp.scsi.sense import CheckCondition, Sense
 from storvsp.scsi.unit import STATUS_GOOD
 from tests.scsi_support import MemoryDisk, finish, make_command, run
@@ -262,6 +264,19 @@ async def test_transfers_bigger_than_the_back_end_takes_are_cut():
         assert (await run(unit, cdb, out=payload)).transferred == 2560
     assert disk.data[512:3072] == payload
     assert disk.calls == ["write"] * 6
+
+
+async def test_a_huge_transfer_is_cut_even_if_the_back_end_would_take_it():
+    """One packet can name more pages than the loop may stand still for."""
+    disk, unit = make_unit(blocks=3 * STEP // 1024)
+    command, buffer = make_command(
+        struct.pack(">BBIBHB", 0x28, 0, 0, 0, 3 * STEP // 1024, 0), room=3 * STEP // 2
+    )
+    assert unit.try_execute(command) is None
+    assert disk.calls == []
+    assert (await unit.execute(command)).transferred == 3 * STEP // 2
+    assert disk.calls == ["read"] * 2
+    assert buffer == disk.data
 
 
 def test_the_fast_path_answers_without_waiting():

@@ -29,6 +29,9 @@ from vmbus.errors import ConfigError
 CHUNK = 1 << 16
 """Bytes that are allocated, and freed, together."""
 
+MAX_SIZE = 1 << 62
+"""Bytes; as far as the offsets of other disks go."""
+
 _SHIFT = 16
 _MASK = CHUNK - 1
 _ZERO_BYTES = bytes(CHUNK)
@@ -214,6 +217,8 @@ def _checked(size: int, sector_size: int) -> int:
         raise ConfigError(
             f"a disk of {size} bytes is not a positive number of {sector_size}-byte sectors"
         )
+    if size > MAX_SIZE:
+        raise ConfigError(f"a disk of {size} bytes is larger than {MAX_SIZE}")
     return size
 
 

@@ -39,6 +39,13 @@ from storvsp.scsi.unit import Command, DataDirection, split, window
 CHUNK: Final = 1 << 20
 """Bytes of host memory a command that compares or repeats data works with at a time."""
 
+STEP: Final = 8 << 20
+"""Bytes moved without letting other tasks run; more than any driver asks for at once."""
+
+BULK: Final = 8
+"""Commands of one unit that hold :data:`CHUNK` bytes at the same time. A guest may have thousands
+of requests under way."""
+
 _DISK: Final = 0x00
 _SBC_3: Final = 0x04C0
 
@@ -66,11 +73,13 @@ class DiskCore(DispatchUnit):
             serial=info.serial.encode("ascii", "replace") or unique.hex().encode(),
             standard=_SBC_3,
         )
-        limit = info.max_transfer - info.max_transfer % info.sector_size
-        self.limit = limit or 1 << 62
-        """Bytes the back-end takes at once."""
+        limit = min(info.max_transfer or STEP, STEP)
+        self.limit = max(limit - limit % info.sector_size, info.sector_size)
+        """Bytes handed to the back-end at once."""
         self.chunk = min(self.limit, CHUNK)
         """Bytes a command works on at a time in the host's memory."""
+        self.bulk = trio.Semaphore(BULK)
+        """Held by a command that works in the host's memory."""
         self.readers: set[Hashable] = set()
         """Initiators whose reads nothing is in the way of."""
         self.writers: set[Hashable] = set()

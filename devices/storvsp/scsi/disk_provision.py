@@ -25,8 +25,9 @@ _UNMAP_HEADER = struct.Struct(">HH4x")
 _UNMAP_DESCRIPTOR = struct.Struct(">QI4x")
 _STATUS_DESCRIPTOR = struct.Struct(">QIB3x")
 
-STATUS_WINDOW: Final = 1 << 30
-"""Bytes one GET LBA STATUS looks at; it need not describe all of the disk (SBC-3 5.5.2)."""
+STATUS_WINDOW: Final = 1 << 26
+"""Bytes one GET LBA STATUS looks at; it need not describe all of the disk (SBC-3 5.5.2). A guest
+can make every second page a hole, so this bounds the time that one command takes."""
 
 
 def parse_unmap_untrusted(parameters: bytes) -> list[tuple[int, int]]:
@@ -109,10 +110,11 @@ async def write_same(unit: DiskCore, command: Command) -> Outcome:
         moved = sector
     offset = transfer.lba * sector
     if any(block):
-        pattern = memoryview(block * (min(unit.chunk, size) // sector))
-        for at in range(0, size, len(pattern)):
-            await trio.lowlevel.checkpoint()
-            await unit.write(offset + at, [pattern[: size - at]])
+        async with unit.bulk:
+            pattern = memoryview(block * (min(unit.chunk, size) // sector))
+            for at in range(0, size, len(pattern)):
+                await trio.lowlevel.checkpoint()
+                await unit.write(offset + at, [pattern[: size - at]])
     else:
         await unit.disk.write_zeroes(offset, size, may_unmap=thin)
         await unit.settle()

@@ -64,21 +64,22 @@ async def verify(unit: DiskCore, command: Command) -> Outcome:
     if check and size:
         moved = size if check == 1 else sector
         unit.data_out_untrusted(command, moved, transfer.count_byte)
-    pattern = b""
     chunk = min(unit.chunk, size)
-    if check == 3 and size:
-        pattern = take(command, sector) * (chunk // sector)
-    scratch = bytearray(chunk)
-    for at in range(0, size, max(chunk, 1)):
-        await trio.lowlevel.checkpoint()
-        length = min(chunk, size - at)
-        offset = transfer.lba * sector + at
-        if not check:
-            with memoryview(scratch)[:length] as part:
-                await unit.read(offset, [part])
-        else:
-            expected = take(command, length, at) if check == 1 else pattern[:length]
-            await _compare(unit, offset, expected, scratch)
+    async with unit.bulk:
+        pattern = b""
+        if check == 3 and size:
+            pattern = take(command, sector) * (chunk // sector)
+        scratch = bytearray(chunk)
+        for at in range(0, size, max(chunk, 1)):
+            await trio.lowlevel.checkpoint()
+            length = min(chunk, size - at)
+            offset = transfer.lba * sector + at
+            if not check:
+                with memoryview(scratch)[:length] as part:
+                    await unit.read(offset, [part])
+            else:
+                expected = take(command, length, at) if check == 1 else pattern[:length]
+                await _compare(unit, offset, expected, scratch)
     return Outcome(STATUS_GOOD, b"", moved)
 
 
@@ -96,16 +97,17 @@ async def write_and_verify(unit: DiskCore, command: Command) -> Outcome:
     size = transfer.blocks * sector
     unit.data_out_untrusted(command, size, transfer.count_byte)
     chunk = min(unit.chunk, size)
-    scratch = bytearray(chunk)
-    for at in range(0, size, max(chunk, 1)):
-        await trio.lowlevel.checkpoint()
-        offset = transfer.lba * sector + at
-        copy = take(command, min(chunk, size - at), at)
-        await unit.write(offset, [memoryview(copy)], fua=True)
-        if check:
-            await _compare(unit, offset, copy, scratch)
-        else:
-            await unit.read(offset, [memoryview(scratch)[: len(copy)]])
+    async with unit.bulk:
+        scratch = bytearray(chunk)
+        for at in range(0, size, max(chunk, 1)):
+            await trio.lowlevel.checkpoint()
+            offset = transfer.lba * sector + at
+            copy = take(command, min(chunk, size - at), at)
+            await unit.write(offset, [memoryview(copy)], fua=True)
+            if check:
+                await _compare(unit, offset, copy, scratch)
+            else:
+                await unit.read(offset, [memoryview(scratch)[: len(copy)]])
     return Outcome(STATUS_GOOD, b"", size)
 
 
