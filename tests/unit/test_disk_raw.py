@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import trio
+import trio.testing
 
 from storvsp.disk import (
     DiskUnavailableError,
@@ -229,6 +230,55 @@ async def test_a_resize_changes_the_file_and_tells_the_watchers(image):
     with pytest.raises(ReadOnlyError):
         await disk.resize(MIB)
     await disk.aclose()
+
+
+@pytest.fixture
+def held_writes(monkeypatch):
+    """Writes that have begun go on only when this event is set."""
+    go = threading.Event()
+    write_fully = linux.write_fully
+
+    def wait(*args):
+        assert go.wait(60)
+        write_fully(*args)
+
+    monkeypatch.setattr(linux, "write_fully", wait)
+    yield go
+    go.set()
+
+
+async def test_a_write_under_way_does_not_undo_a_shrinking(image, held_writes):
+    """It would make the file grow again, and with it the disk."""
+    disk = await RawDisk.open(image)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(disk.writev, MIB - SECTOR, views(b"x" * SECTOR))
+        nursery.start_soon(disk.writev, 0, views(b"y" * SECTOR))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(disk.resize, MIB // 2)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(OutOfRangeError):
+            await disk.writev(MIB // 2, views(bytes(SECTOR)))
+        held_writes.set()
+    assert disk.info.size == image.stat().st_size == MIB // 2
+    await disk.aclose()
+
+
+async def test_a_shrinking_that_waits_ends_with_the_disk(image, held_writes):
+    disk = await RawDisk.open(image)
+
+    async def shrink():
+        with pytest.raises(DiskUnavailableError):
+            await disk.resize(SECTOR)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(disk.writev, MIB - SECTOR, views(b"x" * SECTOR))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(shrink)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(disk.aclose)
+        await trio.testing.wait_all_tasks_blocked()
+        held_writes.set()
+    assert image.stat().st_size == MIB
 
 
 async def test_a_resize_that_fails_leaves_the_size_as_it_was(image, monkeypatch):

@@ -43,6 +43,8 @@ import stat
 from collections.abc import Callable
 from typing import TypeVar, TypeVarTuple
 
+import trio
+
 from storvsp.disk import (
     Buffers,
     Disk,
@@ -107,6 +109,8 @@ class RawDisk(Disk):
         self._read_flags: int | None = None if direct else 0 if self._memory else os.RWF_NOWAIT
         self._watchers = Watchers()
         self._closed = False
+        self._ends: dict[object, int] = {}  # of the writes that workers have under way
+        self._written = trio.lowlevel.ParkingLot()
         self._workers = shared_pool()
         self._fd = fd
 
@@ -242,9 +246,16 @@ class RawDisk(Disk):
             raise OutOfRangeError("the file has become shorter", offset=offset + done)
 
     async def writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> None:
-        self._check_write(offset, total_length(buffers))
+        length = total_length(buffers)
+        self._check_write(offset, length)
         write = direct_io.write_fully if self._direct else linux.write_fully
-        await self._call("write", offset, write, self._fd, buffers, offset, fua)
+        key = object()
+        self._ends[key] = offset + length
+        try:
+            await self._call("write", offset, write, self._fd, buffers, offset, fua)
+        finally:
+            del self._ends[key]
+            self._written.unpark_all()
 
     async def flush(self) -> None:
         self._check_open()
@@ -319,6 +330,9 @@ class RawDisk(Disk):
             raise ConfigError("a block device cannot be resized from here")
         self._size = min(self._size, size)  # refuse what is about to go
         try:
+            while any(end > size for end in self._ends.values()):
+                await self._written.park()  # such a write would make the file grow again
+            self._check_open()
             await self._call("resize", None, os.ftruncate, self._fd, size)
         finally:
             if not self._closed:
