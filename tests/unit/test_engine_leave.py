@@ -290,6 +290,35 @@ def paused() -> Guest:
     return guest
 
 
+@pytest.mark.parametrize("farewell", ["contact", "unload", "reset"])
+def test_subchannels_that_still_wait_to_be_offered_do_not_reach_the_next_guest(
+    farewell: str,
+) -> None:
+    guest = Guest()
+    guest.engine.offer(make_offer(1, max_subchannels=2))
+    guest.connect()
+    guest.create()
+    guest.opened()
+    guest.engine.offer_subchannels(1, 2)
+    guest.answer()
+    guest.answer(guest.post(m.CloseChannel(relid=1)))
+    guest.opened()
+    # The guest has not released the first two.
+    keys = guest.engine.offer_subchannels(1, 2)
+    assert guest.take() == []
+    if farewell == "unload":
+        guest.answer(guest.post(m.Unload()))
+    elif farewell == "reset":
+        guest.engine.reset()
+        guest.answer()
+    guest.answer(guest.contact())
+    assert {event.key for event in only(ChannelGone, guest.events)} >= set(keys)
+    assert len(only(m.OfferChannel, guest.post(m.RequestOffers()))) == 1
+    guest.create()
+    guest.opened()
+    assert len(guest.engine.offer_subchannels(1, 2)) == 2
+
+
 def test_while_paused_messages_are_held_back_in_order() -> None:
     guest = paused()
     guest.engine.offer(make_offer(2))

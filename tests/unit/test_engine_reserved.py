@@ -15,6 +15,7 @@ from vmbus.engine import (
     ResetDone,
     SendMessage,
 )
+from vmbus.errors import LocalProtocolError
 from vmbus.wire import messages as m
 from vmbus.wire.versions import Version
 
@@ -355,3 +356,15 @@ def test_before_4_0_there_are_none() -> None:
     guest = Guest()
     guest.connect(Version.V3_0)
     assert fault_field(guest.post_bytes(bytes([18]) + bytes(27))) == "type"
+
+
+def test_a_reserved_channel_without_a_guest_gets_no_subchannels() -> None:
+    """The next guest would be offered sub-channels of a channel that it does not know."""
+    guest = reserved()
+    assert len(guest.engine.offer_subchannels(1, 1)) == 1
+    guest.answer(guest.post(m.Unload()))
+    with pytest.raises(LocalProtocolError):
+        guest.engine.offer_subchannels(1, 1)
+    guest.contact()
+    offers = only(m.OfferChannel, guest.post(m.RequestOffers()))
+    assert [offer.subchannel_index for offer in offers] == [0]

@@ -191,7 +191,8 @@ class Engine:
             Their keys, in order.
 
         Raises:
-            LocalProtocolError: The primary channel is not open, or has sub-channels.
+            LocalProtocolError: The primary channel is not open, or has sub-channels, or is a
+                reserved one whose guest has left.
             ConfigError: More than its offer's ``max_subchannels``.
             BudgetError: There are too many channels; none has been offered.
         """

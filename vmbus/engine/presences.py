@@ -70,6 +70,8 @@ class Presences:
         """Make sub-channels of an open channel; they still have to be offered."""
         if not primary.is_primary or not primary.is_open:
             raise LocalProtocolError(f"channel {primary.key} is not an open primary channel")
+        if isinstance(primary.presence, Kept):
+            raise LocalProtocolError(f"channel {primary.key} has lost its guest")
         if any(not channel.revoked for channel in self._channels.subchannels(primary)):
             raise LocalProtocolError(f"channel {primary.key} has sub-channels already")
         limit = primary.offer.max_subchannels
@@ -130,11 +132,14 @@ class Presences:
         if reset:
             self._lives.forget_reply(channel)
         self._gpadls.drop(channel, guest_left=True)
-        if isinstance(presence, Offered) and not channel.is_primary:
+        if not channel.is_primary and isinstance(presence, Offered):
             # Sub-channels do not outlive the opening of their primary channel.
             presence = Rescinded(presence.placement)
             self._move(channel, PresenceTrigger.REVOKE, presence)
-        if isinstance(presence, Rescinded):
+        if not channel.is_primary and isinstance(presence, Hidden):
+            # Nor do those that still waited for the guest to forget older ones.
+            self._move(channel, PresenceTrigger.REVOKE, Released(None))
+        elif isinstance(presence, Rescinded):
             self._move(channel, PresenceTrigger.LEAVE, Released(presence.placement))
         elif isinstance(presence, Offered | Kept):
             self._move(channel, PresenceTrigger.LEAVE, Hidden())
