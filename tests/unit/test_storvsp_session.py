@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import UUID
 
@@ -10,14 +13,28 @@ import trio
 import trio.testing
 
 from storvsp import ScsiController
+from storvsp.disk import Buffers
 from storvsp.disks.delay import DelayDisk
 from storvsp.disks.ram import RamDisk
+from storvsp.scsi.unit import STATUS_TASK_ABORTED
 from storvsp.session import Session, Stage
-from storvsp.wire import DATA_IN, SRB_SUCCESS, VERSION_6_2, build_srb, parse_srb_reply_untrusted
+from storvsp.wire import (
+    DATA_IN,
+    RESET_BUS,
+    SRB_AUTOSENSE_VALID,
+    SRB_ERROR,
+    SRB_INVALID_LUN,
+    SRB_SUCCESS,
+    VERSION_6_2,
+    build_packet as vstor,
+    build_srb,
+    parse_srb_reply_untrusted,
+)
+from storvsp.workers import WorkerPool
 from vmbus.testing import channel_pair, make_offer
 from vmbus.testing.channels import GuestEnd
 from vmbus.wire.gpa import build_range
-from vmbus.wire.packets import GPA_DIRECT, RANGES_HEADER, build_packet
+from vmbus.wire.packets import COMPLETION, GPA_DIRECT, IN_BAND, RANGES_HEADER, build_packet
 
 READ = struct.pack(">BBIBHB", 0x28, 0, 0, 0, 1, 0)
 
@@ -42,10 +59,28 @@ def make_session(controller: ScsiController) -> tuple[Session, Any, GuestEnd]:
     return session, channel, guest
 
 
+async def answers(guest: GuestEnd, count: int) -> list[tuple[int, int, int]]:
+    """Wait for answers; return transaction id, SRB status and SCSI status of each."""
+    found: list[tuple[int, int, int]] = []
+    while len(found) < count:
+        for packet in await guest.receive():
+            reply = parse_srb_reply_untrusted(bytes(packet.payload))
+            if packet.kind == COMPLETION:
+                found.append((packet.transaction_id, reply.srb_status, reply.scsi_status))
+    assert len(found) == count
+    return found
+
+
 async def answer(guest: GuestEnd) -> tuple[int, int]:
-    """Return transaction id and SRB status of the one answer that comes."""
-    (packet,) = await guest.receive()
-    return packet.transaction_id, parse_srb_reply_untrusted(bytes(packet.payload)).srb_status
+    """Wait for one answer; return transaction id and SRB status."""
+    ((number, srb_status, _scsi_status),) = await answers(guest, 1)
+    return number, srb_status
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the others run until something has happened."""
+    while not condition():
+        await trio.sleep(0)
 
 
 async def test_a_corrupt_sub_channel_ends_alone():
@@ -84,3 +119,114 @@ async def test_a_command_that_wants_no_answer_is_not_waited_for(autojump_clock):
         assert await answer(guest) == (9, SRB_SUCCESS)
         primary.end()
     primary.close_doorbell()
+
+
+class HeldDisk(RamDisk):
+    """Every read waits in a worker thread, which nothing can interrupt."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.go = threading.Event()
+        self.pool = WorkerPool(threads=2)
+        self.begun = 0
+
+    @contextlib.contextmanager
+    def let_go_at_the_end(self) -> Iterator[None]:
+        """A test that fails must not wait for its own threads."""
+        try:
+            yield
+        finally:
+            self.go.set()
+
+    def try_readv(self, offset: int, buffers: Buffers) -> bool:
+        return False
+
+    async def readv(self, offset: int, buffers: Buffers) -> None:
+        def work() -> None:
+            self.begun += 1
+            self.go.wait()
+            RamDisk.try_readv(self, offset, buffers)
+
+        await self.pool.run(work)
+
+    async def aclose(self) -> None:
+        await self.pool.aclose()
+        await super().aclose()
+
+
+async def test_a_bus_reset_ends_every_command_once():
+    """Checklist row 24: those in worker threads end as they do, those that wait are aborted."""
+    controller = ScsiController(instance_id=UUID(int=7))
+    disk = HeldDisk(1 << 16)
+    controller.add_disk(disk)
+    session, primary, guest = make_session(controller)
+    async with trio.open_nursery() as nursery:
+        with disk.let_go_at_the_end():
+            nursery.start_soon(session.run)
+            guest.send(*(request(guest, number) for number in range(1, 6)))
+            await until(lambda: session.waited == 5 and disk.begun == 2)
+            guest.send(build_packet(IN_BAND, vstor(RESET_BUS), transaction_id=99, flags=1))
+            first, *aborted = await answers(guest, 4)
+            assert first[0] == 99
+            assert {each[1:] for each in aborted} == {(SRB_SUCCESS, STATUS_TASK_ABORTED)}
+            disk.go.set()
+            ended = await answers(guest, 2)
+            assert {each[1:] for each in ended} == {(SRB_SUCCESS, 0)}
+            assert sorted(each[0] for each in aborted + ended) == [1, 2, 3, 4, 5]
+            assert disk.begun == 2
+            guest.send(request(guest, 6))
+            assert await answer(guest) == (6, SRB_ERROR | SRB_AUTOSENSE_VALID), "told of the reset"
+            assert primary.outstanding == 0
+            primary.end()
+    primary.close_doorbell()
+    await controller.aclose()
+
+
+async def test_a_disk_that_is_taken_away_answers_what_is_under_way():
+    """Checklist row 24, for hot removal: later commands get INVALID_LUN, without flags."""
+    controller = ScsiController(instance_id=UUID(int=7))
+    disk = HeldDisk(1 << 16)
+    address = controller.add_disk(disk)
+    session, primary, guest = make_session(controller)
+    async with trio.open_nursery() as nursery:
+        with disk.let_go_at_the_end():
+            nursery.start_soon(session.run)
+            guest.send(*(request(guest, number) for number in range(1, 4)))
+            await until(lambda: session.waited == 3 and disk.begun == 2)
+            nursery.start_soon(controller.remove_disk, address)
+            aborted = await answers(guest, 1)
+            assert aborted[0][1:] == (SRB_SUCCESS, STATUS_TASK_ABORTED)
+            guest.send(request(guest, 4))
+            assert await answer(guest) == (4, SRB_INVALID_LUN)
+            disk.go.set()
+            ended = await answers(guest, 2)
+            assert {each[1:] for each in ended} == {(SRB_SUCCESS, 0)}
+            assert sorted(each[0] for each in aborted + ended) == [1, 2, 3]
+            assert primary.outstanding == 0
+            primary.end()
+    primary.close_doorbell()
+
+
+async def test_a_closed_channel_waits_for_what_still_writes_guest_memory():
+    controller = ScsiController(instance_id=UUID(int=7))
+    disk = HeldDisk(1 << 16)
+    controller.add_disk(disk)
+    session, primary, guest = make_session(controller)
+    over = trio.Event()
+
+    async def serve() -> None:
+        await session.run()
+        over.set()
+
+    async with trio.open_nursery() as nursery:
+        with disk.let_go_at_the_end():
+            nursery.start_soon(serve)
+            guest.send(request(guest, 1))
+            await until(lambda: disk.begun == 1)
+            primary.end()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert not over.is_set()
+            disk.go.set()
+            await over.wait()
+    primary.close_doorbell()
+    await controller.aclose()
