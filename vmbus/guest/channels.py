@@ -249,7 +249,9 @@ class Channels:
         return reply.status
 
     def _choose_vp(self) -> int:
-        if not self.personality.spreads_vps:
+        # freebsd/sys/dev/hyperv/vmbus/vmbus_chan.c, vmbus_chan_cpu_set: before 2.4 only CPU 0 is
+        # supported, because OPENCHANNEL cannot name another.
+        if not self.personality.spreads_vps or (self.version or Version.V2_4) < Version.V2_4:
             return 0
         vps = self._processors.vps
         self._next_vp += 1

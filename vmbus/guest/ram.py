@@ -34,6 +34,8 @@ class Ram:
             first = region.gpa // PAGE_SIZE
             self._starts.add(first)
             self._free.update(range(first, first + region.size // PAGE_SIZE))
+        # In several messages address 0 stands for "none", and no kernel keeps anything there.
+        self._free.discard(0)
         self._next = min(self._free, default=0)
         self._poisoned: set[int] = set()
         self._dirty: set[int] = set()

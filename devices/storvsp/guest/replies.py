@@ -128,7 +128,9 @@ def check_srb_reply(
     if reply.transfer_length > requested:
         panic(f"SRB: {reply.transfer_length} bytes transferred, {requested} were asked for")
     if srb_status == SRB_SUCCESS:
-        if scsi_status:
+        # Busy, conflicts and aborts come like this: an error without sense data would have Linux
+        # make DID_ERROR of it and never look at the SCSI status (storvsc_handle_error).
+        if scsi_status == CHECK_CONDITION:
             panic(f"SRB: srb_status success with scsi_status {scsi_status:#x}")
         return reply
     code = srb_status & SRB_STATUS_MASK
