@@ -334,6 +334,8 @@ class Bus:
                         self._running = trio.Event()
                     self.deliveries.hold()
                     self.monitor.hold()
+                    for runner in self.runners.values():
+                        runner.hold()
                     self.nursery.start_soon(self._pause, event.done)
                 case PartitionResumed():
                     self._resume()

@@ -40,10 +40,6 @@ MAX_POLL_INTERVAL = 0.064
 take the time of the others."""
 
 
-def _make_doorbell() -> int:
-    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-
 class Statistics:
     """Counters of one channel; plain integers, read by whoever computes rates."""
 
@@ -60,12 +56,9 @@ class Statistics:
 
     def __init__(self) -> None:
         self.batches = 0
-        self.packets_in = 0
-        self.packets_out = 0
-        self.bytes_in = 0
-        self.bytes_out = 0
-        self.signals_in = 0
-        self.signals_out = 0
+        self.packets_in = self.packets_out = 0
+        self.bytes_in = self.bytes_out = 0
+        self.signals_in = self.signals_out = 0
         self.ring_full = 0
 
     def as_dict(self) -> dict[str, int]:
@@ -115,13 +108,13 @@ class Channel:
         self._writer = writer
         # 0.13 guests have one doorbell for all channels; the bus pokes us then.
         self._own_doorbell = doorbell_fd is None
-        self._doorbell = _make_doorbell() if doorbell_fd is None else doorbell_fd
+        if doorbell_fd is None:
+            doorbell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._doorbell = doorbell_fd
         self._call = call
         self._queue: deque[bytes] = deque()
         self._outstanding = 0
-        self._ended = False
-        self._frozen = False
-        self._receiving = False
+        self._ended = self._frozen = self._receiving = False
         self._released = trio.Event()
         self._bell: trio.Event | None = None
         self._flushed: trio.Event | None = None
@@ -172,8 +165,7 @@ class Channel:
                     self._count_in(packets)
                     return packets
                 if self._reader.unmask():
-                    # Packets came in at the last moment. The checkpoint keeps a guest that plays
-                    # with its index from holding the loop.
+                    # Packets came in at the last moment, unless the guest plays with its index.
                     await trio.lowlevel.checkpoint()
                 else:
                     await self._wait_doorbell()
@@ -299,8 +291,8 @@ class Channel:
     async def _flush_slowly(self) -> None:
         self._flushed = trio.Event()
         self.statistics.ring_full += 1
-        # Waking for each freed packet would cost a signal per packet; a quarter of the ring is
-        # asked for, and what is free by then is used anyway, because the poll looks too.
+        # A signal per freed packet would be too many: a quarter of the ring is asked for, and what
+        # is free before that is used anyway, because the poll looks too.
         writer = self._writer
         interval = POLL_INTERVAL
         written = self.statistics.packets_out
@@ -433,6 +425,11 @@ class Channel:
         """Interrupt another VP from now on. Cannot block."""
         self._call.retarget(vp)
 
+    def hold(self) -> None:
+        """Hand out no more packets. Cannot block."""
+        if self._gate is None:
+            self._gate = trio.Event()
+
     async def pause(self) -> None:
         """Hand out no more packets, wait for those handed out, then write no more. A checkpoint.
 
@@ -451,13 +448,11 @@ class Channel:
         await self._quiesce()
         await self.flush()
 
-    async def _quiesce(self) -> trio.Event:
-        if self._gate is None:
-            self._gate = trio.Event()
+    async def _quiesce(self) -> trio.Event | None:
+        self.hold()
         gate = self._gate
         while self._outstanding and not self._ended:
-            if self._drained is None:
-                self._drained = trio.Event()
+            self._drained = self._drained if self._drained is not None else trio.Event()
             await self._drained.wait()
         return gate
 

@@ -86,10 +86,16 @@ class ChannelRunner:
         """Whether the GPADL's pages are in use: the ring's are, until the end."""
         return handle == self.event.gpadl.handle
 
-    async def pause(self) -> None:
-        """Wait until nothing is in flight and guest memory is not touched. Is a checkpoint."""
+    def hold(self) -> None:
+        """Begin nothing any more; :meth:`pause` waits for what has begun. Cannot block."""
         if self._unpaused.is_set() and not self._closing.is_set():
             self._unpaused = trio.Event()
+        if self.channel is not None:
+            self.channel.hold()
+
+    async def pause(self) -> None:
+        """Wait until nothing is in flight and guest memory is not touched. Is a checkpoint."""
+        self.hold()
         if self.channel is not None:
             await self.channel.pause()
         if self._closing.is_set():
