@@ -15,7 +15,7 @@ from vmbus.engine import (
     ResetDone,
     SendMessage,
 )
-from vmbus.errors import LocalProtocolError
+from vmbus.errors import STATUS_INVALID_DEVICE_STATE, LocalProtocolError
 from vmbus.wire import messages as m
 from vmbus.wire.versions import Version
 
@@ -368,3 +368,15 @@ def test_a_reserved_channel_without_a_guest_gets_no_subchannels() -> None:
     guest.contact()
     offers = only(m.OfferChannel, guest.post(m.RequestOffers()))
     assert [offer.subchannel_index for offer in offers] == [0]
+
+
+def test_a_reserved_channel_cannot_be_opened_before_its_close_is_answered() -> None:
+    guest = reserved()
+    (event,) = guest.post(close_reserved())
+    for message in (guest.open_message(), open_reserved()):
+        result, fault = guest.post(message)
+        assert isinstance(result, m.OpenChannelResult)
+        assert result.status == STATUS_INVALID_DEVICE_STATE
+        assert fault.field == "relid"
+    assert guest.answer([event]) == [CLOSED]
+    assert isinstance(guest.post(open_reserved())[0], ChannelOpen)

@@ -141,6 +141,7 @@ class Engine:
     def reset(self) -> None:
         """The VM was reset: forget the guest, reserved channels included.
 
+        Messages handed out before this call and not in a slot yet are void, reserved ones too.
         Nothing is sent. :class:`ResetDone` follows when all devices have let go; the VMM must not
         let the guest run before.
         """

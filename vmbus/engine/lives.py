@@ -60,10 +60,15 @@ class Lives:
             GuestProtocolError: It is open, or the ring or the signals are not usable; the guest
                 has got its answer.
         """
-        if not permits(channel.life, LifeTrigger.OPEN):
+        life = channel.life
+        if not permits(life, LifeTrigger.OPEN):
             self.answer_open(request, STATUS_INVALID_DEVICE_STATE)
             raise GuestProtocolError("the channel is open already", field="relid")
-        if isinstance(channel.life, Closing):
+        if isinstance(life, Closing) and life.reply is not None:
+            # Unlike CLOSECHANNEL, this close is answered, so the guest has something to wait for.
+            self.answer_open(request, STATUS_INVALID_DEVICE_STATE)
+            raise GuestProtocolError("the reserved channel is still closing", field="relid")
+        if isinstance(life, Closing):
             # Whether the ring is usable is looked at when its turn comes.
             self._move(channel, LifeTrigger.OPEN, ClosingReopen(request))
         else:
