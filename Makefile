@@ -55,7 +55,7 @@ unit: $(VENV)/.dev
 	  --include='vmbus/wire/*,vmbus/ring.py,vmbus/gpadl.py,vmbus/engine/*'
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m tests.bench --json bench-results.json
+	$(BIN)/python -m tests.bench --json bench-results.json $(BENCH_ARGS)
 
 docs: $(VENV)/.dev
 	for script in docs/make_*.py; do $(BIN)/python $$script || exit 1; done
