@@ -128,6 +128,7 @@ class HeldDisk(RamDisk):
         super().__init__(size)
         self.go = threading.Event()
         self.pool = WorkerPool(threads=2)
+        self.asked = 0
         self.begun = 0
 
     @contextlib.contextmanager
@@ -142,6 +143,8 @@ class HeldDisk(RamDisk):
         return False
 
     async def readv(self, offset: int, buffers: Buffers) -> None:
+        self.asked += 1
+
         def work() -> None:
             self.begun += 1
             self.go.wait()
@@ -164,7 +167,7 @@ async def test_a_bus_reset_ends_every_command_once():
         with disk.let_go_at_the_end():
             nursery.start_soon(session.run)
             guest.send(*(request(guest, number) for number in range(1, 6)))
-            await until(lambda: session.waited == 5 and disk.begun == 2)
+            await until(lambda: disk.asked == 5 and disk.begun == 2)
             guest.send(build_packet(IN_BAND, vstor(RESET_BUS), transaction_id=99, flags=1))
             first, *aborted = await answers(guest, 4)
             assert first[0] == 99
@@ -192,7 +195,7 @@ async def test_a_disk_that_is_taken_away_answers_what_is_under_way():
         with disk.let_go_at_the_end():
             nursery.start_soon(session.run)
             guest.send(*(request(guest, number) for number in range(1, 4)))
-            await until(lambda: session.waited == 3 and disk.begun == 2)
+            await until(lambda: disk.asked == 3 and disk.begun == 2)
             nursery.start_soon(controller.remove_disk, address)
             aborted = await answers(guest, 1)
             assert aborted[0][1:] == (SRB_SUCCESS, STATUS_TASK_ABORTED)
