@@ -12,6 +12,7 @@ from storvsp.scsi import DiskUnit
 from storvsp.scsi.disk_core import BULK
 from storvsp.scsi.disk_verify import first_difference
 from storvsp.scsi.gate import Gate
+from storvsp.scsi.unit import TASK_ABORTED
 from tests.scsi_support import MemoryDisk, make_command, run
 
 
@@ -284,6 +285,17 @@ async def test_a_reset_aborts_what_waits_for_the_disk():
     assert len(outcomes) == 3
     for initiator in ("guest", "other"):
         assert (await run(unit, "00" * 6, initiator=initiator)).fault == (6, 0x2903)
+
+
+async def test_a_command_that_begins_after_its_unit_was_closed_touches_nothing():
+    """Its disk may be somebody else's by now."""
+    disk, unit = make_unit()
+    disk.inline = False
+    command, _ = make_command("2a 00 00000003 00 0001 00", out=bytes(512))
+    assert unit.try_execute(command) is None
+    unit.close()
+    assert await unit.execute(command) == TASK_ABORTED
+    assert disk.calls == []
 
 
 async def test_a_cancelled_caller_sees_its_cancellation():

@@ -16,9 +16,8 @@ from storvsp.disk import (
     ReadOnlyError,
 )
 from storvsp.scsi import Command, DataDirection, DiskUnit, Outcome
-from storvsp.scsi.disk_core import STEP
 from storvsp.scsi.sense import CheckCondition, Sense
-from storvsp.scsi.unit import STATUS_GOOD
+from storvsp.scsi.unit import STATUS_GOOD, STEP
 from tests.scsi_support import MemoryDisk, finish, make_command, run
 
 

@@ -77,6 +77,7 @@ class DispatchUnit(LogicalUnit):
         self.attentions = Attentions()
         self.gate = Gate(self.refresh)
         self._running: dict[trio.CancelScope, Hashable] = {}
+        self._closed = False
 
     # What the kinds of units differ in.
 
@@ -127,6 +128,8 @@ class DispatchUnit(LogicalUnit):
 
     async def execute(self, command: Command) -> Outcome:
         """Run any command; see :meth:`LogicalUnit.execute`."""
+        if self._closed:  # the command came in time, but its task begins only now
+            return TASK_ABORTED
         spec: Spec | None = None
         try:
             spec = self._admit(command)
@@ -233,6 +236,7 @@ class DispatchUnit(LogicalUnit):
 
     def close(self) -> None:
         """Abort what is in progress; see :meth:`LogicalUnit.close`."""
+        self._closed = True
         self.abort()
 
 

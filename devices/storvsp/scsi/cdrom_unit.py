@@ -27,6 +27,7 @@ from storvsp.scsi.table import Access, Spec, make_table, usage
 from storvsp.scsi.unit import (
     GOOD,
     STATUS_GOOD,
+    STEP,
     Command,
     Outcome,
     data_in_untrusted,
@@ -238,8 +239,8 @@ def _read_cd_untrusted(cdb: bytes) -> Transfer:
 
 
 def _limit(disk: Disk) -> int:
-    """Return the bytes the back-end takes at once, a multiple of the sector size."""
-    return disk.info.max_transfer // mmc.SECTOR * mmc.SECTOR or 1 << 62
+    """Return the bytes handed to the back-end at once, a multiple of the sector size."""
+    return min(disk.info.max_transfer // mmc.SECTOR * mmc.SECTOR or STEP, STEP)
 
 
 def read_now(unit: CdromUnit, command: Command) -> Outcome | None:

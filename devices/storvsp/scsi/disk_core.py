@@ -34,13 +34,10 @@ from storvsp.scsi.removable import Tray
 from storvsp.scsi.reservations import Reservations
 from storvsp.scsi.sense import CheckCondition, Sense, invalid_cdb_field, out_of_range
 from storvsp.scsi.table import Access
-from storvsp.scsi.unit import Command, DataDirection, split, window
+from storvsp.scsi.unit import STEP, Command, DataDirection, split, window
 
 CHUNK: Final = 1 << 20
 """Bytes of host memory a command that compares or repeats data works with at a time."""
-
-STEP: Final = 8 << 20
-"""Bytes moved without letting other tasks run; more than any driver asks for at once."""
 
 BULK: Final = 8
 """Commands of one unit that hold :data:`CHUNK` bytes at the same time. A guest may have thousands

@@ -155,7 +155,8 @@ class LogicalUnit(abc.ABC):
     def close(self) -> None:
         """Abort what is in progress and let go of the disk. Idempotent; cannot block.
 
-        The disk itself belongs to its maker and stays open.
+        A command whose :meth:`execute` begins later ends with TASK ABORTED, too. The disk itself
+        belongs to its maker and stays open.
         """
 
 
@@ -243,6 +244,10 @@ def data_in_untrusted(command: Command, size: int, sector: int, byte: int) -> Se
         return window(command.data, 0, size)
     spare = -command.length % sector
     return [*command.data, memoryview(bytearray(spare))] if spare else command.data
+
+
+STEP: Final = 8 << 20
+"""Bytes moved without letting other tasks run; more than any driver asks for at once."""
 
 
 def split(buffers: Sequence[memoryview], limit: int) -> Iterable[tuple[int, Sequence[memoryview]]]:
