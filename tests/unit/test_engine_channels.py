@@ -224,6 +224,18 @@ def test_chosen_signals_are_free_again_after_close() -> None:
     guest.opened(2, connection_id=0x777, event_flag=99)
 
 
+def test_signals_wanted_for_opening_again_are_looked_at_when_it_is_closed() -> None:
+    guest = ready(Version.V6_0)
+    guest.create(2)
+    guest.opened(2)
+    guest.opened()
+    asked = guest.post(m.CloseChannel(relid=1), guest.open_message(event_flag=2))
+    found = guest.answer(asked)
+    result(found, ok=False)
+    assert fault_field(found) == "event_flag"
+    guest.opened()
+
+
 def test_a_new_relid_keeps_clear_of_chosen_signals() -> None:
     guest = ready(Version.V6_0)
     guest.opened(connection_id=0x2003, event_flag=4)
