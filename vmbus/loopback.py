@@ -22,7 +22,6 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from types import TracebackType
 from typing import Final, Self
 
 import trio
@@ -180,12 +179,7 @@ class LoopbackTransport:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     # ------------------------------------------------------------ the guest, in any thread
