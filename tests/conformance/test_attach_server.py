@@ -678,6 +678,25 @@ async def test_a_reset_while_paused_forgets_held_signals(tmp_path: Path) -> None
             await vmm.ok(Number.RESUME)
 
 
+async def test_an_answer_that_crosses_the_goodbye_is_no_mistake(tmp_path: Path) -> None:
+    bus = Bus()
+    async with running_server(tmp_path / "s", bus) as path:
+        with raw_vmm(path) as vmm:
+            await vmm.attach()
+            async with trio.open_nursery() as nursery:
+
+                @nursery.start_soon
+                async def deliver() -> None:
+                    with pytest.raises(trio.BrokenResourceError):
+                        await bus.transport.deliver(0, 2, 1, b"late")
+
+                request = await vmm.expect(Number.DELIVER_MESSAGE)
+                seq = await vmm.send(Number.GOODBYE, Goodbye(0).encode())
+                await vmm.answer(request)
+                await vmm.expect_answer(Number.GOODBYE, seq)
+            assert await vmm.receive() is None
+
+
 async def test_a_reset_drops_what_the_old_life_posted(tmp_path: Path) -> None:
     bus = Bus()
     gate, taken = trio.Event(), trio.Event()

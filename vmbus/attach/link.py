@@ -164,8 +164,10 @@ class Link:
             self.reason = reason
 
     def abandon(self) -> None:
-        """End all requests to the peer in BrokenResourceError; answers will not come."""
-        pending, self._pending = self._pending, {}
+        """End all requests to the peer in BrokenResourceError; nobody waits for the answers."""
+        pending = self._pending
+        # They may be on their way, and that is no mistake of the peer's.
+        self._pending = {seq: (kind, _ignore) for seq, (kind, _) in pending.items()}
         for _, callback in pending.values():
             callback(trio.BrokenResourceError(self.reason or "the peer said goodbye"))
 
@@ -412,3 +414,7 @@ class Link:
             callback(trio.BrokenResourceError(str(error)))
             raise PeerProtocolError(str(error), errno=error.errno, fatal=True) from error
         callback(frame.payload)
+
+
+def _ignore(_answer: Answer) -> None:
+    """An answer that nobody waits for any more."""
