@@ -164,7 +164,7 @@ class GuestServer:
         }
         if kind == "guests":
             status["guests"] = [
-                {"name": name, "number": guest.number, **guest.bus.snapshot()}
+                {**guest.bus.snapshot(), "name": name, "number": guest.number}
                 for name, guest in self._guests.items()
                 if guest.bus is not None
             ]
