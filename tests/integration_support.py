@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from vmbus.channel import Channel
 from vmbus.device import Device, Offer
 from vmbus.engine import EngineConfig
 from vmbus.guest import PERSONALITIES, Guest, Personality, boot
+from vmbus.guest.personality import Rescind
 from vmbus.loopback import LoopbackTransport
 from vmbus.server import DeviceSetup, GuestServer
 from vmbus.soft_machine import SoftMachine
@@ -49,6 +51,7 @@ SAFETY = 30.0
 ALL = sorted(PERSONALITIES)
 ROOT = Path(__file__).parents[1]
 DISK_SIZE = 4 << 20
+UNIT_ATTENTION = 6
 TIERS: dict[str, AttachFeature] = {
     "T0": AttachFeature.LOG,
     "T1": AttachFeature.LOG | AttachFeature.CALL_FD,
@@ -169,9 +172,17 @@ async def exercise(
                 channel = None  # type: ignore[assignment]
             where: dict[str, Any] = {"path": disk.path, "target": disk.target, "lun": disk.lun}
             where["channel"] = channel
-            result = await adapter.execute(write_10(at, blocks), write=data, offset=turn, **where)
+            for _ in range(5):
+                result = await adapter.execute(
+                    write_10(at, blocks), write=data, offset=turn, **where
+                )
+                if result.sense_key != UNIT_ATTENTION:
+                    break
             assert result.good, result
-            result = await adapter.execute(read_10(at, blocks), read=size, **where)
+            for _ in range(5):
+                result = await adapter.execute(read_10(at, blocks), read=size, **where)
+                if result.sense_key != UNIT_ATTENTION:
+                    break
             assert result.good, result
             assert result.data == data
 
@@ -195,6 +206,10 @@ async def whole_life(guest: Guest, *, sub_channels: int | None = 3) -> StorvscAd
     assert disk.size == DISK_SIZE
     await exercise(adapter, disk)
     await adapter.close()
+    if guest.personality.rescind is Rescind.RELEASE:
+        # Sub-channels are rescinded when the primary channel closes.
+        for channel in adapter.channels[1:]:
+            await guest.connection.wait_gone(channel.relid)
     await guest.connection.unload()
     guest.check_memory()
     return adapter
@@ -430,6 +445,10 @@ def server_process(path: str | os.PathLike[str], mode: str) -> Iterator[subproce
             assert process.wait(SAFETY) == 0
 
 
+async def _run_server(listener: socket.socket, server: GuestServer) -> None:
+    await serve(listener, server.handle, query=server.query, command=server.command)
+
+
 async def _serve(path: str, mode: str) -> None:
     disk = f"ram:{DISK_SIZE}"
     server = GuestServer(
@@ -440,7 +459,7 @@ async def _serve(path: str, mode: str) -> None:
     )
     listener = listen_path(path, mode=mode)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve, listener, server.handle)
+        nursery.start_soon(_run_server, listener, server)
         print("ready", flush=True)  # the parent waits for it
         await trio.to_thread.run_sync(sys.stdin.read)
         nursery.cancel_scope.cancel()
