@@ -6,7 +6,6 @@ import argparse
 import importlib
 import json
 import platform
-import sys
 from pathlib import Path
 
 from tests.bench.harness import Figure
@@ -75,4 +74,4 @@ def _line(figure: Figure) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

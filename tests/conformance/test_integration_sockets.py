@@ -27,7 +27,9 @@ from vmbus.soft_machine import MachineDelegate, SoftMachine, attach_machine
 
 
 @pytest.fixture(scope="module", params=["seqpacket", "stream"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
     path = tmp_path_factory.mktemp("server") / "socket"
     with server_process(path, request.param):
         yield path, request.param

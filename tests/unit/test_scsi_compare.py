@@ -242,15 +242,15 @@ async def test_a_cancelled_exclusive_command_lets_the_others_in():
 async def test_only_a_few_commands_work_in_the_hosts_memory_at_a_time(cdb, out):
     """A guest may have thousands under way, and each one holds up to a mebibyte."""
     disk, unit = make_unit()
-    disk.pause = trio.Event()
+    disk.pause = pause = trio.Event()
     entered = 0
 
     async def wait() -> None:
         nonlocal entered
         entered += 1
-        await disk.pause.wait()
+        await pause.wait()
 
-    disk._wait = wait
+    disk._wait = wait  # type: ignore[method-assign]  # counts who gets there
     async with trio.open_nursery() as nursery:
         for _ in range(BULK + 5):
             command, _ = make_command(cdb, out=out)
