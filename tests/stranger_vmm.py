@@ -646,8 +646,7 @@ class StrangerVmm:
             self.wire.request(QUERY, b"status")
 
     def goodbye(self) -> None:
-        """Leave in order (5.13), when what is under way has been answered."""
-        self.settle()
+        """Leave in order (5.13); what is under way is answered meanwhile."""
         self.wire.request(GOODBYE, bytes(4))
         self.close()
 

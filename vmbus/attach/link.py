@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 _BURST = 32
 """Reads before other tasks get a turn."""
+_LINGER = 1.0
+"""Seconds after the last frame for answers that the peer owes, see :meth:`Link.finish`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class Link:
         self._next_seq = 1
         self._nursery: trio.Nursery | None = None
         self._finishing = False
+        self._lingering = False
         self.session = session
         self.limits = limits
         self.closed = trio.Event()
@@ -155,13 +158,33 @@ class Link:
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
 
-    def finish(self, reason: str) -> None:
-        """Close the connection as soon as everything queued is sent."""
-        if not self._queue:
-            self.fail(reason)
-        else:
-            self._finishing = True
-            self.reason = reason
+    def finish(self, reason: str, *, linger: bool = False) -> None:
+        """Close the connection as soon as everything queued is sent.
+
+        Args:
+            reason: Why.
+            linger: Give the answers that the peer owes a moment to arrive. If a SOCK_SEQPACKET
+                socket is closed with frames in it that nobody has read, Linux gives the peer
+                ECONNRESET before what was sent to it last (net/unix/af_unix.c,
+                unix_release_sock; net/core/datagram.c looks at the error first).
+        """
+        if self.closed.is_set():
+            return
+        self._finishing = True
+        self._lingering = linger and bool(self._pending)
+        self.reason = reason
+        if self._lingering:
+            self.spawn(self._stop_lingering)
+        self._close_if_done()
+
+    async def _stop_lingering(self) -> None:
+        await trio.sleep(_LINGER)
+        self._lingering = False
+        self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if self._finishing and not self._queue and not (self._lingering and self._pending):
+            self.fail(self.reason)
 
     def abandon(self) -> None:
         """End all requests to the peer in BrokenResourceError; nobody waits for the answers."""
@@ -307,8 +330,7 @@ class Link:
                     continue
                 queue.popleft()
                 self._queued_keys.discard(item.key)
-            if self._finishing:
-                self.fail(self.reason)
+            self._close_if_done()
             self._work = trio.Event()
 
     # -- receiving -----------------------------------------------------------------------------
@@ -363,10 +385,13 @@ class Link:
         self.fail(str(error))
 
     def _dispatch(self, frame: Frame) -> None:
-        if self._finishing or self.closed.is_set():
+        if self.closed.is_set():
             return
         if frame.flags & REPLY:
             self._answer(frame)
+            self._close_if_done()
+            return
+        if self._finishing:
             return
         asynchronous = bool(frame.flags & ASYNC)
         session = self.session

@@ -295,7 +295,7 @@ class SocketTransport:
             self._link.reply(*self._goodbye)
         elif not said_goodbye and not self._link.closed.is_set():
             self._link.request_soon(Number.GOODBYE, Goodbye(reason).encode(), [], lambda _: None)
-        self._link.finish("goodbye")
+        self._link.finish("goodbye", linger=self._goodbye is not None)
 
     # -- vmbus.attach.link.Session -------------------------------------------------------------
 
