@@ -18,6 +18,7 @@ the bit was clear before says nothing once the guest races with us.
 from __future__ import annotations
 
 import os
+import select
 from typing import Protocol
 
 from vmbus.attach.framing import close_all
@@ -64,17 +65,29 @@ class CallOwner(Protocol):
         """Tier T0."""
 
     def offer_call_fd(self, call: SocketCall) -> int:
-        """Tier T1: make an eventfd, send it to the VMM, return it (owned by the call) or -1."""
+        """Tier T1: make an eventfd and send it to the VMM; return it, owned by the call, or -1.
+
+        :meth:`SocketCall.offered` is called before it is sent, and :meth:`SocketCall.answered`
+        exactly once afterwards.
+        """
 
     def drop_call_fd(self, call: SocketCall) -> None:
         """Tell the VMM that the port is not used any more."""
+
+
+def _is_signalled(fd: int) -> bool:
+    """Whether an eventfd counts something. Not by reading: the VMM may have made that block."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class SocketCall:
     """One event flag on one VP, see :class:`vmbus.transport.Call`."""
 
     __slots__ = (
-        "_byte", "_mask", "_owner", "_synic", "closed", "fd", "flag", "port", "sint", "vp",
+        "_byte", "_known", "_mask", "_offered", "_owner", "_synic",
+        "closed", "fd", "flag", "port", "sint", "vp",
     )  # fmt: skip
 
     def __init__(self, owner: CallOwner, port: int, vp: int, sint: int, flag: int) -> None:
@@ -88,6 +101,10 @@ class SocketCall:
         self.fd = -1
         self.closed = not (vp < owner.vp_count and sint <= MAX_SINT and flag <= MAX_FLAG)
         self._synic = NO_SYNIC
+        self._offered: set[int] = set()
+        """Eventfds without an answer of the VMM: kept open, for it may refuse them."""
+        self._known = False
+        """Whether the VMM has the port."""
         if not self.closed:
             owner.open_calls.add(self)
             self._aim()
@@ -135,16 +152,43 @@ class SocketCall:
         self.vp = vp
         old, self.fd = self.fd, -1
         self._aim()
-        if old >= 0:
-            close_all((old,))
-            if self.fd < 0:
-                self._owner.drop_call_fd(self)
+        self._let_go(old)
+        if old >= 0 and self.fd < 0:
+            self._drop()
 
-    def refused(self, fd: int) -> None:
-        """The VMM did not take eventfd ``fd``: use messages instead."""
-        if fd >= 0 and fd == self.fd:
+    def offered(self, fd: int) -> None:
+        """Eventfd ``fd`` is about to be sent to the VMM."""
+        self._offered.add(fd)
+
+    def is_offered(self, fd: int) -> bool:
+        """Whether the VMM has not answered yet for ``fd``."""
+        return fd in self._offered
+
+    def answered(self, fd: int, *, taken: bool, refused: bool) -> None:
+        """The VMM took eventfd ``fd`` or refused it; neither if it has gone.
+
+        What was signalled through a refused one is signalled once more, by what comes next.
+        """
+        self._offered.discard(fd)
+        if taken:
+            self._known = True
+            if fd == self.fd:
+                return
+        lost = refused and _is_signalled(fd)
+        if fd == self.fd:
             self.fd = -1
+        close_all((fd,))
+        if lost:
+            self.signal()
+
+    def _let_go(self, fd: int) -> None:
+        """Close an eventfd, unless it has to wait for its answer."""
+        if fd >= 0 and fd not in self._offered:
             close_all((fd,))
+
+    def _drop(self) -> None:
+        self._known = False
+        self._owner.drop_call_fd(self)
 
     def close(self) -> None:
         """No signal goes out after this. Idempotent."""
@@ -156,6 +200,7 @@ class SocketCall:
             self._owner.held.pop(self, None)
         self._synic = NO_SYNIC
         fd, self.fd = self.fd, -1
-        if fd >= 0:
-            close_all((fd,))
-            self._owner.drop_call_fd(self)
+        self._let_go(fd)
+        # The VMM keeps the port's old eventfd if it refused the last one.
+        if fd >= 0 or self._known:
+            self._drop()

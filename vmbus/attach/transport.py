@@ -251,15 +251,13 @@ class SocketTransport:
         fd, theirs = made
 
         def answered(answer: Answer) -> None:
-            if isinstance(answer, Exception):
-                call.refused(fd)
+            taken = not isinstance(answer, Exception)
+            call.answered(fd, taken=taken, refused=isinstance(answer, RefusedError))
 
+        call.offered(fd)
         message = SetCallFd(call.port, call.vp, call.sint, call.flag)
         self._link.request_soon(Number.SET_CALL_FD, message.encode(), [theirs], answered)
-        if self._link.closed.is_set():
-            close_all((fd,))
-            return -1
-        return fd
+        return fd if call.is_offered(fd) else -1
 
     def drop_call_fd(self, call: SocketCall) -> None:
         """Forget a T1 port."""
