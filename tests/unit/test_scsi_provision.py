@@ -8,7 +8,7 @@ import pytest
 
 from storvsp.disk import Extent, NoSpaceError
 from storvsp.scsi import DiskUnit
-from storvsp.scsi.disk_provision import merge_extents
+from storvsp.scsi.disk_provision import ZERO_STEP, merge_extents
 from tests.scsi_support import MemoryDisk, Reply, run
 
 
@@ -136,6 +136,24 @@ async def test_write_same_of_zeros_may_free_only_with_unmap(size):
     assert disk.calls == ["write"]
     disk, unit = make_unit(supports_unmap=False)
     assert (await run(unit, same(size, 8), out=bytes(512))).pointer == (1, 3, True)
+
+
+async def test_a_long_range_is_zeroed_in_steps():
+    asked = []
+    disk, unit = make_unit()
+    unit.blocks = 1 << 22
+
+    async def write_zeroes(offset: int, length: int, *, may_unmap: bool) -> None:
+        asked.append((offset, length))
+
+    disk.write_zeroes = write_zeroes  # type: ignore[method-assign, assignment]  # records
+    count = ZERO_STEP // 512
+    assert (await run(unit, same(16, 1, lba=1, count=2 * count + 3))).status == 0
+    assert asked == [
+        (512, ZERO_STEP),
+        (512 + ZERO_STEP, ZERO_STEP),
+        (512 + 2 * ZERO_STEP, 3 * 512),
+    ]
 
 
 async def test_write_same_without_a_data_buffer_writes_zeros():

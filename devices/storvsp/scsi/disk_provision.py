@@ -25,6 +25,9 @@ _UNMAP_HEADER = struct.Struct(">HH4x")
 _UNMAP_DESCRIPTOR = struct.Struct(">QI4x")
 _STATUS_DESCRIPTOR = struct.Struct(">QIB3x")
 
+ZERO_STEP: Final = 1 << 26
+"""Bytes zeroed without letting other tasks run: a back-end in memory may do all of it at once."""
+
 STATUS_WINDOW: Final = 1 << 26
 """Bytes one GET LBA STATUS looks at; it need not describe all of the disk (SBC-3 5.5.2). A guest
 can make every second page a hole, so this bounds the time that one command takes."""
@@ -116,7 +119,10 @@ async def write_same(unit: DiskCore, command: Command) -> Outcome:
                 await trio.lowlevel.checkpoint()
                 await unit.write(offset + at, [pattern[: size - at]])
     else:
-        await unit.disk.write_zeroes(offset, size, may_unmap=thin)
+        for at in range(0, size, ZERO_STEP):
+            await trio.lowlevel.checkpoint()
+            step = min(ZERO_STEP, size - at)
+            await unit.disk.write_zeroes(offset + at, step, may_unmap=thin)
         await unit.settle()
     return Outcome(STATUS_GOOD, b"", moved)
 
