@@ -26,7 +26,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("L0", ("vmbus.errors",)),
     ("L0", ("vmbus.wire",)),
     ("L1", ("vmbus.memory",)),
-    ("L1", ("vmbus.memory_file", "vmbus.ring", "vmbus.gpadl")),
+    ("L1", ("vmbus.memory_file", "vmbus.ring", "vmbus.gpadl", "vmbus.statistics")),
     ("L2", ("vmbus.engine", "vmbus.synic_msrs")),
     ("L2", ("vmbus.synic",)),
     ("L2", ("vmbus.synic_queue",)),

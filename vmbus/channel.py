@@ -29,6 +29,7 @@ from vmbus.errors import LocalProtocolError
 from vmbus.gpadl import Gpadl
 from vmbus.memory import GuestMemory
 from vmbus.ring import Packet, RingReader, RingWriter, completion
+from vmbus.statistics import Statistics
 from vmbus.transport import Call
 from vmbus.wire.packets import FLAG_COMPLETION_REQUESTED, IN_BAND, TRAILER_SIZE, build_packet
 from vmbus.wire.versions import Version
@@ -38,32 +39,6 @@ POLL_INTERVAL = 0.002
 MAX_POLL_INTERVAL = 0.064
 """What the interval grows to while nothing is read: a guest that keeps all its rings full must not
 take the time of the others."""
-
-
-class Statistics:
-    """Counters of one channel; plain integers, read by whoever computes rates."""
-
-    __slots__ = (
-        "batches",
-        "bytes_in",
-        "bytes_out",
-        "packets_in",
-        "packets_out",
-        "ring_full",
-        "signals_in",
-        "signals_out",
-    )
-
-    def __init__(self) -> None:
-        self.batches = 0
-        self.packets_in = self.packets_out = 0
-        self.bytes_in = self.bytes_out = 0
-        self.signals_in = self.signals_out = 0
-        self.ring_full = 0
-
-    def as_dict(self) -> dict[str, int]:
-        """Return the counters by name."""
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 class Channel:
@@ -106,6 +81,7 @@ class Channel:
         self.statistics = Statistics()
         self._reader = reader
         self._writer = writer
+        self._capacity = writer.capacity
         # 0.13 guests have one doorbell for all channels; the bus pokes us then.
         self._own_doorbell = doorbell_fd is None
         if doorbell_fd is None:
@@ -207,8 +183,14 @@ class Channel:
         Args:
             transaction_id: That of the request, bit for bit, 0 included.
             payload: As the device's protocol defines it; may be empty.
+
+        Raises:
+            LocalProtocolError: Too long for the ring.
         """
-        self._queue.append(completion(transaction_id, payload))
+        packet = completion(transaction_id, payload)
+        if len(packet) > self._capacity:
+            raise LocalProtocolError(self._too_long(packet))
+        self._queue.append(packet)
         if self._outstanding:
             self._outstanding -= 1
             if not self._outstanding and self._drained is not None:
@@ -239,12 +221,12 @@ class Channel:
         Raises:
             LocalProtocolError: Too long for the ring.
         """
-        if len(packet) > self._writer.capacity:
-            raise LocalProtocolError(
-                f"a packet of {len(packet)} bytes does not fit into a ring that takes "
-                f"{self._writer.capacity}"
-            )
+        if len(packet) > self._capacity:
+            raise LocalProtocolError(self._too_long(packet))
         self._queue.append(packet)
+
+    def _too_long(self, packet: bytes) -> str:
+        return f"a packet of {len(packet)} bytes; the guest's ring takes {self._capacity}"
 
     def try_flush(self) -> bool:
         """Write what fits now, with one commit and at most one signal. Cannot block.

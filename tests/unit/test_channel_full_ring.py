@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import trio
 import trio.testing
 
 from vmbus.channel import MAX_POLL_INTERVAL, Channel
+from vmbus.errors import LocalProtocolError
 from vmbus.guest.personality import OPENBSD
 from vmbus.ring import RingWriter
 from vmbus.testing.channels import GuestEnd, channel_pair
@@ -80,3 +82,17 @@ async def test_a_guest_that_plays_with_its_read_index_does_not_hold_the_loop(
         for _ in range(10):
             await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()
+
+
+async def test_a_packet_that_no_ring_could_take_is_refused_when_it_is_queued():
+    channel, guest = channel_pair(ring_pages=2, data_pages=1)
+    capacity = 4096 - 16
+    with pytest.raises(LocalProtocolError, match="the guest's ring takes 4080"):
+        channel.complete(1, bytes(capacity))
+    with pytest.raises(LocalProtocolError, match="the guest's ring takes 4080"):
+        channel.send(bytes(capacity))
+    channel.complete(2, bytes(capacity - 16))
+    await channel.flush()
+    (packet,) = guest.receive_nowait()
+    assert packet.transaction_id == 2
+    channel.close_doorbell()

@@ -1,0 +1,29 @@
+"""Layer 1: what a channel counts."""
+
+from __future__ import annotations
+
+
+class Statistics:
+    """Counters of one channel; plain integers, read by whoever computes rates."""
+
+    __slots__ = (
+        "batches",
+        "bytes_in",
+        "bytes_out",
+        "packets_in",
+        "packets_out",
+        "ring_full",
+        "signals_in",
+        "signals_out",
+    )
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.packets_in = self.packets_out = 0
+        self.bytes_in = self.bytes_out = 0
+        self.signals_in = self.signals_out = 0
+        self.ring_full = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counters by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
