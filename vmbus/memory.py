@@ -165,10 +165,13 @@ class GuestMemory:
         self._last = region
         return region
 
-    def remove_region(self, gpa: int, size: int) -> None:
+    def remove_region(self, gpa: int, size: int) -> Region:
         """Take a region out of the map; new requests for its pages fail from now on.
 
         The mapping itself goes away when the last borrowed view does; see :meth:`drained`.
+
+        Returns:
+            What was taken out, to ask :meth:`drained` about.
 
         Raises:
             ConfigError: No region has exactly this address and size.
@@ -182,11 +185,17 @@ class GuestMemory:
         self._last = None
         if not region.close():
             self._dying.append(region)
+        return region
 
-    def drained(self) -> bool:
-        """Whether every removed region is unmapped by now. Cannot block."""
+    def drained(self, regions: Iterable[Region] | None = None) -> bool:
+        """Whether removed regions are unmapped by now: these, or all there ever were.
+
+        Cannot block.
+        """
         self._dying = [region for region in self._dying if not region.close()]
-        return not self._dying
+        if regions is None:
+            return not self._dying
+        return not any(region in self._dying for region in regions)
 
     def close(self) -> None:
         """Remove all regions. Idempotent."""

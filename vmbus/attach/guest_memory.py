@@ -14,7 +14,7 @@ from vmbus.attach.layout import require
 from vmbus.attach.link import Link
 from vmbus.attach.to_server import MemoryRegion, RemMem, SetMemTable
 from vmbus.errors import PeerProtocolError
-from vmbus.memory import GuestMemory
+from vmbus.memory import GuestMemory, Region
 from vmbus.transport import MemoryRemoval
 
 _DRAIN_POLL = 0.002
@@ -42,9 +42,10 @@ class MemoryTable:
         self.memory = memory
         self._trusted = trusted
         self._backings: dict[int, _Backing] = {}
-        self._busy = False
+        self.busy = False
+        """Whether a SET_MEM_TABLE or REM_MEM is unanswered."""
 
-    def replace_untrusted(self, table: SetMemTable, fds: Sequence[int]) -> list[tuple[int, int]]:
+    def replace_untrusted(self, table: SetMemTable, fds: Sequence[int]) -> list[Region]:
         """Make guest memory exactly what ``table`` says, or leave it alone.
 
         Regions that stay as they are keep their mapping, so open rings survive.
@@ -54,7 +55,7 @@ class MemoryTable:
             fds: Borrowed; each must be used by a region.
 
         Returns:
-            (gpa, size) of the regions that went away, possibly not drained yet.
+            The regions that went away, possibly not drained yet.
 
         Raises:
             PeerProtocolError: Nothing was changed; fatal if the kernel changed its mind halfway.
@@ -81,15 +82,14 @@ class MemoryTable:
             for gpa, backing in self._backings.items()
             if wanted.get(gpa) != backing
         ]
-        for gpa, size in removed:
-            self.memory.remove_region(gpa, size)
+        gone = [self.memory.remove_region(gpa, size) for gpa, size in removed]
         self._backings = wanted
         try:
             for region in fresh:
                 self._map(self.memory, region, fds[region.fd_index])
         except PeerProtocolError as error:
             raise PeerProtocolError(str(error), errno=error.errno, fatal=True) from error
-        return removed
+        return gone
 
     def add_untrusted(self, region: MemoryRegion, fd: int) -> None:
         """Add one region. Raises PeerProtocolError, EEXIST if it overlaps another."""
@@ -105,7 +105,7 @@ class MemoryTable:
         self._map(self.memory, region, fd)
         self._backings[region.gpa] = backing
 
-    def remove_untrusted(self, request: RemMem) -> None:
+    def remove_untrusted(self, request: RemMem) -> Region:
         """Take one region out of the map. Raises PeerProtocolError, ENOENT if there is none."""
         backing = self._backings.get(request.gpa)
         if backing is None or backing.size != request.size:
@@ -113,15 +113,15 @@ class MemoryTable:
                 f"REM_MEM: no region is {request.gpa:#x}+{request.size:#x}", errno=errno.ENOENT
             )
         del self._backings[request.gpa]
-        self.memory.remove_region(request.gpa, request.size)
+        return self.memory.remove_region(request.gpa, request.size)
 
     def check_idle(self) -> None:
-        """Raise PeerProtocolError, EBUSY, while an earlier removal is not answered yet."""
-        require(not self._busy, "memory: the removal before is not done yet", errno.EBUSY)
+        """Raise PeerProtocolError, EBUSY, while an earlier request is not answered yet."""
+        require(not self.busy, "memory: the request before is not done yet", errno.EBUSY)
 
     def retire(
         self,
-        removed: list[tuple[int, int]],
+        removed: list[Region],
         emit: Callable[[MemoryRemoval], None],
         link: Link,
         frame: Frame,
@@ -129,7 +129,7 @@ class MemoryTable:
         """Tell the bus about lost memory; answer ``frame`` once nobody uses it any more.
 
         Args:
-            removed: (gpa, size) of regions that are out of the map.
+            removed: Regions that are out of the map; others that are still in use do not matter.
             emit: Takes the events for the bus.
             link: Gets the reply.
             frame: The request.
@@ -138,19 +138,19 @@ class MemoryTable:
         if not removed:
             link.reply(kind, seq)
             return
-        self._busy = True
+        self.busy = True
         told = [trio.Event() for _ in removed]
-        for (gpa, size), done in zip(removed, told, strict=True):
-            emit(MemoryRemoval(gpa, size, done.set))
+        for region, done in zip(removed, told, strict=True):
+            emit(MemoryRemoval(region.gpa, region.size, done.set))
 
         async def drain() -> None:
             with trio.move_on_after(link.limits.drain_timeout) as scope:
                 for done in told:
                     await done.wait()
                 # Views are dropped all over the place and announce nothing, hence the polling.
-                while not self.memory.drained():  # noqa: ASYNC110
+                while not self.memory.drained(removed):  # noqa: ASYNC110
                     await trio.sleep(_DRAIN_POLL)
-            self._busy = False
+            self.busy = False
             if scope.cancelled_caught:
                 text = "memory: out of the map but still in use; keep it until the connection ends"
                 link.reply_error(kind, seq, errno.EBUSY, text)

@@ -20,7 +20,7 @@ from vmbus.attach.layout import require
 from vmbus.attach.limits import DIRECT_SINT, Feature, GoodbyeReason, LogLevel, PortKind
 from vmbus.attach.link import Answer, Link
 from vmbus.attach.management import Management
-from vmbus.attach.protocol import MessageSpec, Number, RefusedError, State
+from vmbus.attach.protocol import MESSAGES, MessageSpec, Number, RefusedError, State
 from vmbus.attach.to_server import (
     Goodbye,
     Hello,
@@ -323,6 +323,7 @@ class SocketTransport:
         if self._attach_request is not None:
             self._link.reply(*self._attach_request)
             self._attach_request = None
+            self._table.busy = False
 
     def _grant_credit(self, count: int) -> None:
         self._link.post(Number.POST_CREDIT, PostCredit(count).encode())
@@ -358,6 +359,7 @@ class SocketTransport:
         if self.state is State.DESCRIBED:
             self.state = State.ATTACHED
             self._attach_request = (frame.kind, frame.seq)
+            self._table.busy = True
             self.attached.set()
         else:
             self._table.retire(removed, self._events.put, self._link, frame)
@@ -372,9 +374,9 @@ class SocketTransport:
     def _on_rem_mem(self, frame: Frame) -> None:
         request = RemMem.decode_untrusted(frame.payload)
         self._table.check_idle()
-        self._table.remove_untrusted(request)
+        region = self._table.remove_untrusted(request)
         self._aim_all()
-        self._table.retire([(request.gpa, request.size)], self._events.put, self._link, frame)
+        self._table.retire([region], self._events.put, self._link, frame)
 
     def _aim_all(self) -> None:
         for synic in self.synics:
@@ -462,7 +464,8 @@ class SocketTransport:
     def _lifecycle(
         self, frame: Frame, then: Callable[[], None] = lambda: None
     ) -> Callable[[], None]:
-        """Return the ``done`` callback of a life-cycle event; only the first call counts."""
+        """Check the request; return the event's ``done``, of which only the first call counts."""
+        MESSAGES[frame.kind].request.decode_untrusted(frame.payload)
         require(
             not self._lifecycle_busy,
             f"{Number(frame.kind).name}: RESET, PAUSE or RESUME is under way",
