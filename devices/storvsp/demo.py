@@ -52,7 +52,7 @@ from storvsp.demo_trial import LARGE, CorruptionError, DiskTrial, Meter, first_o
 from storvsp.guest import GuestDisk, ScsiError, StorvscAdapter, attach, scan
 from storvsp.wire import OPERATION_NAMES
 from vmbus.errors import AttachError, VMBusError
-from vmbus.guest import PERSONALITIES, Guest, boot
+from vmbus.guest import PERSONALITIES, Guest, GuestPanic, boot
 from vmbus.guest.personality import Rescind
 from vmbus.soft_machine import MachineDelegate, SoftMachine, attach_machine
 from vmbus.wire.gpa import PAGE_SIZE
@@ -63,6 +63,8 @@ BASE_RAM = 32 << 20
 """Bytes of RAM beside rings and data."""
 NOTICE_SECONDS = 10.0
 """The host is to have told of a change of its disks by then."""
+LEAVING_SECONDS = 2.0
+"""A server that takes things away without a word has left by then, or has made a mistake."""
 _KINDS = {0: "disk", 5: "cd"}
 
 
@@ -121,9 +123,17 @@ class Demo:
             features = [feature.name for feature in attachment.features]
             self.emit("attached", server=attachment.server_name, features=features)
             nursery.start_soon(_watch, delegate)
-            async with boot(machine, self.personality) as guest:
-                await self._booted(guest)
-                guest.check_memory()
+            try:
+                async with boot(machine, self.personality) as guest:
+                    await self._booted(guest)
+                    guest.check_memory()
+            except GuestPanic as panic:
+                # A server that stops takes the doorbells away first, and then leaves.
+                with trio.move_on_after(LEAVING_SECONDS):
+                    await delegate.over.wait()
+                if delegate.over.is_set():
+                    raise _gone(delegate) from panic
+                raise
             nursery.cancel_scope.cancel()
 
     async def _booted(self, guest: Guest) -> None:
@@ -276,7 +286,11 @@ class Demo:
 async def _watch(delegate: MachineDelegate) -> None:
     """Raise when the server is gone: nothing that is in flight would ever come back."""
     await delegate.over.wait()
-    raise AttachError(f"the server is gone: {delegate.reason}")
+    raise _gone(delegate)
+
+
+def _gone(delegate: MachineDelegate) -> AttachError:
+    return AttachError(f"the server is gone: {delegate.reason}")
 
 
 def _address(disk: GuestDisk) -> str:

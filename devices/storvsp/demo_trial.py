@@ -42,7 +42,12 @@ _CD = 5
 _VOLUME_DESCRIPTOR = 16
 """Sector of the first volume descriptor (ECMA-119 8.1)."""
 
+_UNIT_ATTENTION = 6
+_TRIES = 5
+"""Unit attentions come one at a time, and there are few kinds."""
+
 E = TypeVar("E", bound=BaseException)
+T = TypeVar("T")
 
 
 class CorruptionError(VMBusError):
@@ -104,9 +109,11 @@ class DiskTrial:
                 if descriptor[:7] == b"\x01CD001\x01":
                     self.label = descriptor[40:72].decode("ascii", "replace").rstrip()
             return
-        header = await disk.command("MODE SENSE", _MODE_SENSE, read=192)
+        header = await insist(lambda: disk.command("MODE SENSE", _MODE_SENSE, read=192))
         self.writable = not header[2] & _WRITE_PROTECTED
-        capacity = await disk.command("READ CAPACITY(16)", _READ_CAPACITY_16, read=32)
+        capacity = await insist(
+            lambda: disk.command("READ CAPACITY(16)", _READ_CAPACITY_16, read=32)
+        )
         self.unmaps = self.writable and capacity[14] & _GIVES_BACK == _GIVES_BACK
 
     @property
@@ -124,7 +131,7 @@ class DiskTrial:
     async def write(self, seconds: float) -> None:
         """Write everything, and again until ``seconds`` have passed; then flush."""
         await self._phase("write", LARGE, self._write, seconds=seconds)
-        await self.disk.flush()
+        await insist(self.disk.flush)
 
     async def read(self, seconds: float) -> None:
         """Read everything and compare, and again until ``seconds`` have passed."""
@@ -133,13 +140,13 @@ class DiskTrial:
     async def mix(self, seconds: float) -> None:
         """Read and write 4 KiB here and there for ``seconds``; then flush."""
         await self._phase("mixed", GRAIN, self._mixed, seconds=seconds, everything=False)
-        await self.disk.flush()
+        await insist(self.disk.flush)
 
     async def unmap(self) -> None:
         """Give the beginning back, which has to read as zeros from now on."""
         size = min(self.used // 4, UNMAPPED) // GRAIN * GRAIN
         if size:
-            await self.disk.unmap([(0, size // self.disk.block_size)])
+            await insist(lambda: self.disk.unmap([(0, size // self.disk.block_size)]))
             self._prints[: size // GRAIN] = [fingerprint(bytes(GRAIN))] * (size // GRAIN)
         self.unmapped = size
 
@@ -150,15 +157,15 @@ class DiskTrial:
     # -- requests ---------------------------------------------------------------------------------
 
     async def _read(self, offset: int, length: int) -> bytes:
-        block_size = self.disk.block_size
-        return await self.disk.read(offset // block_size, length // block_size)
+        size = self.disk.block_size
+        return await insist(lambda: self.disk.read(offset // size, length // size))
 
     async def _learn(self, offset: int, length: int) -> None:
         self._remember(offset, await self._read(offset, length))
 
     async def _write(self, offset: int, length: int) -> None:
         data = self._random.randbytes(length)
-        await self.disk.write(offset // self.disk.block_size, data)
+        await insist(lambda: self.disk.write(offset // self.disk.block_size, data))
         self._remember(offset, data)
 
     async def _compare(self, offset: int, length: int) -> None:
@@ -244,6 +251,28 @@ class DiskTrial:
         meter.seconds = time.perf_counter() - start
         meter.over = True
         self._progress(meter)
+
+
+async def insist(request: Callable[[], Awaitable[T]]) -> T:
+    """Repeat a request that has got nothing but news of the unit instead of an answer.
+
+    Every driver does: a disk that comes, goes or changes its size is a unit attention for the
+    next command, whatever that is (SPC-4 5.13).
+
+    Args:
+        request: Can be made more than once. Is a checkpoint.
+
+    Raises:
+        ScsiError: It has failed, or there is no end of news.
+    """
+    tries = _TRIES
+    while True:
+        tries -= 1
+        try:
+            return await request()
+        except ScsiError as error:
+            if error.result.sense_key != _UNIT_ATTENTION or not tries:
+                raise
 
 
 def first_of(group: BaseExceptionGroup[E]) -> E:

@@ -11,13 +11,14 @@ import pytest
 import trio
 
 from storvsp import ScsiController, demo
-from storvsp.demo_trial import GRAIN, LARGE, CorruptionError, DiskTrial, Meter, fingerprint
+from storvsp.demo_trial import GRAIN, LARGE, CorruptionError, DiskTrial, Meter, fingerprint, insist
 from storvsp.disks.fault import Fault, FaultDisk, FaultKind, Operation
 from storvsp.disks.overlay import OverlayDisk
 from storvsp.disks.ram import RamDisk
 from storvsp.disks.raw import RawDisk
 from storvsp.disks.wrapper import DiskWrapper
 from storvsp.guest import ScsiError, attach, scan
+from storvsp.guest.replies import Result
 from vmbus.attach import operator
 from vmbus.attach.listen import open_listener
 from vmbus.attach.server import serve
@@ -61,10 +62,10 @@ class LyingDisk(DiskWrapper):
 
 
 @contextlib.asynccontextmanager
-async def trying(disk, *, depth=8, limit=SIZE):
+async def trying(disk, *, depth=8, limit=SIZE, controller=None):
     """A trial of a disk that a guest has found; yields it and the phases that are over."""
     machine = SoftMachine(((0, 16 << 20),))
-    controller = ScsiController()
+    controller = controller or ScsiController()
     controller.add_disk(disk)
     phases: list[Meter] = []
     with LoopbackTransport(machine.synic) as transport:
@@ -129,6 +130,35 @@ async def test_phases_go_on_until_their_time_is_over_and_tell_how_they_are_doing
         assert meter.bytes > SIZE
         assert [other for other in phases if other.phase == "write" and not other.over]
         await trial.check()
+
+
+async def test_news_of_other_disks_does_not_disturb_a_trial():
+    controller = ScsiController()
+    async with trying(RamDisk(SIZE), controller=controller) as (trial, _):
+
+        def news():
+            controller.add_disk(RamDisk(SIZE))
+
+        news()
+        assert (await trial.disk.execute(bytes(6))).sense_key == 6  # TEST UNIT READY
+        news()
+        await trial.look()
+        assert trial.unmaps
+        for phase in (trial.survey(), trial.write(0), trial.unmap(), trial.check()):
+            news()
+            await phase
+
+
+async def test_a_unit_that_has_nothing_but_news_is_given_up():
+    asked = []
+
+    async def only_news():
+        asked.append(1)
+        raise ScsiError("READ", Result(0x84, 2, bytes([0x70, 0, 6]) + bytes(15), 0, b""))
+
+    with pytest.raises(ScsiError, match="sense 6/00/00"):
+        await insist(only_news)
+    assert 1 < len(asked) < 10
 
 
 @pytest.mark.parametrize("lie", ["bit", "lost", "astray", "kept"])
@@ -334,6 +364,18 @@ async def test_the_guest_does_not_outlive_its_server(tmp_path, capsys):
     problems = Story(capsys.readouterr().out).problems
     assert problems[0][0] == "guest"
     assert "the server" in problems[0][1]
+
+
+async def test_a_panic_is_told_as_it_is_if_the_server_stays(tmp_path, capsys, monkeypatch):
+    async def panic(_demo, guest):
+        guest.panic("the host is wrong")
+
+    monkeypatch.setattr(demo, "LEAVING_SECONDS", 0)
+    monkeypatch.setattr(demo.Demo, "_booted", panic)
+    async with server_for(tmp_path, "ram:1M") as (_, path, _nursery):
+        assert not await live(options_for(path))
+    ((where, text),) = Story(capsys.readouterr().out).problems
+    assert (where, text) == ("guest", "Linux 6.1: the host is wrong")
 
 
 async def operate(server, capsys, story, *actions):
