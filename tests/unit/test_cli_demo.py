@@ -407,12 +407,15 @@ def test_a_terminal_gets_colour_and_a_line_that_moves(monkeypatch):
     assert type(view) is RichView
     report = report_of(DISK)
     show(view, {**phase("write"), "event": "progress"}, report, 32)
+    view.tell(Line("server", "meanwhile"))
+    before = screen.getvalue()
+    assert "0:0:0 RamDisk: write   4 KiB x 32        20 requests/s" in before
     show(view, {"event": "problem", "where": "guest", "text": "ouch"}, report, 32)
     view.close()
     view.close()
-    text = screen.getvalue()
-    assert "\033[1;31mouch" in text
-    assert "0:0:0 RamDisk: write   4 KiB x 32        20 requests/s" in text
+    after = screen.getvalue().removeprefix(before)
+    assert "\033[1;31mouch" in after
+    assert "RamDisk" not in after.partition("ouch")[2]  # what is over is not shown any longer
 
 
 def test_json_readers_get_no_lines(capsys):

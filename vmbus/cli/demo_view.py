@@ -88,7 +88,7 @@ class RichView(PlainView):
         """Change the line that moves."""
         from rich.text import Text
 
-        self._status.update(Text(safe(text)))
+        self._status.update(Text(safe(text) or " "))  # an empty one would change nothing
 
     def close(self) -> None:
         """Remove the line that moves."""
