@@ -406,7 +406,9 @@ async def test_a_file_system_without_locks_is_named(image, monkeypatch):
     [
         ("raw:", "needs the path of an image"),
         ("cd:", "needs the path of an ISO image"),
-        ("raw:{tmp}/missing.img", "No such file or directory"),
+        ("raw:{tmp}/missing.img", "No such file or directory; raw:[create=SIZE]"),
+        ("raw:[ro]{tmp}/missing.img", "missing.img: No such file or directory"),
+        ("cd:{tmp}/missing.iso", "missing.iso: No such file or directory"),
         ("raw:[create=1M]{tmp}/no/dir.img", "No such file or directory"),
         ("raw:{tmp}", "neither a file nor a block device"),
         ("raw:/dev/null", "neither a file nor a block device"),

@@ -401,7 +401,14 @@ def _open(
                 raise
             finally:
                 os.close(fd)
-    kind = os.stat(name).st_mode
+    try:
+        kind = os.stat(name).st_mode
+    except FileNotFoundError as error:
+        if read_only:
+            raise
+        raise ConfigError(
+            f"{name}: {error.strerror}; raw:[create=SIZE]{name} makes a new image"
+        ) from error
     if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
         raise ConfigError(f"{name} is neither a file nor a block device")
     if stat.S_ISBLK(kind) and not (read_only or share):
