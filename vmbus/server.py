@@ -193,7 +193,8 @@ class GuestServer:
         ]
         index = request.get("index", 0)
         if not isinstance(index, int) or not 0 <= index < len(found):
-            raise ConfigError(f"the guest has {len(found)} device(s) {plugin!r}, no {index!r}")
+            number = f"{len(found)}, counted from 0" if found else "none"
+            raise ConfigError(f"the guest has no {plugin!r} number {index!r}; it has {number}")
         return await load_device(plugin).command(found[index], request)
 
     def _pick_bus(self, name: object) -> Bus:
@@ -202,6 +203,8 @@ class GuestServer:
         if name is None:
             if len(buses) == 1:
                 return next(iter(buses.values()))
+            if not buses:
+                raise ConfigError("no guest is attached")
             raise ConfigError(f"which guest? attached are: {attached}")
         bus = buses.get(name) if isinstance(name, str) else None
         if bus is None:

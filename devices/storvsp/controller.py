@@ -185,8 +185,10 @@ class ScsiController:
         """
         disk = self._disks.get(address)
         resize = getattr(disk, "resize", None)
+        if address not in self.units:
+            raise ConfigError("nothing is at path {}, target {}, LUN {}".format(*address))
         if disk is None or resize is None:
-            kind = type(disk).__name__ if disk else "nothing"
+            kind = type(disk or self.units[address]).__name__
             raise ConfigError("{}:{}:{} is {}, which has no resize".format(*address, kind))
         done = resize(size)
         if inspect.isawaitable(done):

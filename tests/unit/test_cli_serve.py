@@ -308,11 +308,21 @@ async def test_a_guest_uses_its_disks_while_operators_look_and_change_them(path)
             again = await in_thread(run_child, "disk", "remove", "--socket", path, "3")
             assert again.returncode == 2
             assert again.stderr == "Error: nothing is at path 0, target 0, LUN 3\n"
+            late = await in_thread(run_child, "disk", "resize", "--socket", path, "3", "3M")
+            assert (late.returncode, late.stderr) == (again.returncode, again.stderr)
+            nowhere = await in_thread(
+                run_child, "disk", "add", "--socket", path, "--controller", "1", "ram:1M"
+            )
+            assert nowhere.returncode == 2
+            assert "no 'storvsp' number 1; it has 1, counted from 0" in nowhere.stderr
 
             await adapter.close()
             await guest.connection.unload()
         await in_thread(server.wait_line, "vm1: attached with 1 device(s)")
         await in_thread(server.wait_line, "vm1: gone")
+        nobody = await in_thread(run_child, "disk", "add", "--socket", path, "ram:1M")
+        assert nobody.returncode == 2
+        assert nobody.stderr == "Error: no guest is attached\n"
         assert server.stop() == 0
 
 

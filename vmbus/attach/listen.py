@@ -109,7 +109,7 @@ def from_fd(fd: int) -> socket.socket:
     try:
         is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"descriptor {fd}: {error}") from error
+        raise ConfigError(f"descriptor {fd}: not open") from error
     if not is_socket:
         raise ConfigError(f"descriptor {fd}: not a socket")
     sock = socket.socket(fileno=fd)
