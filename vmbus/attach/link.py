@@ -33,6 +33,7 @@ from vmbus.attach.protocol import (
     MESSAGES,
     Direction,
     MessageSpec,
+    Number,
     RefusedError,
     State,
     check_request,
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 _BURST = 32
 """Reads before other tasks get a turn."""
+_IN_TIME = frozenset({Number.DEL_PORT, Number.SET_CALL_FD})
+"""Requests that must be answered within ``reply_timeout``, even if nobody waits for it."""
 _LINGER = 1.0
 """Seconds after the last frame for answers that the peer owes, see :meth:`Link.finish`."""
 
@@ -90,6 +93,8 @@ class Session(Protocol):
 
 Answer = bytes | Exception
 """Payload of a reply, or RefusedError, or trio.BrokenResourceError."""
+_Pending = tuple[int, Callable[[Answer], None]]
+"""Message number of an unanswered request, and who gets the answer."""
 
 
 class _Outgoing:
@@ -118,7 +123,8 @@ class Link:
         self._queued_bytes = 0
         self._queued_keys: set[Hashable] = set()
         self._work = trio.Event()
-        self._pending: dict[int, tuple[int, Callable[[Answer], None]]] = {}
+        self._pending: dict[int, _Pending] = {}
+        self._deadlines: deque[tuple[float, int, _Pending]] = deque()
         self._next_seq = 1
         self._nursery: trio.Nursery | None = None
         self._finishing = False
@@ -249,8 +255,25 @@ class Link:
             return
         seq = self._next_seq
         self._next_seq = seq % 0xFFFFFFFF + 1
-        self._pending[seq] = (kind, callback)
+        entry = self._pending[seq] = (kind, callback)
+        if kind in _IN_TIME:
+            self._deadlines.append((trio.current_time() + self.limits.reply_timeout, seq, entry))
+            if len(self._deadlines) == 1:
+                self.spawn(self._watch_deadlines)
         self._submit(pack_frame(kind, 0, seq, payload, len(fds)), fds)
+
+    async def _watch_deadlines(self) -> None:
+        # The limit is the same for all, so the oldest is the first to end.
+        while self._deadlines:
+            when, seq, entry = self._deadlines[0]
+            if self._pending.get(seq) is entry:
+                await trio.sleep_until(when)
+                if self._pending.get(seq) is entry:
+                    self._fail_late(entry[0])
+            self._deadlines.popleft()
+
+    def _fail_late(self, kind: int) -> None:
+        self.fail(f"no answer to {MESSAGES[kind].name} in {self.limits.reply_timeout:g} s")
 
     async def request(self, kind: int, payload: bytes, fds: list[int] | None = None) -> bytes:
         """Send a request and wait for the answer, at most ``reply_timeout`` seconds.
@@ -270,7 +293,7 @@ class Link:
         with trio.move_on_after(self.limits.reply_timeout):
             await answered.wait()
         if not answers:
-            self.fail(f"no answer to {MESSAGES[kind].name} in {self.limits.reply_timeout:g} s")
+            self._fail_late(kind)
         if isinstance(answers[0], Exception):
             raise answers[0]
         return answers[0]

@@ -186,10 +186,14 @@ class Server:
             nursery.start_soon(watch)
             try:
                 await self._handler(transport)
-            except Exception:
+            except Exception as error:
                 # One guest's failure must not end the others; the log has it all.
-                logger.exception("%s: serving this guest failed", transport.name)
-                reason = GoodbyeReason.FAILURE
+                gone = link.closed.is_set() or transport.state is State.CLOSED
+                if gone and isinstance(error, trio.BrokenResourceError):
+                    logger.info("%s: gone while it was being served: %s", transport.name, error)
+                else:
+                    logger.exception("%s: serving this guest failed", transport.name)
+                    reason = GoodbyeReason.FAILURE
             finished.set()
             nursery.cancel_scope.cancel()
         return reason
