@@ -550,3 +550,29 @@ async def test_raw_and_ready_made_messages_can_be_posted():
         await guest.connection.post_raw(message(13, 1))
         await guest.connection.post(machine.host.log[-1])
     assert machine.host.names()[-2:] == ["RELID_RELEASED", "RELID_RELEASED"]
+
+
+@pytest.mark.parametrize("name", ["CLOSECHANNEL", "GPADL_TEARDOWN"])
+async def test_a_removal_under_way_posts_nothing_behind_unload(name):
+    machine = Machine()
+    host = machine.host
+    host.offers = [offer(1)]
+    async with boot(machine, LINUX_6_1) as guest, trio.open_nursery() as nursery:
+        connection = guest.connection
+        (found,) = await connection.connect()
+        await connection.open_channel(found, ring_pages=2)
+        host.handlers["UNLOAD"] = lambda item: None  # the answer takes its time
+        hypercall = machine.hypercall
+
+        async def slow(*args: int) -> int:
+            status = await hypercall(*args)
+            await trio.sleep(0.01)
+            return status
+
+        machine.hypercall = slow
+        host.handlers[name] = lambda item: nursery.start_soon(connection.unload)
+        host.send(message(2, 1))
+        await connection.wait_gone(1)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert host.names()[-1] == "UNLOAD"
+        host.on_unload(None)

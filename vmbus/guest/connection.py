@@ -301,6 +301,10 @@ class Connection(Channels):
         if self.personality.rescind is Rescind.RELEASE:
             self._start_soon(self._remove, relid)
 
+    def _is_connected(self) -> bool:
+        """Whether messages may be posted; nothing follows UNLOAD."""
+        return self.version is not None and not self._leaving
+
     async def _remove(self, relid: int) -> None:
         """Remove a rescinded device: close, tear down without waiting, release the relid."""
         while relid in self._opening:
@@ -312,8 +316,9 @@ class Connection(Channels):
             channel.end(gone())
             if channel.on_removed is not None:
                 channel.on_removed()
-            await self._mailbox.post(CloseChannel(relid=relid))
-        gpadl = self._rings.pop(relid, None)
+            if self._is_connected():
+                await self._mailbox.post(CloseChannel(relid=relid))
+        gpadl = self._rings.pop(relid, None) if self._is_connected() else None
         if gpadl is not None:
             released = partial(self._released, gpadl)
             self._mailbox.disown(GpadlTorndown, gpadl.handle, then=released)
@@ -323,6 +328,6 @@ class Connection(Channels):
         self._once_open.discard(relid)
         self.offers.pop(relid, None)
         self.ignored.pop(relid, None)
-        if self.version is not None:
+        if self._is_connected():
             await self._mailbox.post(RelidReleased(relid=relid))
         self._changed.unpark_all()
