@@ -50,8 +50,9 @@ import trio
 
 from storvsp.demo_trial import LARGE, CorruptionError, DiskTrial, Meter, first_of
 from storvsp.guest import GuestDisk, ScsiError, StorvscAdapter, attach, scan
+from storvsp.specs import parse_size
 from storvsp.wire import OPERATION_NAMES
-from vmbus.errors import AttachError, VMBusError
+from vmbus.errors import AttachError, ConfigError, VMBusError
 from vmbus.guest import PERSONALITIES, Guest, GuestPanic, boot
 from vmbus.guest.personality import Rescind
 from vmbus.soft_machine import MachineDelegate, SoftMachine, attach_machine
@@ -301,6 +302,13 @@ def _text(raw: bytes) -> str:
     return raw.decode("ascii", "replace").strip()
 
 
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def parse(arguments: Sequence[str] | None) -> Options:
     """Parse the command line; exits with 2 if it is wrong."""
     parser = argparse.ArgumentParser(
@@ -311,7 +319,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--channels", type=int, default=4, help="channels, and VPs")
     parser.add_argument("--depth", type=int, default=32, help="requests in flight")
     parser.add_argument("--seconds", type=float, default=6.0, help="for all disks together")
-    parser.add_argument("--size", type=int, default=32 << 20, help="bytes used of each disk")
+    parser.add_argument("--size", type=_size, default=32 << 20, help="used of each disk, as in 8M")
     parser.add_argument("--hotplug", action="store_true", help="ask for a disk to come and go")
     return Options(**vars(parser.parse_args(arguments)))
 

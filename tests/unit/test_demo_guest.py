@@ -366,6 +366,13 @@ async def test_the_guest_does_not_outlive_its_server(tmp_path, capsys):
     assert "the server" in problems[0][1]
 
 
+def test_sizes_are_written_as_everywhere(capsys):
+    assert options_for("s", size="8M").size == 8 << 20
+    with pytest.raises(SystemExit):
+        options_for("s", size="8X")
+    assert "--size: '8X' is not a size" in capsys.readouterr().err
+
+
 async def test_a_panic_is_told_as_it_is_if_the_server_stays(tmp_path, capsys, monkeypatch):
     async def panic(_demo, guest):
         guest.panic("the host is wrong")
