@@ -6,6 +6,7 @@ guest here has no habits: it posts bytes and looks at every message, flag and in
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 
@@ -32,6 +33,7 @@ from tests.integration_support import (
 from vmbus import ring
 from vmbus.channel import Channel
 from vmbus.engine.channels import connection_id_of
+from vmbus.errors import RingError
 from vmbus.guest import FREEBSD, HAIKU, LINUX_6_1, OPENBSD, PERSONALITIES, UEFI
 from vmbus.guest.ring import fence
 from vmbus.server import DeviceSetup, GuestServer
@@ -405,6 +407,7 @@ async def test_row_9_packets_that_arrive_while_the_host_unmasks_are_found(monkey
     channel, guest = channel_pair()
     guest.send(build_packet(IN_BAND, b"first..."))
     assert len(await channel.receive_batch()) == 1
+    os.eventfd_read(channel.doorbell_fd)
     # The mask is still set, so the guest does not signal what it sends now.
     original = channel._reader.unmask
     late = [build_packet(IN_BAND, b"second..")]
@@ -769,6 +772,36 @@ async def test_row_40_any_message_at_any_length_is_survived():
             await guest.receive()
         assert there.bus.snapshot()["version"] == "5.3"
         assert len(there.bus.runners) == 1
+
+
+@pytest.mark.parametrize("index", [4096 * 3, 4096 * 3 + 8, 0xFFFFFFF8, 0xFFFFFFFF, 4, 1, 9])
+@pytest.mark.parametrize("word", [0, 1])
+async def test_row_40_an_impossible_index_is_the_end_of_its_channel(word, index):
+    # fuzz scenario G12: rings of 3 data pages; the host reads the index of the one, writes beside
+    # that of the other
+    device = EchoDevice(1)
+    async with world(device, EchoDevice(2)) as there:
+        guest = await ready(there)
+        await guest.open()
+        if word == 0:
+            there.machine.memory.page(RAW_RING_PFN).cast("I")[0] = index
+            device.lives[0].poke()
+        else:
+            there.machine.memory.page(RAW_RING_PFN + 4).cast("I")[1] = index
+            device.lives[0].send(bytes(8))
+            there.bus.nursery.start_soon(_fails, device.lives[0])
+            device.lives[0].poke()
+            packet = build_packet(IN_BAND, bytes(8), flags=FLAG_COMPLETION_REQUESTED)
+            there.machine.memory.write((RAW_RING_PFN + 1) * 4096, packet + bytes(8))
+            there.machine.memory.page(RAW_RING_PFN).cast("I")[0] = len(packet) + 8
+        assert numbers(await guest.receive()) == [2]
+        assert there.bus.snapshot()["faults"] == 1
+        assert device.running == 0
+
+
+async def _fails(channel: Channel) -> None:
+    with pytest.raises(RingError):
+        await channel.flush()
 
 
 async def test_row_40_guests_cannot_make_the_host_remember_their_faults():
