@@ -189,7 +189,7 @@ class ScsiController:
             raise ConfigError("nothing is at path {}, target {}, LUN {}".format(*address))
         if disk is None or resize is None:
             kind = type(disk or self.units[address]).__name__
-            raise ConfigError("{}:{}:{} is {}, which has no resize".format(*address, kind))
+            raise ConfigError("{}:{}:{} is {}, which cannot be resized".format(*address, kind))
         done = resize(size)
         if inspect.isawaitable(done):
             await done
