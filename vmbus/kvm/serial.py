@@ -6,7 +6,8 @@ linux/drivers/tty/serial/8250/8250_port.c.
 There is no line and no bit rate. A byte written is sent at once, so the transmitter is always
 empty; received bytes wait outside of the FIFO as long as they have to, so nothing is ever overrun.
 The other end minds the guest's RTS: what it sends before the guest has opened the port is kept,
-and not thrown away by the FIFO resets of the guest's probing.
+and not thrown away by the FIFO resets of the guest's probing. It waits for OUT2 too, which lets
+interrupts through: Linux' earlyprintk sets RTS and will never read.
 """
 
 from __future__ import annotations
@@ -257,7 +258,8 @@ class Uart:
 
     def _fill(self) -> None:
         """Let waiting input into the FIFO, if the guest says that it is ready for it."""
-        if not self._backlog or self._mcr & (MCR_RTS | MCR_LOOP) != MCR_RTS:
+        listening = self._mcr & (MCR_RTS | MCR_OUT2 | MCR_LOOP) == MCR_RTS | MCR_OUT2
+        if not self._backlog or not listening:
             return
         for _ in range(min(self._room(), len(self._backlog))):
             self._fifo.append(self._backlog.popleft())
