@@ -53,6 +53,7 @@ class ServerLink:
         name: str,
         vm_id: UUID | None = None,
         features: Feature = ALL_FEATURES,
+        timeout: float = 10.0,
     ) -> None:
         """Attach. When this returns the guest may run. Blocks.
 
@@ -63,17 +64,18 @@ class ServerLink:
             name: For the server's logs and listings.
             vm_id: Identity of the VM.
             features: What to offer; without DIRECT and CALL_FD event flags come as messages.
+            timeout: Seconds for the server to answer.
 
         Raises:
             AttachError: No server, or it refused.
         """
         attachment = Attachment.connect(
-            target, self, name=name, max_vps=vp_count, features=features
+            target, self, name=name, max_vps=vp_count, features=features, timeout=timeout
         )
         self._attachment = attachment
         try:
-            attachment.vm_info(vp_count, vm_id=vm_id)
-            attachment.set_memory_table(regions)
+            attachment.vm_info(vp_count, vm_id=vm_id, timeout=timeout)
+            attachment.set_memory_table(regions, timeout=timeout)
         except BaseException:
             self._leaving = True
             attachment.close()

@@ -110,6 +110,7 @@ class Machine:
         name: str = "guest",
         vm_id: UUID | None = None,
         features: Feature = ALL_FEATURES,
+        timeout: float = 10.0,
     ) -> End:
         """Attach to a server and run the guest until it ends; resets are not the end.
 
@@ -118,6 +119,7 @@ class Machine:
             name: For the server's logs and listings.
             vm_id: Identity of the VM.
             features: What to offer to the server.
+            timeout: Seconds for the server to answer.
 
         Raises:
             ConfigError: KVM, the kernel or the machine do not fit together.
@@ -126,8 +128,9 @@ class Machine:
         """
         ignore_kick_signal()
         self._link.connect(
-            target, self._regions, self.vp_count, name=name, vm_id=vm_id, features=features
-        )
+            target, self._regions, self.vp_count,
+            name=name, vm_id=vm_id, features=features, timeout=timeout,
+        )  # fmt: skip
         end = End(Outcome.FAILURE)
         try:
             while True:

@@ -22,6 +22,18 @@ class Outcome(enum.Enum):
     RESET = -1
     """It wants to start again; the machine sees to that, nobody exits with it."""
 
+    @property
+    def words(self) -> str:
+        """What became of the guest, for people."""
+        return {
+            Outcome.POWER_OFF: "the guest switched itself off",
+            Outcome.FAILURE: "the guest cannot go on",
+            Outcome.PANIC: "the guest panicked",
+            Outcome.TRIPLE_FAULT: "the guest crashed",
+            Outcome.INTERRUPTED: "ended from the keyboard",
+            Outcome.RESET: "the guest starts again",
+        }[self]
+
 
 class End(NamedTuple):
     """The end of a life."""
