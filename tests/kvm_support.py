@@ -1,19 +1,31 @@
-"""What the tests of the VMM share: tiny guests, assembled on the spot."""
+"""What the tests of the VMM share: tiny guests, assembled on the spot, and servers for them."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import tempfile
-from functools import cache
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
+import trio
 
+from vmbus.attach.limits import ALL_FEATURES, Feature
+from vmbus.attach.server import serve
+from vmbus.attach.transport import SocketTransport
 from vmbus.kvm.bzimage import EntryState
-from vmbus.kvm.machine import Loader
+from vmbus.kvm.life import SynicMode
+from vmbus.kvm.machine import Loader, Machine
+from vmbus.kvm.outcome import End
+from vmbus.kvm.synic_kernel import is_possible
+from vmbus.kvm.vm import Vm
 from vmbus.memory import GuestMemory
 
 GUESTS = Path(__file__).parent / "kvm_guests"
@@ -21,17 +33,28 @@ CODE_GPA = 0x10000
 STACK_TOP_GPA = 0x9000
 PAGE_TABLES_GPA = 0x9000
 GDT_GPA = 0x500
+SCRATCH_GPA = 0x30000
+RESULTS_GPA = 0x35000
+MEMORY_SIZE = 2 << 20
+PATIENCE = 60
+"""Seconds after which a test gives up; nothing is decided by it otherwise."""
 _GDT = struct.pack("<4Q", 0, 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF)
 _LARGE_PAGE = 2 << 20
 
-needs_kvm = [
-    pytest.mark.skipif(
-        not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="there is no /dev/kvm to use"
-    ),
-    pytest.mark.skipif(
-        not (shutil.which("as") and shutil.which("ld")), reason="there is no assembler"
-    ),
-]
+HAVE_KVM = os.access("/dev/kvm", os.R_OK | os.W_OK)
+needs_kvm = pytest.mark.skipif(not HAVE_KVM, reason="there is no /dev/kvm to use")
+needs_assembler = pytest.mark.skipif(
+    not (shutil.which("as") and shutil.which("ld")), reason="there is no assembler"
+)
+
+
+@cache
+def kernel_mode_possible() -> bool:
+    """Whether this machine's KVM has a SynIC for guests."""
+    if not HAVE_KVM:
+        return False
+    with closing(Vm(GuestMemory())) as vm:
+        return is_possible(vm)
 
 
 @cache
@@ -64,7 +87,66 @@ def loader(code: bytes) -> Loader:
         memory.write(GDT_GPA, _GDT)
         memory.write(PAGE_TABLES_GPA, _page_tables())
         memory.write(CODE_GPA, code)
-        memory.write(0x30000, bytes(0x10000))
+        memory.write(SCRATCH_GPA, bytes(0x10000))
         return EntryState(rip=CODE_GPA, rsi=0, rsp=STACK_TOP_GPA, cr3=PAGE_TABLES_GPA)
 
     return load
+
+
+async def idle(transport: SocketTransport) -> None:
+    """A server that has nothing for its guest."""
+    async for event in transport.incoming():
+        done = getattr(event, "done", None)
+        if done is not None:
+            done()
+
+
+class Run:
+    """A tiny guest's run, from power-on to its end.
+
+    Args:
+        name: Of the guest.
+        handler: Serves it.
+        mode: Who has the SynIC.
+        features: What the VMM offers.
+        vp_count: Processors.
+        before: Called with the machine before it runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        handler: Callable[[SocketTransport], Awaitable[None]] = idle,
+        *,
+        mode: SynicMode = SynicMode.AUTO,
+        features: Feature = ALL_FEATURES,
+        vp_count: int = 1,
+        before: Callable[[Machine], None] = lambda machine: None,
+    ) -> None:
+        load = loader(assemble(name))
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.errors: list[BaseException] = []
+        thread = threading.Thread(target=self._serve, args=(theirs, handler))
+        output = bytearray()
+        thread.start()
+        machine = Machine(MEMORY_SIZE, vp_count, load, output.extend, mode=mode)
+        with closing(machine):
+            before(machine)
+            self.end: End = machine.run(ours.detach(), features=features)
+            self.results = struct.unpack("<4I", machine.memory.read(RESULTS_GPA, 16))
+            self.resets = machine.resets
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+        assert not self.errors
+        self.output = bytes(output)
+        """What it wrote to the serial port."""
+
+    def _serve(self, sock: socket.socket, handler: Callable[..., Awaitable[None]]) -> None:
+        async def main() -> None:
+            with trio.fail_after(PATIENCE):
+                await serve(sock, handler)
+
+        try:
+            trio.run(partial(main))
+        except BaseException as error:
+            self.errors.append(error)

@@ -58,13 +58,24 @@
         SET_MSR 0x40000080, 1
         .endm
 
-# HvPostMessage with the 256 bytes at INPUT; leaves the status in RAX.
-        .macro POST
-        mov rcx, 0x5c
-        mov rdx, INPUT
+# Calls the hypercall page; leaves the status in RAX.
+        .macro HYPERCALL control, input
+        mov rcx, \control
+        mov rdx, \input
         xor r8d, r8d
         mov rax, HYPERCALL_PAGE
         call rax
+        .endm
+
+# Shows the low byte of RAX on the serial port.
+        .macro SHOW
+        mov dx, SERIAL_PORT
+        out dx, al
+        .endm
+
+# HvPostMessage with the 256 bytes at INPUT; leaves the status in RAX.
+        .macro POST
+        HYPERCALL 0x5c, INPUT
         .endm
 
 # Frees slot 2 as guests do: type 0, then EOM if another message waits.

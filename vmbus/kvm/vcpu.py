@@ -223,13 +223,16 @@ class Vcpu:
 
     def close(self) -> None:
         """Give up the processor; its thread must have ended. Idempotent."""
-        self._run.close()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        with self._lock:
+            if self.fd >= 0:
+                self._run.close()
+                os.close(self.fd)
+                self.fd = -1
 
     def _kick(self) -> None:
         with self._lock:
+            if self.fd < 0:
+                return
             self._run[api.RUN_IMMEDIATE_EXIT] = 1
             if self._inside:
                 assert self._thread.ident is not None
