@@ -93,6 +93,28 @@ def loader(code: bytes) -> Loader:
     return load
 
 
+def bzimage(code: bytes) -> bytes:
+    """Return a kernel file with ``code`` where the 64-bit boot protocol enters it."""
+    setup = bytearray(1024)
+    for offset, kind, value in (
+        (0x1F1, "B", 1),  # setup_sects
+        (0x1F4, "I", 0x100),  # syssize, in 16 bytes
+        (0x1FE, "H", 0xAA55),
+        (0x200, "H", 0x6AEB),
+        (0x206, "H", 0x20F),  # protocol
+        (0x211, "B", 0x01),  # loadflags: high
+        (0x22C, "I", 0x7FFFFFFF),  # initrd_addr_max
+        (0x230, "I", 0x100000),  # kernel_alignment
+        (0x236, "H", 0x01),  # xloadflags: 64 bit
+        (0x238, "I", 255),  # cmdline_size
+        (0x258, "Q", 0x100000),  # pref_address
+        (0x260, "I", 0x10000),  # init_size
+    ):
+        struct.pack_into("<" + kind, setup, offset, value)
+    setup[0x202:0x206] = b"HdrS"
+    return bytes(setup) + (bytes(0x200) + code).ljust(0x1000, b"\0")
+
+
 async def idle(transport: SocketTransport) -> None:
     """A server that has nothing for its guest."""
     async for event in transport.incoming():

@@ -50,6 +50,7 @@ class Life:
             processors are stopping by then.
         mode: Who has the SynIC.
         path: KVM's device.
+        call: Makes ioctls.
 
     Raises:
         ConfigError: KVM cannot do it.
@@ -65,6 +66,7 @@ class Life:
         *,
         mode: SynicMode = SynicMode.AUTO,
         path: str = "/dev/kvm",
+        call: api.Ioctl = api.ioctl,
     ) -> None:
         self._bus = bus
         self._ended = ended
@@ -73,7 +75,8 @@ class Life:
         self.vcpus: list[Vcpu] = []
         self._user: UserSynic | None = None
         self._synic: SynicBackend | None = None
-        self.vm = Vm(memory, path=path)
+        self._call = call
+        self.vm = Vm(memory, path=path, call=call)
         try:
             self._set_up(memory, vp_count, mode)
         except BaseException:
@@ -90,7 +93,7 @@ class Life:
         vm = self.vm
         vm.create_interrupt_controllers()
         for index in range(vp_count):
-            self.vcpus.append(Vcpu(vm, index, self))
+            self.vcpus.append(Vcpu(vm, index, self, call=self._call))
         supported = vm.cpuid(api.GET_SUPPORTED_CPUID)
         possible = is_possible(vm)
         if mode is SynicMode.KERNEL and not possible:
