@@ -11,6 +11,7 @@ import pytest
 from tests.kvm_fakes import FakeKvm
 from vmbus.errors import ConfigError
 from vmbus.kvm import api
+from vmbus.kvm.bzimage import EntryState
 from vmbus.kvm.life import Life, SynicMode
 from vmbus.kvm.link import ServerLink
 from vmbus.kvm.machine import FOUR_GIB, LOW_MEMORY_LIMIT, Machine, ram_regions
@@ -18,6 +19,7 @@ from vmbus.kvm.outcome import End, Outcome
 from vmbus.kvm.ports import PortBus
 from vmbus.kvm.synic_kernel import CAPABILITIES, KernelSynic
 from vmbus.kvm.synic_user import HYPERCALL_PORT, UserSynic
+from vmbus.memory import GuestMemory
 from vmbus.memory_file import allocate_memory
 from vmbus.wire.synic import HvStatus, Msr
 
@@ -33,13 +35,13 @@ class FakeSynic:
 @pytest.fixture
 def link():
     made = ServerLink(lambda reason: None)
-    made._attachment = object()
+    made._attachment = object()  # type: ignore[assignment]
     yield made
     made._attachment = None
 
 
 def test_between_lives_messages_are_dropped_and_flags_forgotten(link):
-    codes = []
+    codes: list[int] = []
     link.deliver_message(0, 2, 1, b"x", codes.append)
     link.set_flag(0, 2, 5)
 
@@ -72,7 +74,7 @@ def test_during_a_life_its_synic_gets_everything(link):
 
 
 def test_the_end_of_the_connection_is_told_unless_it_was_meant():
-    reasons = []
+    reasons: list[str] = []
     link = ServerLink(reasons.append)
     link.closed("gone")
     link.close()
@@ -86,10 +88,14 @@ def test_memory_is_below_3_gib_and_above_4():
     assert ram_regions(5 << 30) == [(0, LOW_MEMORY_LIMIT), (FOUR_GIB, 2 << 30)]
 
 
+def load_nothing(memory: GuestMemory) -> EntryState:
+    raise AssertionError("this machine never runs")
+
+
 @pytest.mark.parametrize("size", [0, 1 << 20, (4 << 20) + 1])
 def test_too_little_memory_or_half_a_page_is_refused(size):
     with pytest.raises(ConfigError, match="2M at least"):
-        Machine(size, 1, lambda memory: None, lambda data: None)
+        Machine(size, 1, load_nothing, lambda data: None)
 
 
 class LifeRig:

@@ -76,6 +76,7 @@ class Rig:
     def irqfd(self, number: int = 0) -> tuple[int, int]:
         """Return (raise, resample) of the irqfd that was made as number so and so."""
         arg = self.kvm.named(api.IRQFD_IOCTL)[number]
+        assert isinstance(arg, bytes)
         fd, _, flags, resample = api.IRQFD.unpack(arg)
         assert flags == api.IRQFD_RESAMPLE
         return fd, resample

@@ -20,8 +20,8 @@ import click
 
 from vmbus.cli.logs import logging_to
 from vmbus.cli.params import parse_size
-from vmbus.cli.program import Failure
-from vmbus.errors import ConfigError
+from vmbus.cli.program import EXIT_USAGE, Failure, UsageFailure
+from vmbus.errors import AttachError, ConfigError
 from vmbus.wire.versions import Version
 
 if TYPE_CHECKING:
@@ -195,14 +195,23 @@ def _server(path: str | None, arguments: list[str]) -> Iterator[str | int]:
         )
     try:
         yield ours.detach()
+    except AttachError as error:
+        if code := _wait(server):
+            kind = UsageFailure if code == EXIT_USAGE else Failure
+            raise kind("the server did not come up, see above") from error
+        raise
     finally:
-        try:
-            code = server.wait(SERVER_PATIENCE)
-        except subprocess.TimeoutExpired:
-            server.terminate()
-            code = server.wait()
+        code = _wait(server)
     if code:
-        raise Failure(f"the server ended with exit code {code}")
+        _log.warning("the server ended with exit code %d", code)
+
+
+def _wait(server: subprocess.Popen[bytes]) -> int:
+    try:
+        return server.wait(SERVER_PATIENCE)
+    except subprocess.TimeoutExpired:
+        server.terminate()
+        return server.wait()
 
 
 def _run(
