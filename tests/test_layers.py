@@ -46,6 +46,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("vmbus.server", "vmbus.testing", "vmbus.trace", "storvsp.guest", "storvsp.testing"),
     ),
     ("L6", ("vmbus.fuzz", "storvsp.demo", "storvsp.demo_trial")),
+    ("L6", ("vmbus.kvm",)),
     ("L6", ("vmbus.cli",)),
     # Public names, taken from anywhere below.
     ("L6", ("vmbus",)),

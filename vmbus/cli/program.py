@@ -18,6 +18,7 @@ from vmbus import __version__
 from vmbus.errors import AttachError, ConfigError, ProtocolError, VMBusError
 
 COMMANDS = {
+    "boot": "Boot Linux on KVM with a bus of ours.",
     "demo": "Show a guest at work: it comes up, finds its disks and uses them.",
     "serve": "Serve guests: listen on a socket where VMMs attach them.",
     "top": "Watch the guests of a server: channels, rings and rates.",

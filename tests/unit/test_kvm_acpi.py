@@ -1,0 +1,334 @@
+"""ACPI tables, read back by Intel's own disassembler."""
+
+import os
+import re
+import shutil
+import struct
+import subprocess
+
+import pytest
+
+from vmbus.errors import ConfigError
+from vmbus.kvm import acpi, aml
+
+GIB = 1 << 30
+MMIO = (4 * GIB, GIB)
+
+
+@pytest.fixture(scope="session")
+def iasl():
+    found = shutil.which("iasl")
+    if found is None:
+        message = "iasl is not installed (Debian: apt install acpica-tools)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return found
+
+
+def disassemble(iasl, folder, table):
+    """Return what iasl makes of a table, with runs of blanks made one."""
+    name = table[:4].decode()
+    (folder / f"{name}.aml").write_bytes(table)
+    done = subprocess.run(
+        [iasl, "-d", f"{name}.aml"], cwd=folder, capture_output=True, text=True, check=True
+    )
+    text = (folder / f"{name}.dsl").read_text()
+    for complaint in ("Incorrect checksum", "Invalid", "Could not", "Warning", "Error"):
+        assert complaint not in done.stderr
+        assert complaint not in text
+    return re.sub(r"[ \t\n]+", " ", text)
+
+
+def tables(vp_count=1, mmio=MMIO):
+    """Return the tables by signature."""
+    return {table[:4]: table for _gpa, table in acpi.build_tables(vp_count, mmio=mmio)[0]}
+
+
+def decoded(iasl, folder, signature, vp_count=1):
+    return disassemble(iasl, folder, tables(vp_count)[signature])
+
+
+# -- placing and sums ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vp_count", [1, 4, 254])
+def test_tables_are_aligned_below_the_first_mib_and_do_not_overlap(vp_count):
+    placed, rsdp = acpi.build_tables(vp_count, mmio=MMIO)
+    assert placed[0][0] == rsdp == acpi.TABLES_GPA
+    end = acpi.TABLES_GPA
+    for gpa, table in placed:
+        assert gpa >= end
+        assert gpa % 64 == 0
+        end = gpa + len(table)
+    assert end <= acpi.TABLES_END
+
+
+def test_everything_that_has_a_checksum_sums_to_zero():
+    placed, _ = acpi.build_tables(2, mmio=MMIO)
+    for _gpa, table in placed[1:]:
+        assert struct.unpack_from("<I", table, 4)[0] == len(table)
+        if table[:4] != b"FACS":
+            assert sum(table) & 0xFF == 0
+    rsdp = placed[0][1]
+    assert sum(rsdp[:20]) & 0xFF == sum(rsdp) & 0xFF == 0
+
+
+def test_the_tables_lead_to_one_another():
+    placed, rsdp = acpi.build_tables(2, mmio=MMIO)
+    at = dict(placed)
+    assert at[rsdp].startswith(b"RSD PTR ")
+    revision, length, xsdt = struct.unpack_from("<B4xIQ", at[rsdp], 15)
+    assert (revision, length) == (2, len(at[rsdp]))
+    listed = struct.unpack_from("<2Q", at[xsdt], 36)
+    assert [at[each][:4] for each in listed] == [b"FACP", b"APIC"]
+    facs, dsdt = struct.unpack_from("<II", at[listed[0]], 36)
+    assert at[facs][:4] == b"FACS"
+    assert at[dsdt][:4] == b"DSDT"
+    assert struct.unpack_from("<Q", at[listed[0]], 140)[0] == dsdt
+
+
+def test_the_device_window_is_above_4_gib_and_above_all_memory():
+    for regions in ([(0, GIB)], [(0, 3 * GIB), (4 * GIB, GIB + 4096)], []):
+        gpa, size = acpi.mmio_window(regions)
+        assert size >= acpi.MIN_MMIO_SIZE
+        assert gpa >= 4 * GIB
+        assert all(start + length <= gpa for start, length in regions)
+    assert acpi.mmio_window([(4 * GIB, GIB + 4096)])[0] == 6 * GIB
+
+
+@pytest.mark.parametrize(
+    ("vp_count", "mmio", "gpa", "complaint"),
+    [
+        (0, MMIO, acpi.TABLES_GPA, "0 processors: 1 to 254"),
+        (255, MMIO, acpi.TABLES_GPA, "255 processors"),
+        (1, (4 * GIB, (128 << 20) - 1), acpi.TABLES_GPA, "0x8000000 bytes at least"),
+        (1, (-1, GIB), acpi.TABLES_GPA, "at least"),
+        (1, (2**64 - GIB, 2 * GIB), acpi.TABLES_GPA, "cannot be described"),
+        (254, MMIO, 0xFF800, "do not fit"),
+    ],
+)
+def test_machines_that_cannot_be_described_are_refused(vp_count, mmio, gpa, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        acpi.build_tables(vp_count, mmio=mmio, gpa=gpa)
+
+
+# -- as the disassembler sees them -----------------------------------------------------------------
+
+
+def test_the_vmbus_device_has_its_identifiers_interrupt_and_window(iasl, tmp_path):
+    text = decoded(iasl, tmp_path, b"DSDT")
+    assert (
+        'Scope (\\_SB) { Device (VMBS) { Name (_HID, "MSFT1000") // _HID: Hardware ID '
+        'Name (_CID, "VMBus")' in text
+    )
+    assert "Name (_UID, Zero)" in text
+    assert "Name (_STA, 0x0F)" in text
+    assert "IRQ (Edge, ActiveHigh, Exclusive, ) {5}" in text
+    assert (
+        "QWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, NonCacheable, ReadWrite, "
+        "0x0000000000000000, // Granularity "
+        "0x0000000100000000, // Range Minimum "
+        "0x000000013FFFFFFF, // Range Maximum "
+        "0x0000000000000000, // Translation Offset "
+        "0x0000000040000000, // Length ,, , AddressRangeMemory, TypeStatic)"
+    ) in text
+
+
+def test_the_serial_port_is_described(iasl, tmp_path):
+    text = decoded(iasl, tmp_path, b"DSDT")
+    assert 'Device (COM1) { Name (_HID, EisaId ("PNP0501")' in text
+    assert (
+        "IO (Decode16, 0x03F8, // Range Minimum 0x03F8, // Range Maximum "
+        "0x01, // Alignment 0x08, // Length ) IRQ (Edge, ActiveHigh, Exclusive, ) {4}"
+    ) in text
+
+
+def test_power_off_is_sleep_type_5(iasl, tmp_path):
+    text = decoded(iasl, tmp_path, b"DSDT")
+    assert (
+        "Name (\\_S5, Package (0x04) // _S5_: S5 System State { 0x05, 0x05, Zero, Zero })" in text
+    )
+
+
+def test_what_the_disassembler_says_compiles_without_a_complaint(iasl, tmp_path):
+    decoded(iasl, tmp_path, b"DSDT")
+    done = subprocess.run(
+        [iasl, "DSDT.dsl"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "0 Errors, 0 Warnings" in done.stdout
+
+
+def test_the_fadt_describes_power_timer_and_reset(iasl, tmp_path):
+    text = decoded(iasl, tmp_path, b"FACP")
+    for line in (
+        "Revision : 06",
+        "SCI Interrupt : 0009",
+        "SMI Command Port : 00000000",
+        "PM1A Event Block Address : 00000600",
+        "PM1A Control Block Address : 00000604",
+        "PM Timer Block Address : 00000608",
+        "PM1 Event Block Length : 04",
+        "PM1 Control Block Length : 02",
+        "PM Timer Block Length : 04",
+        "GPE0 Block Length : 00",
+        "RTC Century Index : 32",
+        "8042 Present on ports 60/64 (V2) : 0",
+        "VGA Not Present (V4) : 1",
+        "CMOS RTC Not Present (V5) : 0",
+        "Control Method Power Button (V1) : 0",
+        "Control Method Sleep Button (V1) : 1",
+        "32-bit PM Timer (V1) : 1",
+        "Reset Register Supported (V2) : 1",
+        "Hardware Reduced (V5) : 0",
+        "Value to cause reset : 06",
+    ):
+        assert line in text
+    for block, width, address in (
+        ("Reset Register", 8, 0xCF9),
+        ("PM1A Event Block", 32, 0x600),
+        ("PM1A Control Block", 16, 0x604),
+        ("PM Timer Block", 32, 0x608),
+    ):
+        found = re.search(rf"\] {block} : \[Generic.*?Address : (\w+)(.*?)\[Generic", text)
+        assert found is not None
+        whole = found[0]
+        assert "Space ID : 01 [SystemIO]" in whole
+        assert f"Bit Width : {width:02X}" in whole
+        assert int(found[1], 16) == address
+
+
+def test_the_madt_has_one_local_apic_per_processor_and_the_usual_overrides(iasl, tmp_path):
+    text = decoded(iasl, tmp_path, b"APIC", vp_count=4)
+    assert "Local Apic Address : FEE00000" in text
+    assert "PC-AT Compatibility : 1" in text
+    cpus = re.findall(
+        r"\[Processor Local APIC\].*?Processor ID : (\w+).*?Local Apic ID : (\w+)"
+        r".*?Processor Enabled : (\d)",
+        text,
+    )
+    assert cpus == [(f"{each:02}", f"{each:02}", "1") for each in range(4)]
+    apic = re.search(r"\[I/O APIC\].*?Address : (\w+).*?Interrupt : (\w+)", text)
+    assert apic is not None
+    assert apic.groups() == ("FEC00000", "00000000")
+    overrides = re.findall(
+        r"\[Interrupt Source Override\].*?Source : (\w+).*?Interrupt : (\w+)"
+        r".*?Polarity : (\d) .*?Trigger Mode : (\d)",
+        text,
+    )
+    assert overrides == [("00", "00000002", "0", "0"), ("09", "00000009", "1", "3")]
+    assert re.search(r"\[Local APIC NMI\].*?Processor ID : FF .*Interrupt Input LINT : 01", text)
+
+
+@pytest.mark.parametrize("signature", [b"XSDT", b"FACS"])
+def test_the_other_tables_are_well_formed(iasl, tmp_path, signature):
+    assert f'Signature : "{signature.decode()}"' in decoded(iasl, tmp_path, signature)
+
+
+# -- the emitter -----------------------------------------------------------------------------------
+
+
+def compiled(iasl, folder, *terms):
+    """Put terms into a table of their own and disassemble it."""
+    body = b"".join(terms)
+    header = struct.pack(
+        "<4sIBB6s8sI4sI", b"SSDT", 36 + len(body), 2, 0, b"TESTER", b"EMITTER ", 1, b"TEST", 1
+    )
+    table = header + body
+    return disassemble(iasl, folder, table[:9] + bytes([-sum(table) & 0xFF]) + table[10:])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "Zero"),
+        (1, "One"),
+        (2, "0x02"),
+        (0xFF, "0xFF"),
+        (0x100, "0x0100"),
+        (0xFFFF, "0xFFFF"),
+        (0x10000, "0x00010000"),
+        (0xFFFFFFFF, "0xFFFFFFFF"),
+        (1 << 32, "0x0000000100000000"),
+        (2**64 - 1, "0xFFFFFFFFFFFFFFFF"),
+    ],
+)
+def test_integers_of_all_sizes(iasl, tmp_path, value, text):
+    assert f"Name (TEST, {text})" in compiled(iasl, tmp_path, aml.name("TEST", aml.integer(value)))
+
+
+@pytest.mark.parametrize("size", [0, 1, 40, 55, 56, 57, 58, 59, 60, 61, 62, 63, 4080, 4095, 70000])
+def test_lengths_around_each_form_of_their_encoding(iasl, tmp_path, size):
+    terms = aml.name("TEST", aml.buffer(b"\xa5" * size)), aml.name("LAST", aml.integer(7))
+    text = compiled(iasl, tmp_path, *terms)
+    assert "Name (LAST, 0x07)" in text
+    assert text.count("0xA5") == size
+
+
+@pytest.mark.parametrize(("extra", "length"), [(0, 63), (1, 4095), (2, 0xFFFFF)])
+def test_a_length_is_encoded_as_short_as_it_can_be(extra, length):
+    """The length counts its own bytes."""
+    assert aml.with_length(bytes(length - 1 - extra))[0] >> 6 == extra
+    assert aml.with_length(bytes(length - extra))[0] >> 6 == extra + 1
+
+
+def test_what_is_longer_than_the_longest_length_is_refused():
+    class Huge(bytes):
+        def __len__(self):
+            return 1 << 28
+
+    with pytest.raises(ConfigError, match="2\\*\\*28"):
+        aml.with_length(Huge())
+
+
+def test_paths_of_one_two_and_more_names(iasl, tmp_path):
+    text = compiled(
+        iasl,
+        tmp_path,
+        aml.device("\\_SB.AAA", aml.device("BBBB", aml.name("_ADR", aml.integer(0)))),
+        aml.scope("\\_SB.AAA.BBBB", aml.name("C", aml.string("text"))),
+    )
+    assert "Device (\\_SB.AAA) { Device (BBBB)" in text
+    assert 'Scope (\\_SB.AAA.BBBB) { Name (C, "text")' in text
+
+
+def test_packages_hold_anything(iasl, tmp_path):
+    inner = aml.package(aml.string("x"), aml.buffer(b"\x01\x02"))
+    text = compiled(iasl, tmp_path, aml.name("TEST", aml.package(aml.integer(3), inner)))
+    assert (
+        'Package (0x02) { 0x03, Package (0x02) { "x", Buffer (0x02) { 0x01, 0x02 // .. } } }'
+        in text
+    )
+
+
+@pytest.mark.parametrize("text", ["PNP0C01", "ACP0004", "ZZZFFFF"])
+def test_eisa_identifiers_come_back(iasl, tmp_path, text):
+    device = aml.device("DEVI", aml.name("_HID", aml.eisa_id(text)))
+    assert f'EisaId ("{text}")' in compiled(iasl, tmp_path, device)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: aml.path(""),
+        lambda: aml.path("TOOLONG"),
+        lambda: aml.path("1ABC"),
+        lambda: aml.path("ab"),
+        lambda: aml.path("A..B"),
+        lambda: aml.integer(-1),
+        lambda: aml.integer(1 << 64),
+        lambda: aml.string("\0"),
+        lambda: aml.string("\N{SNOWMAN}"),
+        lambda: aml.package(*[b"\0"] * 256),
+        lambda: aml.eisa_id("PNP05010"),
+        lambda: aml.eisa_id("PN_0501"),
+        lambda: aml.eisa_id("PNP05G1"),
+        lambda: aml.irq(16),
+        lambda: aml.irq(-1),
+        lambda: aml.io_ports(0x10000, 1),
+        lambda: aml.io_ports(0, 256),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused(call):
+    with pytest.raises(ConfigError):
+        call()

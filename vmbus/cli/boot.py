@@ -1,0 +1,247 @@
+"""``vmbus boot``: run Linux on KVM with a bus of ours.
+
+The VMM is a client of the server like any other. Without ``--socket`` it starts a server for
+itself, as a process of its own, connected by a socket that nobody else can reach.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vmbus.cli.logs import logging_to
+from vmbus.cli.params import parse_size
+from vmbus.cli.program import EXIT_USAGE, Failure, UsageFailure
+from vmbus.errors import AttachError, ConfigError
+from vmbus.wire.versions import Version
+
+if TYPE_CHECKING:
+    from vmbus.kvm.bzimage import EntryState
+    from vmbus.kvm.outcome import End
+    from vmbus.memory import GuestMemory
+
+_log = logging.getLogger("vmbus.kvm")
+
+DEFAULT_APPEND = "console=ttyS0"
+SERVER_PATIENCE = 120
+"""Seconds for a server to start, or for one of our own to end after the guest. A machine that is
+itself emulated needs most of a minute to load the program."""
+
+
+@click.command(
+    epilog="Exit codes: 0 the guest switched itself off; 1 it could not go on here; 2 the command "
+    "line is wrong; 3 the guest panicked; 4 it triple-faulted; 130 ended from the keyboard.\n\n"
+    "Examples:\n\n"
+    "\b\n"
+    "  vmbus boot --kernel vmlinuz --initrd initrd.img --disk raw:disk.img \\\n"
+    "      --append 'console=ttyS0 root=/dev/sda1'\n"
+    "  vmbus boot --kernel vmlinuz --socket /run/vmbus.sock --cpus 4 --memory 4G"
+)
+@click.option("--kernel", required=True, metavar="BZIMAGE", help="The Linux kernel.")
+@click.option("--initrd", metavar="FILE", help="The initial RAM disk.")
+@click.option(
+    "--append",
+    default=DEFAULT_APPEND,
+    show_default=True,
+    metavar="TEXT",
+    help="The kernel's command line.",
+)
+@click.option(
+    "--memory",
+    type=parse_size,
+    default="1G",
+    show_default=True,
+    metavar="SIZE",
+    help="How much of it the guest has.",
+)
+@click.option(
+    "--cpus", type=click.IntRange(1, 254), default=1, show_default=True, help="Processors."
+)
+@click.option(
+    "--disk",
+    "disks",
+    multiple=True,
+    metavar="SPEC",
+    help="A disk, scheme:[options]target; may be repeated. See vmbus devices.",
+)
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    metavar="'NAME [OPTION=VALUE]... [SPEC]...'",
+    help="Another device, as for vmbus serve.",
+)
+@click.option(
+    "--socket",
+    "socket_path",
+    metavar="PATH",
+    help="Attach to this server instead of starting one.",
+)
+@click.option("--name", default="guest", show_default=True, help="What the server calls the guest.")
+@click.option(
+    "--synic",
+    type=click.Choice(["auto", "kernel", "user"]),
+    default="auto",
+    show_default=True,
+    help="Who has the guest's interrupt controller for VMBus: KVM, or this program.",
+)
+@click.option(
+    "--max-version",
+    type=click.Choice([str(version) for version in Version]),
+    metavar="VERSION",
+    help="Newest VMBus version that the guest may use.",
+)
+@click.option("-v", "--verbose", count=True, help="Log more to standard error.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    *,
+    kernel: str,
+    initrd: str | None,
+    append: str,
+    memory: int,
+    cpus: int,
+    disks: tuple[str, ...],
+    devices: tuple[str, ...],
+    socket_path: str | None,
+    name: str,
+    synic: str,
+    max_version: str | None,
+    verbose: int,
+) -> None:
+    """Boot Linux on /dev/kvm, attached to a VMBus server.
+
+    The guest's serial console is standard input and output. On a terminal, Ctrl-] ends the guest;
+    every other key is the guest's.
+
+    The kernel has to find its disks with hv_vmbus and hv_storvsc: in distributions these are
+    modules, which belong into the initial RAM disk.
+    """
+    if socket_path is not None and (disks or devices or max_version is not None):
+        raise click.UsageError(
+            "--disk, --device and --max-version are the server's; with --socket, give them to "
+            "vmbus serve"
+        )
+    with logging_to(sys.stderr, level=verbose - 1, as_json=False):
+        load = _loader(kernel, initrd, append, memory, cpus)
+        arguments = [f"--disk={disk}" for disk in disks]
+        arguments += [f"--device={device}" for device in devices]
+        if max_version is not None:
+            arguments.append(f"--max-version={max_version}")
+        arguments += ["-" + "v" * verbose] if verbose else ["-q"]
+        with _server(socket_path, arguments) as target:
+            end = _run(target, load, memory=memory, cpus=cpus, name=name, synic=synic)
+    if end.text:
+        click.echo(f"vmbus: {end.outcome.words}:\n{end.text}", err=True)
+    ctx.exit(end.outcome.value)
+
+
+def _loader(
+    kernel: str, initrd: str | None, append: str, memory: int, cpus: int
+) -> Callable[[GuestMemory], EntryState]:
+    """Read the files, once; return what loads them, for each start of the guest."""
+    from vmbus.kvm.bzimage import load_linux, parse_bzimage
+    from vmbus.kvm.machine import ram_regions
+
+    image = _read(kernel)
+    parse_bzimage(image)
+    ramdisk = _read(initrd) if initrd is not None else b""
+    regions = ram_regions(memory)
+
+    def load(guest: GuestMemory) -> EntryState:
+        return load_linux(
+            guest, image, cmdline=append, initrd=ramdisk, ram_regions=regions, vp_count=cpus
+        )
+
+    return load
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _server(path: str | None, arguments: list[str]) -> Iterator[str | int]:
+    """Yield what to attach to: a path, or a descriptor that changes owner."""
+    if path is not None:
+        yield path
+        return
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        server = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "vmbus.cli"),
+                *("serve", f"--fd={theirs.fileno()}", "--once"),
+                *arguments,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            # Ctrl-C on the terminal is for the VMM, which says goodbye first.
+            start_new_session=True,
+        )
+    try:
+        yield ours.detach()
+    except AttachError as error:
+        if code := _wait(server):
+            kind = UsageFailure if code == EXIT_USAGE else Failure
+            raise kind("the server did not come up, see above") from error
+        raise
+    finally:
+        code = _wait(server)
+    if code:
+        _log.warning("the server ended with exit code %d", code)
+
+
+def _wait(server: subprocess.Popen[bytes]) -> int:
+    try:
+        return server.wait(SERVER_PATIENCE)
+    except subprocess.TimeoutExpired:
+        server.terminate()
+        return server.wait()
+
+
+def _run(
+    target: str | int,
+    load: Callable[[GuestMemory], EntryState],
+    *,
+    memory: int,
+    cpus: int,
+    name: str,
+    synic: str,
+) -> End:
+    from vmbus.kvm.console import Console
+    from vmbus.kvm.life import SynicMode
+    from vmbus.kvm.machine import Machine
+    from vmbus.kvm.outcome import End, Outcome
+
+    def interrupted() -> None:
+        machine.end(End(Outcome.INTERRUPTED))
+
+    console = Console(sys.stdin.fileno(), sys.stdout.fileno(), interrupted)
+    machine = Machine(
+        memory,
+        cpus,
+        load,
+        console.transmit,
+        drained=console.drained,
+        mode=SynicMode(synic),
+    )
+    with contextlib.closing(machine):
+        if console.interactive:
+            click.echo("vmbus: the console is the guest's; Ctrl-] ends it", err=True)
+        with console.attached(machine.uart.receive):
+            return machine.run(target, name=name, timeout=SERVER_PATIENCE)
