@@ -87,6 +87,35 @@ class TapTransport(LoopbackTransport):
         return [int.from_bytes(data[:4], "little") for kind, data in self.trail if kind != "flag"]
 
 
+class FailingTransport(TapTransport):
+    """A partition that is gone, or whose VMM refuses; ``fails`` says what raises what."""
+
+    def __init__(self, *args: Any, **fails: Exception) -> None:
+        super().__init__(*args)
+        self.fails = fails
+
+    def check(self, what: str) -> None:
+        error = self.fails.get(what)
+        if error is not None:
+            raise error
+
+    async def add_message_port(self, connection_id: int) -> None:
+        self.check("message_port")
+        await super().add_message_port(connection_id)
+
+    async def add_event_port(self, connection_id: int, flag: int) -> Any:
+        self.check("event_port")
+        return await super().add_event_port(connection_id, flag)
+
+    async def remove_event_port(self, connection_id: int, flag: int) -> None:
+        await super().remove_event_port(connection_id, flag)
+        self.check("remove_port")
+
+    def open_call(self, vp: int, sint: int, flag: int) -> Any:
+        self.check("open_call")
+        return super().open_call(vp, sint, flag)
+
+
 @dataclasses.dataclass
 class World:
     """A machine and a bus; guests come and go."""
