@@ -569,7 +569,7 @@ async def test_a_removal_under_way_posts_nothing_behind_unload(name):
             await trio.sleep(0.01)
             return status
 
-        machine.hypercall = slow
+        machine.hypercall = slow  # type: ignore[method-assign, assignment]  # slower than UNLOAD
         host.handlers[name] = lambda item: nursery.start_soon(connection.unload)
         host.send(message(2, 1))
         await connection.wait_gone(1)
