@@ -166,7 +166,7 @@ async def test_what_is_queued_goes_out_with_one_flush(pair):
 
 async def test_a_packet_that_never_fits_is_refused(pair):
     channel, _ = pair
-    with pytest.raises(LocalProtocolError, match="4096|bytes"):
+    with pytest.raises(LocalProtocolError, match=r"4096|bytes"):
         channel.send(bytes(4096))
 
 
