@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid5
 
+import trio
+
 from vmbus import __version__
 from vmbus.bus import Bus, BusConfig, open_bus
 from vmbus.device import Device
@@ -110,8 +112,9 @@ class GuestServer:
                     )
                 )
         except BaseException:
-            for device in devices:
-                await device.aclose()
+            with trio.CancelScope(shield=True):
+                for device in devices:
+                    await device.aclose()
             raise
         return devices
 
@@ -138,7 +141,7 @@ class GuestServer:
         _log.info("%s: gone", name)
 
     def _unique(self, wanted: str) -> str:
-        name = wanted or "guest"
+        wanted = name = wanted or "guest"
         suffix = 2
         while name in self._guests:
             name = f"{wanted}-{suffix}"
