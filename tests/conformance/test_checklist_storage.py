@@ -50,7 +50,7 @@ from tests.integration_support import (
     write_10,
 )
 from vmbus.errors import ConfigError
-from vmbus.guest import LINUX_6_1, PERSONALITIES
+from vmbus.guest import LINUX_6_1, MACOS, PERSONALITIES
 from vmbus.testing import GuestEnd, channel_pair, make_offer
 from vmbus.wire.gpa import build_range, page_count
 from vmbus.wire.packets import (
@@ -595,6 +595,37 @@ async def test_row_40_the_first_disk_is_read_and_written_where_the_guest_says():
             at = (pfn - first) * 4096
             expected[at : at + 4096] = stream[index * 4096 : index * 4096 + 4096]
         assert memory.read(first * 4096, 16 * 4096) == bytes(expected)
+
+
+async def test_row_29_answers_wait_until_the_guest_reads_and_none_is_lost():
+    """The outgoing ring holds 46 answers; the guest sends four times as many before it reads."""
+    store = controller()
+    channel, guest = channel_pair(ring_pages=2, personality=MACOS)
+    with trio.fail_after(SAFETY):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.run, channel)
+            wire = Line(guest)
+            await wire.handshake()
+            sent: list[int] = []
+            payload = build_srb(TEST_UNIT_READY, data_in=2, transfer_length=0)
+            while len(sent) < 184:
+                identity = 1000 + len(sent)
+                packet = build_ring_packet(IN_BAND, payload, transaction_id=identity, flags=1)
+                if guest.send(packet):
+                    sent.append(identity)
+                else:
+                    break
+                if len(sent) % 40 == 0:
+                    await trio.testing.wait_all_tasks_blocked()
+            seen: list[int] = []
+            assert channel.statistics.ring_full
+            while len(seen) < len(sent):
+                await trio.testing.wait_all_tasks_blocked()
+                seen += [answer.transaction_id for answer in guest.receive_nowait()]
+                guest.ring_doorbell()
+            assert seen == sent
+            channel.end()
+    channel.close_doorbell()
 
 
 async def test_a_sub_channel_takes_commands_and_nothing_else():
