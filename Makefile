@@ -7,11 +7,23 @@ VENV := .venv
 PYTEST_ARGS ?= -n auto
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint types unit bench docs clean
+# What the tests with real guest kernels are to run with, for example KERNEL=/boot/vmlinuz-6.12.9
+# MODULES=/lib/modules/6.12.9; Debian's cloud kernel otherwise. GUEST_ARGS goes to pytest.
+KERNEL ?=
+MODULES ?=
+RIG = $(BIN)/python -m tests.guest.rig \
+  $(if $(KERNEL),--kernel $(KERNEL)) $(if $(MODULES),--modules $(MODULES))
+GUEST_PYTEST = -m pytest tests/guest -p no:xdist -p no:hypothesispytest -p no:cacheprovider \
+  -v --durations=10 $(GUEST_ARGS)
+
+.PHONY: help demo test lint types unit guest-test guest-test-full guest-bench bench docs clean
 
 help:
 	@echo "make demo    a guest comes up on our bus, finds its disks and uses them"
 	@echo "make test    lint, types, and every test with branch coverage"
+	@echo "make guest-test       tests with an unmodified Linux as guest; needs root"
+	@echo "make guest-test-full  the same, with their long campaigns"
+	@echo "make guest-bench      the guest's disk compared with QEMU's virtio-scsi"
 	@echo "make bench   benchmarks, as a table and as bench-results.json"
 	@echo "make docs    regenerate the generated pages in docs/"
 	@echo "make clean   remove the virtual environment and caches"
@@ -37,7 +49,7 @@ $(VENV)/.dev: $(VENV)/.run
 demo: $(VENV)/.run
 	$(BIN)/vmbus demo
 
-test: lint types unit
+test: lint types unit guest-test
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -53,6 +65,12 @@ unit: $(VENV)/.dev
 	$(BIN)/coverage report --fail-under=95
 	$(BIN)/coverage report --fail-under=100 \
 	  --include='vmbus/wire/*,vmbus/ring.py,vmbus/gpadl.py,vmbus/engine/*'
+
+guest-test: $(VENV)/.dev
+	$(RIG) -- $(GUEST_PYTEST)
+
+guest-test-full: $(VENV)/.dev
+	VMBUS_LONG=1 $(RIG) -- $(GUEST_PYTEST)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench --json bench-results.json $(BENCH_ARGS)

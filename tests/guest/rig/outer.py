@@ -1,0 +1,187 @@
+"""The outer machine: an emulated one whose KVM has Hyper-V support, for machines that have none.
+
+virtme-ng boots Debian's kernel in QEMU on this machine's own file system, without hardware
+virtualization: QEMU emulates AMD's, so the kernel in there has a full KVM. Emulation makes
+everything slower, and the way to this machine's files is slower still (9p, each lookup a round
+trip of its own); therefore everything that the tests read goes in as a disk: the code, Python's
+library and the guests' files. It is mounted over the originals, so all paths are as outside.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.guest.rig.assets import ENVIRONMENT, Assets
+from tests.guest.rig.packages import RigError, run, say
+
+REPOSITORY = Path(__file__).parents[3]
+CPUS = 2
+MEMORY = "6G"
+DISK_SIZE = "8G"
+"""Sparse; holds the disks of tests too."""
+MOUNT_POINT = Path("/run/rig")
+_UNUSED_LIBRARY = ("test", "idlelib", "tkinter", "lib2to3", "ensurepip", "site-packages",
+                   "dist-packages", "turtledemo", "pydoc_data")  # fmt: skip
+_UNUSED_PACKAGES = ("mypy", "mypyc", "ruff", "pip", "scapy", "*.so.dbg", "typeshed")
+_UNUSED_FILES = (".git", ".mypy_cache", ".ruff_cache", ".hypothesis", ".pytest_cache")
+
+
+def _copy(source: Path, target: Path, leave_out: Sequence[str]) -> None:
+    shutil.copytree(
+        source, target, symlinks=True, ignore=shutil.ignore_patterns(*leave_out), dirs_exist_ok=True
+    )
+
+
+def _make_disk(path: Path, assets: Assets) -> list[tuple[str, str]]:
+    """Make the disk image. Returns what is to be mounted where: paths on it and outside."""
+    mounts: list[tuple[str, str]] = []
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        tree = Path(folder) / "tree"
+        library = Path(sysconfig.get_path("stdlib"))
+        for number, (source, leave_out) in enumerate(
+            (
+                (REPOSITORY, (*_UNUSED_FILES, *_UNUSED_PACKAGES)),
+                (Path(sys.prefix), _UNUSED_PACKAGES),
+                (library, _UNUSED_LIBRARY),
+            )
+        ):
+            if number == 1 and source.is_relative_to(REPOSITORY):
+                continue
+            _copy(source, tree / f"code{number}", leave_out)
+            mounts.append((f"code{number}", str(source)))
+        files = tree / "files"
+        files.mkdir()
+        for file in (assets.kernel, assets.initramfs, assets.root):
+            run("cp", "--reflink=auto", "--sparse=always", file, files / file.name)
+        (tree / "scratch").mkdir()
+        Assets(
+            kernel=MOUNT_POINT / "files" / assets.kernel.name,
+            initramfs=MOUNT_POINT / "files" / assets.initramfs.name,
+            root=MOUNT_POINT / "files" / assets.root.name,
+            scratch=MOUNT_POINT / "scratch",
+            emulator=assets.emulator,
+            release=assets.release,
+        ).save(files / "assets.json")
+        run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", tree, path, DISK_SIZE)
+    return mounts
+
+
+def _script(mounts: Sequence[tuple[str, str]], shared: Path, command: Sequence[str],
+            environment: Mapping[str, str]) -> str:  # fmt: skip
+    """Return what the outer machine runs."""
+    lines = [
+        "modprobe -a virtio_blk kvm-amd loop tun 2>/dev/null",
+        f"mkdir -p {MOUNT_POINT}",
+        f"mount /dev/vda {MOUNT_POINT} || exit 1",
+        *(f"mount --bind {MOUNT_POINT}/{name} {shlex.quote(at)} || exit 1" for name, at in mounts),
+        f"mount -t tmpfs temporary {tempfile.gettempdir()}",
+        "ulimit -n 65536",
+        *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
+        f"export {ENVIRONMENT}={MOUNT_POINT}/files/assets.json",
+        f"cd {shlex.quote(str(REPOSITORY))}",
+        f"{shlex.join(command)} </dev/null >{shlex.quote(str(shared))}/log 2>&1",
+        f"echo $? >{shlex.quote(str(shared))}/exit.part",
+        f"mv {shlex.quote(str(shared))}/exit.part {shlex.quote(str(shared))}/exit",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def run_inside(
+    command: Sequence[str],
+    assets: Assets,
+    *,
+    kernel: Path,
+    cache: Path,
+    environment: Mapping[str, str],
+    cpus: int = CPUS,
+    memory: str = MEMORY,
+) -> int:
+    """Run a command in an outer machine, with its output on ours.
+
+    Args:
+        command: Runs in the repository, with the same paths as here.
+        assets: As they are here; the command finds them through :data:`ENVIRONMENT`.
+        kernel: The outer machine's bzImage, in an unpacked package that has its modules too.
+        cache: The rig's; the disk image is made there.
+        environment: For the command.
+        cpus: Processors of the outer machine.
+        memory: Its memory, for QEMU.
+
+    Returns:
+        The command's exit code.
+
+    Raises:
+        RigError: There is no outer machine to be had, or it came to an end.
+    """
+    program = Path(sys.prefix) / "bin/vng"
+    if not program.exists():
+        raise RigError("virtme-ng is missing; make guest-test installs it")
+    with tempfile.TemporaryDirectory(prefix="run-", dir=cache) as folder:
+        shared = Path(folder) / "shared"
+        shared.mkdir()
+        disk = Path(folder) / "disk.img"
+        say("making the outer machine's disk")
+        mounts = _make_disk(disk, assets)
+        script = shared / "run.sh"
+        script.write_text(_script(mounts, shared, command, environment))
+        console = Path(folder) / "console"
+        arguments: list[str | os.PathLike[str]] = [
+            *(program, "--qemu", assets.emulator, "--run", kernel, "--disable-kvm", "--verbose"),
+            *("--user", "root", "--cpus", str(cpus), "--memory", memory),
+            # The processor that is emulated has no flaws to be careful about.
+            *("--append", "mitigations=off"),
+            *("--rwdir", shared, "--disk", disk, "--qemu-opts=-cpu EPYC,+svm,+npt"),
+            *("--", f"sh {shlex.quote(str(script))}"),
+        ]
+        say(f"starting the outer machine, {kernel.name}")
+        with open(console, "wb") as output:
+            process = subprocess.Popen(
+                [os.fspath(each) for each in arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd="/",
+                env={**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"},
+                start_new_session=True,
+            )
+        try:
+            code = _follow(process, shared)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if code is None:
+            tail = "\n".join(console.read_text(errors="replace").splitlines()[-40:])
+            raise RigError(f"the outer machine came to an end:\n{tail}")
+        return code
+
+
+def _follow(process: subprocess.Popen[bytes], shared: Path) -> int | None:
+    """Copy the log to standard output until the command or the machine ends."""
+    log = shared / "log"
+    position = 0
+    while True:
+        ended = process.poll() is not None
+        finished = (shared / "exit").exists()
+        if log.exists():
+            with open(log, "rb") as file:
+                file.seek(position)
+                data = file.read()
+            position += len(data)
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        if finished:
+            return int((shared / "exit").read_text())
+        if ended:
+            return None
+        time.sleep(0.2)

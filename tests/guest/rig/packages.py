@@ -1,0 +1,208 @@
+"""Debian packages: kernels, a user land for guests, and an emulator for the outer machine.
+
+They come through ``apt-get`` and ``debootstrap`` from wherever this machine gets its packages. It
+needs root, as the two programs do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+OUTER_KERNEL = "linux-image-amd64"
+GUEST_KERNEL = "linux-image-cloud-amd64"
+EMULATOR_SUITE = "forky"
+"""QEMU 11. Older ones lose state of nested guests: 7.2 often; 10.0 with two processors every few
+minutes, when a guest has many exits (it triple-faults, or the outer kernel meets its registers)."""
+NEW_SUITES = "/usr/share/debootstrap/scripts/sid"
+"""How to install suites that are younger than this machine's debootstrap."""
+EMULATOR_PACKAGES = ("qemu-system-x86", "seabios")
+USERLAND_SUITE = "bookworm"
+USERLAND_PACKAGES = (
+    "busybox-static", "e2fsprogs", "ethtool", "fio", "genisoimage", "iperf3", "iproute2",
+    "kexec-tools", "kmod", "libiscsi-bin", "procps", "sg3-utils", "tcpdump", "util-linux",
+)  # fmt: skip
+HOST_TOOLS = {
+    "cpio": "cpio",
+    "debootstrap": "debootstrap",
+    "depmod": "kmod",
+    "mke2fs": "e2fsprogs",
+}
+"""Programs the rig itself needs, and their packages."""
+
+
+class RigError(Exception):
+    """The rig cannot be made here; the text says why."""
+
+
+def run(
+    *command: str | os.PathLike[str], cwd: Path | None = None, env: dict[str, str] | None = None
+) -> str:
+    """Run a program and return what it printed.
+
+    Raises:
+        RigError: It failed; with the end of its output.
+    """
+    try:
+        result = subprocess.run(
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise RigError(f"{command[0]}: not installed") from error
+    if result.returncode:
+        tail = "\n".join(result.stdout.splitlines()[-15:])
+        raise RigError(f"{' '.join(map(str, command))}: exit code {result.returncode}\n{tail}")
+    return result.stdout
+
+
+def say(text: str) -> None:
+    """Tell what takes its time."""
+    print(f"rig: {text}", file=sys.stderr, flush=True)
+
+
+def _search_path() -> str:
+    """``PATH`` with the directories of the administrator's programs."""
+    return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+
+
+def ensure_tools() -> None:
+    """Install the programs that the rig itself needs. Raises RigError."""
+    os.environ["PATH"] = _search_path()
+    missing = {package for program, package in HOST_TOOLS.items() if shutil.which(program) is None}
+    if not missing:
+        return
+    if os.geteuid():
+        raise RigError(f"missing; to be installed as root: apt install {' '.join(sorted(missing))}")
+    say(f"installing {', '.join(sorted(missing))}")
+    _update_lists()
+    run("apt-get", "install", "-qy", "--no-install-recommends", *sorted(missing))
+
+
+def _update_lists() -> None:
+    """Fetch apt's lists unless there are some that know the kernel."""
+    if not run("apt-cache", "search", "--names-only", f"^{GUEST_KERNEL}$").strip():
+        run("apt-get", "update", "-q")
+
+
+@contextlib.contextmanager
+def building(target: Path) -> Iterator[Path | None]:
+    """Make something in the cache, once.
+
+    Yields:
+        A path to make it at, which becomes ``target`` at the end of the block; None if it is
+        there already. Two that want the same wait for each other.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f".{target.name}.lock", "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            yield None
+            return
+        part = target.parent / f".{target.name}.part"
+        _remove(part)
+        yield part
+        part.rename(target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def kernel(cache: Path, meta: str) -> Path:
+    """Return the unpacked package of the kernel that ``meta`` depends on. Raises RigError."""
+    _update_lists()
+    depends = run("apt-cache", "depends", "--no-recommends", "--no-suggests", meta)
+    names = re.findall(r"Depends: (linux-image-\S+)", depends)
+    if len(names) != 1:
+        raise RigError(f"{meta} depends on no kernel:\n{depends}")
+    candidate = re.search(r"Candidate: (\S+)", run("apt-cache", "policy", names[0]))
+    if candidate is None:
+        raise RigError(f"there is no {names[0]} to be had")
+    target = cache / f"{names[0]}_{candidate[1].replace(':', '_')}"
+    with building(target) as part:
+        if part is not None:
+            say(f"fetching {names[0]} {candidate[1]}")
+            _unpack(names[0], part)
+            _, modules = kernel_files(part)
+            run("depmod", "-b", part, modules.name)
+    return target
+
+
+def _unpack(name: str, target: Path) -> None:
+    """Download a package and unpack it, without installing it."""
+    download = target.with_name(target.name + ".deb")
+    _remove(download)
+    download.mkdir()
+    # As root, apt would download as a user who may not write here.
+    run("apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", name, cwd=download)
+    target.mkdir()
+    run("dpkg-deb", "-x", next(download.glob("*.deb")), target)
+    _remove(download)
+
+
+def kernel_files(unpacked: Path) -> tuple[Path, Path]:
+    """Return ``(bzImage, modules)`` of an unpacked kernel package. Raises RigError."""
+    images = sorted((unpacked / "boot").glob("vmlinuz-*"))
+    modules = sorted([*unpacked.glob("lib/modules/*"), *unpacked.glob("usr/lib/modules/*")])
+    if len(images) != 1 or len(modules) != 1:
+        raise RigError(f"{unpacked} is not an unpacked kernel package")
+    return images[0], modules[0]
+
+
+def system(cache: Path, name: str, suite: str, packages: Sequence[str]) -> Path:
+    """Return a directory with a minimal Debian and some packages. Raises RigError."""
+    target = cache / f"{name}-{suite}"
+    with building(target) as part:
+        if part is not None:
+            say(f"installing a minimal Debian {suite} with {', '.join(packages)}")
+            script = Path(NEW_SUITES).with_name(suite)
+            extra = () if script.exists() else ("", NEW_SUITES)
+            run(
+                *("debootstrap", "--variant=minbase", f"--include={','.join(packages)}"),
+                *(suite, part, *extra),
+            )
+            shutil.rmtree(part / "var/cache/apt", ignore_errors=True)
+            shutil.rmtree(part / "var/lib/apt/lists", ignore_errors=True)
+    return target
+
+
+def emulator(cache: Path) -> Path:
+    """Return a program that runs QEMU's ``qemu-system-x86_64``. Raises RigError.
+
+    It is started with its own loader and libraries, where it lies: no chroot.
+    """
+    tree = system(cache, "emulator", EMULATOR_SUITE, EMULATOR_PACKAGES)
+    wrapper = cache / "qemu-system-x86_64"
+    wrapper.write_text(
+        "#!/bin/sh\n"
+        f"tree='{tree}'\n"
+        'exec "$tree/lib64/ld-linux-x86-64.so.2" \\\n'
+        '  --library-path "$tree/usr/lib/x86_64-linux-gnu" \\\n'
+        '  "$tree/usr/bin/qemu-system-x86_64" \\\n'
+        '  -L "$tree/usr/share/qemu" -L "$tree/usr/share/seabios" "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    return wrapper
+
+
+def userland(cache: Path) -> Path:
+    """Return the guest's user land. Raises RigError."""
+    return system(cache, "userland", USERLAND_SUITE, USERLAND_PACKAGES)
