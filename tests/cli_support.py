@@ -199,6 +199,7 @@ def make_guest(name: str = "vm1", *channels: dict[str, Any], **changes: Any) -> 
         "memory": 1 << 30,
         "paused": False,
         "faults": 0,
+        "gpadls": 0,
         "messages_waiting": 0,
         "monitor_polls": 0,
         "devices": [make_controller()],

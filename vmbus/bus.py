@@ -25,6 +25,7 @@ from typing import Any
 
 import trio
 
+from vmbus.account import Account
 from vmbus.channel import Channel
 from vmbus.delivery import Deliveries
 from vmbus.device import Device
@@ -95,6 +96,7 @@ class Bus:
             transport.memory,
             dataclasses.replace(config.engine, vp_count=transport.vp_count),
         )
+        self._account = Account(transport.name, self.engine)
         self.nursery = nursery
         self.monitor = MonitorPage(transport.memory)
         self.interrupt_page = InterruptPage(transport.memory)
@@ -191,6 +193,7 @@ class Bus:
             "memory": self.transport.memory.size,
             "paused": self.paused,
             "faults": self._faults,
+            "gpadls": self.engine.gpadl_table.count,
             "messages_waiting": len(self.deliveries),
             "monitor_polls": self.monitor.polls,
             "devices": devices,
@@ -223,6 +226,7 @@ class Bus:
     def _handle(self, event: events.Event) -> None:
         match event:
             case events.SendMessage():
+                self._account.sent(event.payload)
                 self.deliveries.put(event)
             case events.DiscardMessages():
                 self.deliveries.drop()
@@ -360,6 +364,7 @@ class Bus:
                 return
             post = self._posts.popleft()
             if post.message_type == MESSAGE_TYPE_VMBUS:
+                self._account.received(post.payload)
                 self.engine.receive_untrusted(post.connection_id, post.payload, vp=post.vp)
                 self.pump()
             else:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from hypothesis import given, settings, strategies as st
 
+from vmbus.account import describe_untrusted
 from vmbus.errors import GuestProtocolError, LocalProtocolError
 from vmbus.wire import gpa, packets as p
 from vmbus.wire.messages import (
@@ -55,6 +56,14 @@ def test_any_bytes_are_a_message_or_refused(data, direction, version, feature_se
     assert again == message
     if isinstance(message, GpadlHeader | GpadlBody):
         assert rebuilt[8:] == data[8:]
+
+
+@given(message_bytes, directions, versions, features)
+def test_any_bytes_can_be_described_in_one_line(data, direction, version, feature_set):
+    text = describe_untrusted(data, direction=direction, version=version, features=feature_set)
+
+    assert text
+    assert text.isprintable()
 
 
 @given(st.binary(min_size=32, max_size=232))
