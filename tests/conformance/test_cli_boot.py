@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 
 import pytest
@@ -80,3 +81,27 @@ class TestWithAGuest:
             server.wait_line("vm7: gone")
 
         assert result.returncode == 0, result.stderr
+
+    def test_the_escape_key_ends_the_guest_on_a_terminal(self, echo):
+        ours, theirs = pty.openpty()
+        try:
+            process = subprocess.Popen(
+                [*COMMAND, "boot", "--kernel", echo, "--memory", "4M"],
+                env=child_environment(),
+                stdin=theirs,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            with process:
+                assert process.stderr is not None
+                assert process.stdout is not None
+                # It says so when the terminal is raw; from then on no key is lost to it.
+                assert b"Ctrl-] ends it" in process.stderr.readline()
+                os.write(ours, b"a\x03\n")
+                # Ctrl-C has come through to the guest and back.
+                assert process.stdout.read(3) == b"a\x03\n"
+                os.write(ours, b"\x1d")
+                assert process.wait(PATIENCE) == 130
+        finally:
+            os.close(ours)
+            os.close(theirs)

@@ -240,8 +240,11 @@ def _run(
         drained=console.drained,
         mode=SynicMode(synic),
     )
-    with contextlib.closing(machine):
+    with contextlib.closing(machine), console.attached(machine.uart.receive):
         if console.interactive:
-            click.echo("vmbus: the console is the guest's; Ctrl-] ends it", err=True)
-        with console.attached(machine.uart.receive):
-            return machine.run(target, name=name, timeout=SERVER_PATIENCE)
+            # Not before the terminal is raw: it would keep keys that are typed by then. A raw
+            # terminal does not make a new line of "\n" alone.
+            end = "\r\n" if sys.stderr.isatty() else "\n"
+            text = "vmbus: the console is the guest's; Ctrl-] ends it"
+            click.echo(text + end, nl=False, err=True)
+        return machine.run(target, name=name, timeout=SERVER_PATIENCE)
