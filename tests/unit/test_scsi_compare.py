@@ -147,6 +147,15 @@ async def test_compare_and_write_refuses_data_that_does_not_fit_and_too_many_blo
     assert disk.calls == []
 
 
+async def test_compare_and_write_of_no_blocks_is_one_without_data():
+    """``iscsi-test-cu``: CompareAndWrite.Simple sends 256 blocks, which its CDB makes 0 of."""
+    disk, unit = make_unit()
+    none = CAW.replace("000000 02", "000000 00")
+    assert (await run(unit, none)).status == 0
+    assert (await run(unit, none, out=bytes(512 * 512))).pointer == (13, None, True)
+    assert disk.calls == []
+
+
 async def test_orwrite_sets_bits():
     disk, unit = make_unit(max_transfer=1024)
     before = bytes(disk.data[1536:4096])

@@ -120,10 +120,12 @@ async def compare_and_write(unit: DiskCore, command: Command) -> Outcome:
     if transfer.blocks > MAX_COMPARE_AND_WRITE:
         raise invalid_cdb_field(13)
     size = transfer.blocks * unit.sector_size
+    # With more data the halves are not where the guest believes. That is so with 0 blocks, too:
+    # 256 of them do not fit the field, and doing nothing is not what such a guest asked for.
+    if command.length != 2 * size:
+        raise invalid_cdb_field(13)
     if not size:
         return Outcome(STATUS_GOOD, b"", 0)
-    if command.length != 2 * size:  # with more, the halves are not where the guest believes
-        raise invalid_cdb_field(13)
     data = take(command, 2 * size)
     offset = transfer.lba * unit.sector_size
     found = bytearray(size)
