@@ -65,6 +65,13 @@ class TestWithAGuest:
         assert result.stdout == b"hello q"
         assert result.stderr == b""
 
+    def test_verbose_tells_what_the_vmm_does_too(self, echo):
+        result = boot("--kernel", echo, "--memory", "4M", "--disk", "ram:1M", "-v", stdin=b"q")
+
+        assert result.returncode == 0, result.stderr
+        assert b"the SynIC is the " in result.stderr
+        assert b"attached with 1 device(s)" in result.stderr
+
     def test_a_server_that_does_not_start_is_reported(self, echo):
         result = boot("--kernel", echo, "--memory", "4M", "--disk", "nothing:1", stdin=b"q")
 

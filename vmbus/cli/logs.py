@@ -25,7 +25,7 @@ import click
 from vmbus.cli.output import safe
 from vmbus.errors import VMBusError
 
-TOLD = ("vmbus.server", "vmbus.bus", "vmbus.cli")
+TOLD = ("vmbus.server", "vmbus.bus", "vmbus.cli", "vmbus.kvm")
 """Loggers whose INFO is about guests, not about connections; shown by default."""
 
 
