@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.guest.rig.account import Said, server_account
 from tests.guest.rig.assets import Assets, load_assets
 from tests.guest.rig.guest import PATIENCE, Guest, GuestError, until
 from tests.guest.rig.processes import Command, start_forking
@@ -48,7 +49,8 @@ class Server:
     def __init__(self, folder: Path, number: int, arguments: Sequence[str]) -> None:
         self.socket = str(folder / f"server{number}.sock")
         self.command = Command(
-            ["serve", f"--socket={self.socket}", "--verbose", *arguments],
+            # Twice: with every control message, of which there are few once a guest is up.
+            ["serve", f"--socket={self.socket}", "--verbose", "--verbose", *arguments],
             folder / f"server{number}.log",
         )
         until(
@@ -72,6 +74,10 @@ class Server:
 
         guests: list[dict[str, Any]] = ask_guests(self.socket)["guests"]
         return guests
+
+    def account(self, guest: str = "guest") -> list[Said]:
+        """Return the control messages of a guest that the server has seen and made so far."""
+        return server_account(self.command.log(), guest)
 
     def stop(self) -> None:
         """Have it end in order."""
@@ -137,7 +143,7 @@ class Lab:
                     parts.append(f"--- the guest's log, its end\n{log[-6000:]}")
             parts.append(guest.account())
         for server in self.servers:
-            parts.append(f"--- the server's log, its end\n{server.command.log()[-6000:]}")
+            parts.append(f"--- the server's log, its end\n{server.command.log()[-12000:]}")
             with contextlib.suppress(Exception):
                 parts.append(f"--- the server's guests\n{server.guests()}")
         return "\n".join(parts)

@@ -1,0 +1,109 @@
+"""A real kernel at every version of its ladder, in both SynIC modes, on several processors."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.guest.conftest import Lab, Server
+from tests.guest.rig.disk_work import write_and_compare
+from tests.guest.rig.guest import Guest
+from vmbus.wire.versions import Version
+
+LOWER_VERSIONS = ("5.2", "5.1", "5.0", "4.1", "4.0", "3.0", "2.4")
+"""What Linux goes on to where it is refused (linux/drivers/hv/connection.c, vmbus_versions)."""
+CPUS = 4
+
+
+def asked(server: Server) -> list[str]:
+    """Return the versions that the guest has asked for, in order."""
+    return [
+        str(said.fields["version"]) for said in server.account() if said.name == "INITIATE_CONTACT"
+    ]
+
+
+def supported(server: Server) -> list[object]:
+    """Return the server's answers: 1 for yes."""
+    return [
+        said.fields["version_supported"]
+        for said in server.account()
+        if said.name == "VERSION_RESPONSE"
+    ]
+
+
+def version_in(guest: Guest) -> str:
+    """Return the version that the guest's kernel says it has agreed on."""
+    found = re.search(r"Vmbus version:(\S+)", guest.run("dmesg | grep -i 'vmbus version'"))
+    assert found, "the kernel says nothing of a version"
+    return found[1]
+
+
+def test_the_newest_version_the_kernel_speaks_is_agreed_on_at_once(lab: Lab):
+    server = lab.serve("ram:[lun=0]16M")
+    guest = lab.boot(server)
+
+    write_and_compare(guest, guest.disk(0))
+
+    # Kernels ask for their newest first; which one that is depends on the kernel.
+    assert asked(server) == [version_in(guest)]
+    assert supported(server) == [1]
+    assert server.guests()[0]["version"] == version_in(guest)
+    guest.check_log()
+    guest.power_off()
+
+
+@pytest.mark.parametrize("version", LOWER_VERSIONS)
+def test_the_disk_works_at_every_version_that_the_server_holds_the_guest_to(lab: Lab, version: str):
+    server = lab.serve("ram:[lun=0]16M", options=["--max-version", version])
+    guest = lab.boot(server)
+
+    write_and_compare(guest, guest.disk(0))
+
+    ladder = [Version.from_text(each) for each in asked(server)]
+    assert ladder == sorted(set(ladder), reverse=True), "the guest goes down, step by step"
+    assert supported(server) == [0] * (len(ladder) - 1) + [1]
+    assert len(ladder) > 1
+    assert str(ladder[-1]) == version == version_in(guest) == server.guests()[0]["version"]
+    assert server.guests()[0]["faults"] == 0
+    guest.check_log()
+    guest.power_off()
+
+
+@pytest.mark.parametrize("mode", ["kernel", "user"])
+def test_both_synics_carry_messages_and_interrupts(lab: Lab, mode: str):
+    server = lab.serve("ram:[lun=0]16M")
+    guest = lab.boot(server, f"--synic={mode}", "-v")
+
+    write_and_compare(guest, guest.disk(0))
+
+    assert f"the SynIC is the {mode}'s" in guest.vmm.log()
+    assert interrupts(guest)[0] > 0
+    guest.check_log()
+    guest.power_off()
+
+
+def interrupts(guest: Guest) -> list[int]:
+    """Return how many interrupts of the bus each processor has had."""
+    words = guest.run("grep HYP: /proc/interrupts").split()
+    return [int(word) for word in words[1:] if word.isdigit()]
+
+
+def test_the_channels_interrupts_are_spread_over_all_processors(lab: Lab):
+    server = lab.serve("ram:[lun=0]16M")
+    guest = lab.boot(server, f"--cpus={CPUS}", append="hv_storvsc.storvsc_vcpus_per_sub_channel=1")
+    name = guest.disk(0)
+
+    assert guest.run("grep -c ^processor /proc/cpuinfo").strip() == str(CPUS)
+    targets = guest.run("cat /sys/bus/vmbus/devices/*/channels/*/cpu").split()
+    assert sorted(targets) == [str(cpu) for cpu in range(CPUS)]
+    before = interrupts(guest)
+    guest.run(
+        f"for cpu in $(seq 0 {CPUS - 1}); do taskset -c $cpu"
+        f" dd if=/dev/{name} of=/dev/null bs=4k count=40 iflag=direct 2>/dev/null || exit 1; done"
+    )
+    after = interrupts(guest)
+    assert all(new > old for old, new in zip(before, after, strict=True)), (before, after)
+    write_and_compare(guest, name)
+    guest.check_log()
+    guest.power_off()
