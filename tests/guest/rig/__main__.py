@@ -13,7 +13,7 @@ from tests.guest.rig import images, outer, packages
 from tests.guest.rig.assets import ENVIRONMENT, Assets
 from tests.guest.rig.packages import RigError, say
 
-PASSED_ON = ("VMBUS_LONG",)
+PASSED_ON = ("VMBUS_LONG", "VMBUS_SEED")
 """Variables of the environment that the command in the rig gets too."""
 
 
