@@ -17,7 +17,9 @@ Reads are tried on the caller's thread with ``RWF_NOWAIT``: a page-cache hit cos
 call, a miss comes back at once and goes to a worker. In a memory file system (tmpfs, which does
 not know the flag) a plain read or write never waits for a device, so both are always served
 inline; memory that the host itself has swapped out is the exception we accept. Where the flag is
-not supported otherwise, and with ``direct``, everything goes to the workers.
+not supported otherwise, and with ``direct``, reads go to the workers. Writes into the page cache of
+a file are made inline as long as they turn out to be quick, see :mod:`storvsp.disks.inline`; those
+to block devices, with ``direct``, or with FUA go to the workers.
 
 Size
 ----
@@ -40,6 +42,7 @@ import errno
 import functools
 import os
 import stat
+import time
 from collections.abc import Callable
 from typing import TypeVar, TypeVarTuple
 
@@ -57,6 +60,7 @@ from storvsp.disk import (
 )
 from storvsp.disks import direct as direct_io, linux
 from storvsp.disks.buffers import check_range, merge_extents, total_length
+from storvsp.disks.inline import InlineWrites
 from storvsp.disks.watchers import Watchers
 from storvsp.specs import DiskSpec
 from storvsp.workers import shared_pool
@@ -107,6 +111,11 @@ class RawDisk(Disk):
         self._direct = direct
         self._memory = not direct and self._device is None and linux.in_memory(fd)
         self._read_flags: int | None = None if direct else 0 if self._memory else os.RWF_NOWAIT
+        # A block device's cache gives no such promise as a file's: its writes are often waited for.
+        self._write_flags: int | None = None if direct or self._device else os.RWF_NOWAIT
+        if self._memory:
+            self._write_flags = 0
+        self._inline = InlineWrites()
         self._watchers = Watchers()
         self._closed = False
         self._ends: dict[object, int] = {}  # of the writes that workers have under way
@@ -228,12 +237,19 @@ class RawDisk(Disk):
     def try_writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> bool:
         length = total_length(buffers)
         self._check_write(offset, length)
-        if not self._memory:
+        flags = self._write_flags
+        if flags is None or not (self._memory or (not fua and self._inline.allowed())):
             return False
+        start = time.perf_counter()
         try:
-            return os.pwritev(self._fd, buffers, offset) == length
-        except OSError:
-            return False  # the slow form reports it
+            done = os.pwritev(self._fd, buffers, offset, flags)
+        except OSError as error:
+            # It would wait (EAGAIN), or the slow form has an error to report.
+            if error.errno == errno.EOPNOTSUPP and flags:
+                self._write_flags = 0
+            return False
+        self._inline.took(time.perf_counter() - start, length)
+        return done == length
 
     async def readv(self, offset: int, buffers: Buffers) -> None:
         length = total_length(buffers)
