@@ -34,6 +34,7 @@ from vmbus.engine import Engine, EngineConfig, events
 from vmbus.errors import BudgetError, ConfigError, GuestProtocolError
 from vmbus.gpadl import Gpadl
 from vmbus.log_budget import LogBudget
+from vmbus.lookout import DEFAULT_LONGEST
 from vmbus.roster import Roster
 from vmbus.runner import ChannelRunner
 from vmbus.transport import (
@@ -73,6 +74,8 @@ class BusConfig:
     """Requests a guest may have open on one channel before we stop reading it."""
     close_grace: float = 5.0
     """Seconds a device gets to return after its channel ended, before it is cancelled."""
+    longest_look: float = DEFAULT_LONGEST
+    """Seconds to look for packets before sleeping, at most; see :mod:`vmbus.lookout`."""
 
 
 class Bus:

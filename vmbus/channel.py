@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ import trio
 from vmbus.engine.offers import Offer
 from vmbus.errors import LocalProtocolError
 from vmbus.gpadl import Gpadl
+from vmbus.lookout import Lookout
 from vmbus.memory import GuestMemory
 from vmbus.ring import Packet, RingReader, RingWriter, completion
 from vmbus.statistics import Statistics
@@ -54,6 +56,10 @@ class Channel:
         statistics: Counters.
         max_outstanding: Requests that may be unanswered before reading stops; a budget, since
             each one makes the device hold state.
+
+    Args:
+        longest_look: Seconds to look for packets before sleeping, at most; see
+            :mod:`vmbus.lookout`.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Channel:
         doorbell_fd: int | None,
         call: Call,
         max_outstanding: int = 4096,
+        longest_look: float = 0.0,
     ) -> None:
         self.relid = relid
         self.offer = offer
@@ -82,6 +89,7 @@ class Channel:
         self._reader = reader
         self._writer = writer
         self._capacity = writer.capacity
+        self._lookout = Lookout(longest_look)
         # 0.13 guests have one doorbell for all channels; the bus pokes us then.
         self._own_doorbell = doorbell_fd is None
         if doorbell_fd is None:
@@ -140,13 +148,30 @@ class Channel:
                         self._signal()
                     self._count_in(packets)
                     return packets
-                if self._reader.unmask():
-                    # Packets came in at the last moment, unless the guest plays with its index.
-                    await trio.lowlevel.checkpoint()
-                else:
-                    await self._wait_doorbell()
+                await self._wait_packets()
         finally:
             self._receiving = False
+
+    async def _wait_packets(self) -> None:
+        """Return when there may be packets, or something else to see to. Is a checkpoint."""
+        lookout = self._lookout
+        start = time.perf_counter()
+        if lookout.window:
+            # The guest has been asked not to signal. Others get their turn between two looks.
+            end = start + lookout.window
+            while time.perf_counter() < end:
+                await trio.lowlevel.checkpoint()
+                if self._ended or self._gate is not None:
+                    return
+                if self._reader.has_data():
+                    self.statistics.polled += 1
+                    return
+        if self._reader.unmask():
+            # Packets came in at the last moment, unless the guest plays with its index.
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._wait_doorbell()
+            lookout.slept(time.perf_counter() - start)
 
     def _count_in(self, packets: list[Packet]) -> None:
         statistics = self.statistics

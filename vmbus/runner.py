@@ -187,6 +187,7 @@ class ChannelRunner:
             doorbell_fd=port.fd if port is not None else None,
             call=self._make_call(),
             max_outstanding=self.bus.config.max_outstanding,
+            longest_look=self.bus.config.longest_look,
         )
         channel.bind(self._offer_subchannels, lambda handle: self.bus.gpadl(event.key, handle))
         return channel

@@ -12,6 +12,7 @@ class Statistics:
         "bytes_out",
         "packets_in",
         "packets_out",
+        "polled",
         "ring_full",
         "signals_in",
         "signals_out",
@@ -23,6 +24,8 @@ class Statistics:
         self.bytes_in = self.bytes_out = 0
         self.signals_in = self.signals_out = 0
         self.ring_full = 0
+        self.polled = 0
+        """Waits for packets that ended without a sleep; see :mod:`vmbus.lookout`."""
 
     def as_dict(self) -> dict[str, int]:
         """Return the counters by name."""

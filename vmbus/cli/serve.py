@@ -23,6 +23,7 @@ from vmbus.cli.notify import notify
 from vmbus.cli.params import parse_permissions, parse_size
 from vmbus.cli.program import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PROTOCOL, Failure
 from vmbus.errors import ConfigError, ProtocolError
+from vmbus.lookout import DEFAULT_LONGEST
 from vmbus.wire.versions import Version
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Settings:
     setups: tuple[DeviceSetup, ...]
     max_version: Version
     max_vps: int
+    poll: float
     path: str | None
     fd: int | None
     mode: str
@@ -126,6 +128,14 @@ class Settings:
     show_default=True,
     help="Refuse guests with more virtual processors.",
 )
+@click.option(
+    "--poll",
+    type=click.IntRange(0, 1_000_000),
+    default=round(DEFAULT_LONGEST * 1e6),
+    show_default=True,
+    metavar="MICROSECONDS",
+    help="Longest look for requests before sleeping; 0 sleeps at once.",
+)
 @click.option("--once", is_flag=True, help="Exit when the first guest is gone.")
 @click.option(
     "--trust-vmm",
@@ -150,6 +160,7 @@ def command(
     monitor: bool,
     max_version: str,
     max_vps: int,
+    poll: int,
     once: bool,
     trust_vmm: bool,
     verbose: int,
@@ -183,6 +194,7 @@ def command(
             setups=device_setups(disks, devices, options),
             max_version=Version.from_text(max_version),
             max_vps=max_vps,
+            poll=poll / 1e6,
             path=path,
             fd=fd,
             mode="stream" if stream else "seqpacket",
@@ -358,7 +370,9 @@ async def run(settings: Settings) -> int:
     from vmbus.engine import EngineConfig
     from vmbus.server import GuestServer
 
-    config = BusConfig(engine=EngineConfig(max_version=settings.max_version))
+    config = BusConfig(
+        engine=EngineConfig(max_version=settings.max_version), longest_look=settings.poll
+    )
     server = GuestServer(settings.setups, config)
     await check(server)
     guests = _Guests(server)

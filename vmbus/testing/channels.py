@@ -146,6 +146,7 @@ def channel_pair(
     version: Version = Version.V5_3,
     personality: Personality = LINUX_6_1,
     max_outstanding: int = 4096,
+    longest_look: float = 0.0,
 ) -> tuple[Channel, GuestEnd]:
     """Make a channel and its guest's end. To be called inside ``trio.run``.
 
@@ -157,6 +158,7 @@ def channel_pair(
         version: VMBus version in force.
         personality: Whose ring habits the guest's end has.
         max_outstanding: As in :class:`~vmbus.channel.Channel`.
+        longest_look: As in :class:`~vmbus.channel.Channel`.
 
     Returns:
         The host's end, and the guest's.
@@ -178,6 +180,7 @@ def channel_pair(
         doorbell_fd=None,
         call=call,
         max_outstanding=max_outstanding,
+        longest_look=longest_look,
     )
     guest = GuestEnd(
         memory,

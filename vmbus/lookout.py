@@ -1,0 +1,44 @@
+"""Layer 3: how long to look for packets before sleeping.
+
+A guest that has one request under way at a time sends the next one a few microseconds after the
+answer. Sleeping in between costs more than that: a doorbell is an exit of the guest, an interrupt
+of a processor that sleeps, a wake-up of the loop. So the host looks on for a little while, with the
+ring's interrupt mask set, and the guest rings nothing.
+
+How long is learnt from how long the last waits were, as KVM does when a processor is idle
+(linux/virt/kvm/kvm_main.c, halt_poll_ns): the window grows while sleeps turn out to be short, and
+is given up after a long one. A channel that is idle, or slow, costs nothing.
+"""
+
+from __future__ import annotations
+
+DEFAULT_LONGEST = 200e-6
+"""Seconds; what KVM allows a processor to look on for."""
+FIRST = 10e-6
+"""Seconds of the window that is tried first."""
+
+
+class Lookout:
+    """The window of one channel.
+
+    Args:
+        longest: Seconds the window may have; 0 for never looking on.
+    """
+
+    __slots__ = ("longest", "window")
+
+    def __init__(self, longest: float = DEFAULT_LONGEST) -> None:
+        self.longest = longest
+        self.window = 0.0
+        """Seconds to look on before the next sleep."""
+
+    def slept(self, seconds: float) -> None:
+        """Learn from a wait that ended in a sleep.
+
+        Args:
+            seconds: From the last packet to the next, sleep included.
+        """
+        if seconds > self.longest:
+            self.window = 0.0
+        elif self.window < self.longest:
+            self.window = min(max(self.window * 2, FIRST), self.longest)
