@@ -17,7 +17,7 @@ from vmbus.kvm.vm import Vm
 from vmbus.memory_file import allocate_memory
 from vmbus.synic import MsrError
 from vmbus.wire import synic as wire
-from vmbus.wire.synic import CpuidLeaf, HvStatus, MiscFeature, Msr, Privilege
+from vmbus.wire.synic import CpuidLeaf, HvStatus, MiscFeature, Msr, Privilege, Recommendation
 
 PATIENCE = 30
 SIMP, SIEFP = 0x4000, 0x5000
@@ -320,7 +320,9 @@ def test_crash_registers_are_the_models(rig):
 def test_leaves_claim_what_kvm_has():
     has = Privilege.SYNIC | Privilege.HYPERCALL | Privilege.VP_INDEX | Privilege.REFERENCE_TSC
     features = api.CpuidEntry(CpuidLeaf.FEATURES, 0, 0, has, 0, 0, MiscFeature.DIRECT_TIMERS)
-    with closing(Rig(hv_cpuid=[features])) as rig:
+    hints = Recommendation.APIC_MSRS | Recommendation.REMOTE_TLB_FLUSH
+    recommended = api.CpuidEntry(CpuidLeaf.RECOMMENDATIONS, 0, 0, hints, 0, 0, 0)
+    with closing(Rig(hv_cpuid=[features, recommended])) as rig:
         rig.kvm.capabilities.add(api.CAP_SYS_HYPERV_CPUID)
 
         leaves = rig.synic.leaves()
@@ -328,6 +330,9 @@ def test_leaves_claim_what_kvm_has():
     assert leaves[CpuidLeaf.FEATURES][0] == has
     assert leaves[CpuidLeaf.FEATURES][1] == 0x30
     assert leaves[CpuidLeaf.FEATURES][3] == MiscFeature.DIRECT_TIMERS | MiscFeature.CRASH_MSRS
+    assert leaves[CpuidLeaf.RECOMMENDATIONS][0] == (
+        Recommendation.APIC_MSRS | Recommendation.RELAXED_TIMING | Recommendation.DEPRECATE_AUTO_EOI
+    )
     assert leaves[CpuidLeaf.VENDOR][1] == int.from_bytes(b"Micr", "little")
 
 

@@ -35,7 +35,14 @@ from vmbus.kvm.vm import Vm
 from vmbus.memory import GuestMemory
 from vmbus.synic import HYPERCALL_VMCALL, Features, MsrError, cpuid_leaves
 from vmbus.wire import synic as wire
-from vmbus.wire.synic import CpuidLeaf, HypercallCode, MiscFeature, Msr, Privilege
+from vmbus.wire.synic import (
+    CpuidLeaf,
+    HypercallCode,
+    MiscFeature,
+    Msr,
+    Privilege,
+    Recommendation,
+)
 
 _log = logging.getLogger("vmbus.kvm")
 
@@ -159,16 +166,24 @@ class KernelSynic(SynicBackend):
         self._closed = False
 
     def leaves(self) -> Leaves:
-        """See :meth:`SynicBackend.leaves`: what KVM has of what guests of VMBus want."""
+        """See :meth:`SynicBackend.leaves`: what KVM has of what guests of VMBus want.
+
+        APIC_MSRS makes Linux take note in its VP assist page of interrupts that need no EOI
+        (hv_apic_eoi_write, linux/arch/x86/hyperv/hv_apic.c): one exit less for most interrupts.
+        """
         ours = dict(cpuid_leaves(KERNEL_FEATURES, self.vp_count))
         eax, ebx, ecx, edx = ours[CpuidLeaf.FEATURES]
-        eax |= Privilege.REFERENCE_TSC
+        hints, spin, _, _ = ours[CpuidLeaf.RECOMMENDATIONS]
+        eax |= Privilege.REFERENCE_TSC | Privilege.APIC
         for entry in self._supported():
             if entry.function == CpuidLeaf.FEATURES:
                 # The crash MSRs are the model's.
                 eax &= entry.eax
                 edx &= entry.edx | MiscFeature.CRASH_MSRS
+            if entry.function == CpuidLeaf.RECOMMENDATIONS:
+                hints |= entry.eax & Recommendation.APIC_MSRS
         ours[CpuidLeaf.FEATURES] = (eax, ebx, ecx, edx)
+        ours[CpuidLeaf.RECOMMENDATIONS] = (hints, spin, 0, 0)
         return ours
 
     def _supported(self) -> list[api.CpuidEntry]:
