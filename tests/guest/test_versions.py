@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from tests.guest.conftest import Lab, Server
 from tests.guest.rig.disk_work import write_and_compare
-from tests.guest.rig.guest import Guest
+from tests.guest.rig.looks import interrupts, version_in
 from vmbus.wire.versions import Version
 
 LOWER_VERSIONS = ("5.2", "5.1", "5.0", "4.1", "4.0", "3.0", "2.4")
@@ -30,13 +28,6 @@ def supported(server: Server) -> list[object]:
         for said in server.account()
         if said.name == "VERSION_RESPONSE"
     ]
-
-
-def version_in(guest: Guest) -> str:
-    """Return the version that the guest's kernel says it has agreed on."""
-    found = re.search(r"Vmbus version:(\S+)", guest.run("dmesg | grep -i 'vmbus version'"))
-    assert found, "the kernel says nothing of a version"
-    return found[1]
 
 
 def test_the_newest_version_the_kernel_speaks_is_agreed_on_at_once(lab: Lab):
@@ -81,12 +72,6 @@ def test_both_synics_carry_messages_and_interrupts(lab: Lab, mode: str):
     assert interrupts(guest)[0] > 0
     guest.check_log()
     guest.power_off()
-
-
-def interrupts(guest: Guest) -> list[int]:
-    """Return how many interrupts of the bus each processor has had."""
-    words = guest.run("grep HYP: /proc/interrupts").split()
-    return [int(word) for word in words[1:] if word.isdigit()]
 
 
 def test_the_channels_interrupts_are_spread_over_all_processors(lab: Lab):

@@ -6,8 +6,10 @@
 `assets`     where all of that is, for the tests
 `outer`      the outer machine, which has a KVM with Hyper-V support where this one has none
 `processes`  servers and VMMs as processes, without starting Python anew for each
-`console`    the guest's serial console, and commands given over it
-`guest`      a guest
+`guest`      a guest, and commands given over its serial console
+`disk_work`  writing to its disks and reading back
+`looks`      what its kernel says of its bus
+`account`    what server and guest say of every control message
 `complaints` what a kernel's log must not have
 ============ ===================================================================================
 
