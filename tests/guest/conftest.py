@@ -32,9 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """Show guests and servers of a failed test."""
     report = yield
-    lab = getattr(item, "funcargs", {}).get("lab")
-    if report.failed and lab is not None:
-        report.sections.append(("what server and guests say", lab.account()))
+    for lab in getattr(item, "funcargs", {}).values():
+        if report.failed and isinstance(lab, Lab):
+            report.sections.append(("what server and guests say", lab.account()))
     return report
 
 
