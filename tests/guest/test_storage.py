@@ -266,7 +266,7 @@ def test_sg3_utils_find_the_disk_we_describe(bench):
     out = bench.do(f"sg_vpd --page=0x80 {device}")
     assert f"Unit serial number: {serial[1]}" in out
     out = bench.do(f"sg_vpd --page=0x83 {device}")
-    naa = re.search(r"0x(60022480\w{24})\b", out)
+    naa = re.search(r"0x(6002248\w{25})\b", out)
     assert naa is not None
     # What udev makes /dev/disk/by-id of.
     wwid = bench.guest.run(f"cat /sys/block/{name}/device/wwid").strip()
