@@ -28,7 +28,7 @@ class Bench(Lab):
     def add(self, scheme: str, target: str, **options: object) -> tuple[int, str]:
         """Plug a disk in. Returns its LUN, and its name as soon as the guest has it."""
         lun = next(self._free)
-        words = [f"lun={lun}", *(f"{k}={v}" if v else k for k, v in options.items())]
+        words = [f"lun={lun}", *(k if v is True else f"{k}={v}" for k, v in options.items())]
         answer = self.server.disk("add", f"{scheme}:[{','.join(words)}]{target}")
         assert answer == {"address": f"0:0:{lun}"}
         return lun, self.guest.disk(lun)

@@ -17,6 +17,7 @@ from tests.guest.rig.assets import Assets
 from tests.guest.rig.guest import TOOLS, Guest
 
 pytestmark = pytest.mark.timeout(3600)
+"""A safety net on busy machines, too, where everything is emulated."""
 
 LONG = os.environ.get("VMBUS_LONG") == "1"
 
@@ -211,7 +212,7 @@ def test_the_suite_finds_nothing_wrong_with_a_disk(bench):
 
 def test_the_suite_cannot_write_to_a_read_only_disk(bench):
     path = bench.file("fixed.img", 100 << 20)
-    lun, name = bench.add("raw", str(path), ro="")
+    lun, name = bench.add("raw", str(path), ro=True)
 
     # The kernel opens the block device for reading only; the generic one lets the commands through.
     generic = bench.guest.run(f"ls /sys/block/{name}/device/scsi_generic").strip()
