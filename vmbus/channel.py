@@ -36,6 +36,8 @@ from vmbus.transport import Call
 from vmbus.wire.packets import FLAG_COMPLETION_REQUESTED, IN_BAND, TRAILER_SIZE, build_packet
 from vmbus.wire.versions import Version
 
+LOOKS = 32
+"""At a ring, between two turns of others: about as long as such a turn takes if nobody wants it."""
 POLL_INTERVAL = 0.002
 """Seconds between looks at a full outgoing ring: OpenBSD, macOS and NetBSD never signal."""
 MAX_POLL_INTERVAL = 0.064
@@ -163,7 +165,7 @@ class Channel:
                 await trio.lowlevel.checkpoint()
                 if self._ended or self._gate is not None:
                     return
-                if self._reader.has_data():
+                if self._reader.look_for_data(LOOKS):
                     self.statistics.polled += 1
                     return
         if self._reader.unmask():

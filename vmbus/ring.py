@@ -200,10 +200,11 @@ class RingReader:
         RingError: The read index found there is not one.
     """
 
-    __slots__ = ("_committed", "_next", "ring")
+    __slots__ = ("_committed", "_masked", "_next", "ring")
 
     def __init__(self, ring: RingMemory) -> None:
         self.ring = ring
+        self._masked = False
         self._next = self._committed = ring.index_untrusted(READ_INDEX)
 
     def available(self) -> int:
@@ -216,6 +217,14 @@ class RingReader:
     def has_data(self) -> bool:
         """Whether the guest's write index differs from where we are. Never raises."""
         return self.ring.control[WRITE_INDEX] != self._next
+
+    def look_for_data(self, times: int) -> bool:
+        """Look for packets, several times in a row, until there are any. Never raises."""
+        control, position = self.ring.control, self._next
+        for _ in range(times):  # noqa: SIM110 - a generator would take twice as long
+            if control[WRITE_INDEX] != position:
+                return True
+        return False
 
     def read_batch_untrusted(self, max_packets: int = 256) -> list[Packet]:
         """Take packets out of the ring, in order, without telling the guest yet.
@@ -294,11 +303,14 @@ class RingReader:
 
     def mask(self) -> None:
         """Tell the guest not to signal new packets; it may do so all the same."""
-        self.ring.control[INTERRUPT_MASK] = 1
+        if not self._masked:
+            self.ring.control[INTERRUPT_MASK] = 1
+            self._masked = True
 
     def unmask(self) -> bool:
         """Ask for signals again. Returns True if there are packets already: do not sleep."""
         self.ring.control[INTERRUPT_MASK] = 0
+        self._masked = False
         full_fence()
         return self.has_data()
 
