@@ -72,6 +72,9 @@ guest-test: $(VENV)/.dev
 guest-test-full: $(VENV)/.dev
 	VMBUS_LONG=1 $(RIG) -- $(GUEST_PYTEST)
 
+guest-bench: $(VENV)/.dev
+	$(RIG) -- -m tests.guest.versus_qemu $(BENCH_ARGS)
+
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench --json bench-results.json $(BENCH_ARGS)
 

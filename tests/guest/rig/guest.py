@@ -7,12 +7,13 @@ import itertools
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from tests.guest.rig.assets import Assets
 from tests.guest.rig.complaints import coarse_filter, complaints
-from tests.guest.rig.processes import Command
+from tests.guest.rig.processes import Command, Lines
 
 PATIENCE = 300.0
 """Seconds after which a test gives up; nothing is decided by it otherwise."""
@@ -26,6 +27,37 @@ class GuestError(AssertionError):
     """A command in the guest failed, or the guest did."""
 
 
+class Vmm(Protocol):
+    """A VMM as a process; see :class:`~tests.guest.rig.processes.Command`."""
+
+    output: Lines | None
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+
+    def write(self, data: bytes) -> None:
+        """Write to the guest's serial port. Raises BrokenPipeError if it has ended."""
+
+    def log(self) -> str:
+        """Return what it has written to standard error."""
+
+    def wait(self, seconds: float) -> int:
+        """Return the exit code. Raises TimeoutError."""
+
+    def kill(self) -> None:
+        """End it, whatever it does. Idempotent."""
+
+
+def start_vmm(arguments: Sequence[str], log: Path) -> Vmm:
+    """Start ``vmbus ARGUMENTS`` with its console for us."""
+    return Command(arguments, log, console=True)
+
+
 class Guest:
     """A running guest. Use :class:`tests.guest.conftest.Lab` to get one.
 
@@ -36,6 +68,8 @@ class Guest:
         append: More for the kernel's command line.
         modules: What it loads at the start.
         root: Label of the file system to boot from; the initramfs otherwise.
+        memory: Its size, for ``vmbus boot``.
+        start: Starts the VMM, given its arguments and where it logs to.
     """
 
     def __init__(
@@ -48,6 +82,7 @@ class Guest:
         modules: Sequence[str] = ("hv_storvsc", "sd_mod"),
         root: str | None = None,
         memory: str = "512M",
+        start: Callable[[Sequence[str], Path], Vmm] | None = None,
     ) -> None:
         words = ["console=ttyS0", "quiet", "loglevel=1", "random.trust_cpu=on", "panic=-1",
                  "mitigations=off", f"rig.modules={','.join(modules)}"]  # fmt: skip
@@ -59,11 +94,10 @@ class Guest:
         self._numbers = itertools.count(1)
         self._seen = 0
         """Bytes of the console that belong to the past."""
-        self.vmm = Command(
+        self.vmm = (start or start_vmm)(
             ["boot", f"--kernel={assets.kernel}", f"--initrd={assets.initramfs}",
              f"--append={' '.join(words)}", f"--memory={memory}", *arguments],
             log,
-            console=True,
         )  # fmt: skip
         self.modules = tuple(modules)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 PRELOAD = (
     "click", "trio", "vmbus.cli.program", "vmbus.cli.serve", "vmbus.cli.boot", "vmbus.bus",
@@ -74,6 +74,16 @@ def _main(
     os._exit(code if isinstance(code, int) else 1)
 
 
+class Source(Protocol):
+    """Something to read."""
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
 class Lines:
     """Reads output in a thread, and waits for what comes.
 
@@ -81,7 +91,7 @@ class Lines:
         source: Owned.
     """
 
-    def __init__(self, source: Connection) -> None:
+    def __init__(self, source: Source) -> None:
         self._source = source
         self._data = bytearray()
         self._changed = threading.Condition()
