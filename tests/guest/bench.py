@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tests.guest.conftest import TOOLS_LUN, Lab, Server
 from tests.guest.rig.assets import Assets
 from tests.guest.rig.guest import TOOLS, Guest, quote
+
+SENSE = r"hv_storvsc \S+ tag#\d+ cmd 0x\w+ status: scsi 0x2 srb 0x84 hv 0x0"
+"""The driver writes down every command that ends with sense data. With a unit attention, for
+example because a disk has come or gone, the kernel just repeats it; if a command has failed for
+good, the kernel says so in further lines."""
 
 
 class Bench(Lab):
@@ -42,6 +47,10 @@ class Bench(Lab):
         """Take a disk away without a word to the guest. Returns when that has seen it."""
         self.server.disk("remove", str(lun))
         wait_in(self.guest, f"[ ! -e /sys/bus/scsi/devices/0:0:0:{lun} ]")
+
+    def check_log(self, allow: Sequence[str] = ()) -> None:
+        """Raise GuestError if the kernel complains of something else than a unit attention."""
+        self.guest.check_log([SENSE, *allow])
 
     def do(self, script: str) -> str:
         """Carry out a script with the programs of the root file system; any failure counts."""
