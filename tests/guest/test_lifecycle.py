@@ -1,5 +1,4 @@
-"""Drivers, kernels and machines come and go; the server outlives them all, and forgets nothing
-but what it has to."""
+"""Drivers, kernels and machines come and go, and the server outlives them all."""
 
 from __future__ import annotations
 
@@ -10,6 +9,9 @@ import pytest
 from tests.guest.conftest import TOOLS_LUN, Lab, Server
 from tests.guest.rig.disk_work import checksum, write_and_compare
 from tests.guest.rig.guest import Guest, until
+from tests.guest.rig.looks import interrupts
+
+pytestmark = pytest.mark.timeout(1200)
 
 ROUNDS = 20
 REBOOTS = 3
@@ -19,6 +21,15 @@ SECTOR = 512
 
 SUB_CHANNELS = "hv_storvsc.storvsc_vcpus_per_sub_channel=1"
 """A sub-channel for every processor but the first."""
+
+LOAD_AT = 8
+"""MiB; where the load is, beyond what tests compare."""
+LOAD = f"""
+for direction in "if=/dev/$name skip={LOAD_AT * 16} of=/dev/null iflag=direct" \\
+        "of=/dev/$name seek={LOAD_AT * 16} if=/dev/zero oflag=direct conv=notrunc"; do
+    (while :; do dd $direction bs=64k count=64 2>/dev/null; done) &
+done
+"""
 
 FIND_DISK = """
 find_disk() {
@@ -50,6 +61,17 @@ def check_books(server: Server) -> None:
     (guest,) = server.guests()
     assert guest["gpadls"] == len(guest["channels"]) > 0, guest
     assert guest["faults"] == 0
+
+
+def begin_load(guest: Guest, server: Server, name: str) -> None:
+    """Have the guest read and write from now on, so that something is always in flight."""
+
+    def packets() -> int:
+        return sum(channel["packets_in"] for channel in server.guests()[0]["channels"])
+
+    before = packets()
+    guest.run(f"name={name}\n{LOAD}")
+    until(lambda: packets() > before + 100, what="the load")
 
 
 # ------------------------------------------------------------------------- drivers come and go
@@ -109,6 +131,7 @@ def test_a_guest_reboots_in_the_same_machine_and_finds_its_data(lab: Lab):
         written = checksum(guest, name)
         assert said(server, "INITIATE_CONTACT") == contacts
         guest.check_log()
+        begin_load(guest, server, name)
         guest.begin("reboot -f")
         guest.wait_ready()
         assert checksum(guest, guest.disk(0)) == written
@@ -128,36 +151,58 @@ def padded(lab: Lab, file: Path) -> str:
     return str(copy)
 
 
+class Successor:
+    """A guest that has its own kernel on disks, to start it once more.
+
+    Args:
+        lab: The lab.
+        append: For the first kernel's command line.
+    """
+
+    def __init__(self, lab: Lab, *, append: str) -> None:
+        kernel, initramfs = lab.assets.kernel, lab.assets.initramfs
+        self.server = lab.serve(
+            "ram:[lun=0]16M",
+            f"raw:[ro,lun={KERNEL_LUN}]{padded(lab, kernel)}",
+            f"raw:[ro,lun={INITRAMFS_LUN}]{padded(lab, initramfs)}",
+            lab.tools,
+        )
+        self.guest = guest = lab.boot(self.server, "--cpus=2", append=append)
+        self.name = guest.disk(0)
+        write_and_compare(guest, self.name)
+        self.written = checksum(guest, self.name)
+        guest.mount_tools(TOOLS_LUN)
+        for lun, file in ((KERNEL_LUN, kernel), (INITRAMFS_LUN, initramfs)):
+            size = file.stat().st_size
+            guest.run(f"head -c {size} /dev/{guest.disk(lun)} >/run/lun{lun}")
+
+    def load(self, options: str) -> None:
+        """Have kexec load the kernel; nothing must be wrong by now."""
+        self.guest.tool(f"kexec /run/lun{KERNEL_LUN} --initrd=/run/lun{INITRAMFS_LUN} {options}")
+        self.guest.check_log()
+
+    def check(self) -> None:
+        """Wait for the new kernel. It has the data, and the server has nothing of the old one."""
+        self.guest.wait_ready()
+        assert checksum(self.guest, self.guest.disk(0)) == self.written
+        write_and_compare(self.guest, self.guest.disk(0))
+        assert said(self.server, "INITIATE_CONTACT") == 2
+        assert said(self.server, "UNLOAD") == said(self.server, "UNLOAD_RESPONSE") == 1
+
+
 def test_a_kernel_starts_another_one_and_leaves_nothing_behind(lab: Lab):
-    kernel, initramfs = lab.assets.kernel, lab.assets.initramfs
-    server = lab.serve(
-        "ram:[lun=0]16M",
-        f"raw:[ro,lun={KERNEL_LUN}]{padded(lab, kernel)}",
-        f"raw:[ro,lun={INITRAMFS_LUN}]{padded(lab, initramfs)}",
-        lab.tools,
-    )
-    guest = lab.boot(server, "--cpus=2", append=SUB_CHANNELS)
-    name = guest.disk(0)
-    write_and_compare(guest, name)
-    written = checksum(guest, name)
-    guest.mount_tools(TOOLS_LUN)
-    for lun, file in ((KERNEL_LUN, kernel), (INITRAMFS_LUN, initramfs)):
-        size = file.stat().st_size
-        guest.run(f"head -c {size} /dev/{guest.disk(lun)} >/run/lun{lun}")
-    guest.tool(f"kexec -l /run/lun{KERNEL_LUN} --initrd=/run/lun{INITRAMFS_LUN} --reuse-cmdline")
-    guest.check_log()
+    pair = Successor(lab, append=SUB_CHANNELS)
+    pair.load("--load --reuse-cmdline")
 
-    guest.begin("chroot /tools kexec -e")
-    guest.wait_ready()
+    # What is read into the old kernel's memory must not get into the new one's.
+    begin_load(pair.guest, pair.server, pair.name)
+    pair.guest.begin("chroot /tools kexec --exec")
 
-    assert checksum(guest, guest.disk(0)) == written
-    write_and_compare(guest, guest.disk(0))
-    assert said(server, "INITIATE_CONTACT") == 2
-    assert said(server, "UNLOAD") == said(server, "UNLOAD_RESPONSE") == 1
-    until(lambda: len(server.guests()[0]["channels"]) == 2, what="the sub-channel")
-    check_books(server)
-    guest.check_log()
-    guest.power_off()
+    pair.check()
+    until(lambda: len(pair.server.guests()[0]["channels"]) == 2, what="the sub-channel")
+    check_books(pair.server)
+    pair.guest.check_log()
+    pair.guest.power_off()
 
 
 def test_a_guest_that_panics_says_goodbye_and_why(lab: Lab):
@@ -189,12 +234,6 @@ def test_a_guest_that_triple_faults_is_said_to_have_crashed(lab: Lab):
 
 
 # ------------------------------------------------------------------------- interrupts move
-
-
-def interrupts(guest: Guest) -> list[int]:
-    """Return how many interrupts of the bus each processor has had."""
-    words = guest.run("grep HYP: /proc/interrupts").split()
-    return [int(word) for word in words[1:] if word.isdigit()]
 
 
 def test_a_channels_interrupts_go_where_the_guest_sends_them(lab: Lab):
