@@ -8,11 +8,13 @@ PYTEST_ARGS ?= -n auto
 BIN := $(VENV)/bin
 
 # What the tests with real guest kernels are to run with, for example KERNEL=/boot/vmlinuz-6.12.9
-# MODULES=/lib/modules/6.12.9; Debian's cloud kernel otherwise. GUEST_ARGS goes to pytest.
+# MODULES=/lib/modules/6.12.9, or SUITE=sid for the cloud kernel of another suite of Debian; that of
+# this machine's own suite otherwise. GUEST_ARGS goes to pytest.
 KERNEL ?=
+SUITE ?=
 MODULES ?=
 RIG = $(BIN)/python -m tests.guest.rig \
-  $(if $(KERNEL),--kernel $(KERNEL)) $(if $(MODULES),--modules $(MODULES))
+  $(if $(KERNEL),--kernel $(KERNEL)) $(if $(MODULES),--modules $(MODULES)) $(if $(SUITE),--suite $(SUITE))
 GUEST_PYTEST = -m pytest tests/guest -p no:xdist -p no:hypothesispytest -p no:cacheprovider \
   -v --durations=10 $(GUEST_ARGS)
 

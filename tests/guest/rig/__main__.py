@@ -50,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--kernel", type=Path, help="the guests' bzImage, instead of Debian's")
     result.add_argument("--modules", type=Path, help="its modules, lib/modules/RELEASE")
     result.add_argument(
+        "--suite", help="the guests' kernel is that of this suite of Debian, for example sid"
+    )
+    result.add_argument(
         "--where", choices=("auto", "here", "nested"), default="auto",
         help="use this machine's KVM, or that of an emulated machine (default: as is possible)",
     )  # fmt: skip
@@ -80,7 +83,7 @@ def _run(options: argparse.Namespace) -> int:
     cache.mkdir(parents=True, exist_ok=True)
     packages.ensure_tools()
     if options.kernel is None:
-        unpacked = packages.kernel(cache, packages.GUEST_KERNEL)
+        unpacked = packages.kernel(cache, packages.GUEST_KERNEL, options.suite)
         kernel, modules = packages.kernel_files(unpacked)
     else:
         kernel, modules = options.kernel.absolute(), options.modules.absolute()

@@ -29,6 +29,7 @@ USERLAND_PACKAGES = (
     "busybox-static", "e2fsprogs", "ethtool", "fio", "genisoimage", "iperf3", "iproute2",
     "kexec-tools", "kmod", "libiscsi-bin", "procps", "sg3-utils", "tcpdump", "util-linux",
 )  # fmt: skip
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 HOST_TOOLS = {
     "cpio": "cpio",
     "debootstrap": "debootstrap",
@@ -126,42 +127,84 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def kernel(cache: Path, meta: str) -> Path:
-    """Return the unpacked package of the kernel that ``meta`` depends on. Raises RigError."""
-    _update_lists()
-    depends = run("apt-cache", "depends", "--no-recommends", "--no-suggests", meta)
+def kernel(cache: Path, meta: str, suite: str | None = None) -> Path:
+    """Return the unpacked package of the kernel that ``meta`` depends on.
+
+    Args:
+        cache: The rig's.
+        meta: Name of the package that depends on the newest kernel.
+        suite: Debian's suite that it is to come from, instead of this machine's own.
+
+    Raises:
+        RigError: There is none.
+    """
+    options = _suite_options(cache, suite) if suite else ()
+    if not suite:
+        _update_lists()
+    depends = run("apt-cache", *options, "depends", "--no-recommends", "--no-suggests", meta)
     names = re.findall(r"Depends: (linux-image-\S+)", depends)
     if len(names) != 1:
         raise RigError(f"{meta} depends on no kernel:\n{depends}")
-    candidate = re.search(r"Candidate: (\S+)", run("apt-cache", "policy", names[0]))
+    policy = run("apt-cache", *options, "policy", names[0])
+    candidate = re.search(r"Candidate: (\S+)", policy)
     if candidate is None:
         raise RigError(f"there is no {names[0]} to be had")
     target = cache / f"{names[0]}_{candidate[1].replace(':', '_')}"
     with building(target) as part:
         if part is not None:
             say(f"fetching {names[0]} {candidate[1]}")
-            _unpack(names[0], part)
+            _unpack(names[0], part, options)
             _, modules = kernel_files(part)
             run("depmod", "-b", part, modules.name)
     return target
 
 
-def _unpack(name: str, target: Path) -> None:
-    """Download a package and unpack it, without installing it."""
+def _suite_options(cache: Path, suite: str) -> tuple[str, ...]:
+    """Return options with which apt's programs know the packages of another suite, and no other.
+
+    It is taken from where this machine gets its own suite, with the same keys.
+    """
+    folder = cache / f"apt-{suite}"
+    (folder / "lists/partial").mkdir(parents=True, exist_ok=True)
+    sources = folder / "sources.list"
+    options = (
+        *("-o", f"Dir::Etc::SourceList={sources}", "-o", "Dir::Etc::SourceParts=/dev/null"),
+        *("-o", f"Dir::State::Lists={folder / 'lists'}", "-o", "APT::Sandbox::User=root"),
+        *("-o", f"Dir::Cache={folder}", "-o", "Dir::Etc::Preferences=/dev/null"),
+    )
+    uris = run("apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages").split()
+    # The archive itself: that of security updates has its suites named otherwise.
+    archives = [uri for uri in uris if "security" not in uri]
+    if not archives:
+        raise RigError("this machine's apt has no archive to look for other suites in")
+    sources.write_text(f"deb [signed-by={KEYRING}] {archives[0]} {suite} main\n")
+    run("apt-get", *options, "update", "-q")
+    return options
+
+
+def _unpack(name: str, target: Path, options: Sequence[str]) -> None:
+    """Download a kernel's package and unpack it, without installing it."""
     download = target.with_name(target.name + ".deb")
     _remove(download)
     download.mkdir()
+    depends = run("apt-cache", *options, "depends", "--no-recommends", "--no-suggests", name)
+    # Since Linux 7 Debian has the image and the modules in packages of their own.
+    parts = re.findall(r"Depends: (linux-(?:base|binary|modules)-\S+)", depends)
     # As root, apt would download as a user who may not write here.
-    run("apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", name, cwd=download)
+    sandbox = ("-o", "APT::Sandbox::User=root")
+    run("apt-get", "download", "-q", *sandbox, *options, name, *parts, cwd=download)
     target.mkdir()
-    run("dpkg-deb", "-x", next(download.glob("*.deb")), target)
+    for package in sorted(download.glob("*.deb")):
+        run("dpkg-deb", "-x", package, target)
     _remove(download)
+    if not (target / "lib").exists():
+        (target / "lib").symlink_to("usr/lib")
 
 
 def kernel_files(unpacked: Path) -> tuple[Path, Path]:
     """Return ``(bzImage, modules)`` of an unpacked kernel package. Raises RigError."""
-    images = sorted((unpacked / "boot").glob("vmlinuz-*"))
-    modules = sorted([*unpacked.glob("lib/modules/*"), *unpacked.glob("usr/lib/modules/*")])
+    modules = sorted(unpacked.glob("lib/modules/*"))
+    images = [*unpacked.glob("boot/vmlinuz-*"), *unpacked.glob("lib/modules/*/vmlinuz")]
     if len(images) != 1 or len(modules) != 1:
         raise RigError(f"{unpacked} is not an unpacked kernel package")
     return images[0], modules[0]
