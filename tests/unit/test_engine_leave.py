@@ -119,6 +119,16 @@ def test_relids_are_the_same_in_the_next_life() -> None:
     guest.opened()
 
 
+def test_linux_releases_its_relids_after_unload_and_that_is_no_fault() -> None:
+    guest = Guest()
+    guest.engine.offer(make_offer(1))
+    guest.connect()
+    guest.post(m.Unload())
+
+    assert guest.post(m.RelidReleased(relid=1)) == []
+    assert guest.engine.connection_info["faults"] == 0
+
+
 def test_a_second_unload_is_a_fault() -> None:
     """Checklist row 4."""
     guest = busy()

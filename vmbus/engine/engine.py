@@ -135,7 +135,13 @@ class Engine:
                 self._handlers[type(message)](message)
         except GuestProtocolError as error:
             number = int.from_bytes(payload[:4], "little") if len(payload) >= 4 else -1
-            self.outbox.fault(error, message=number, relid=getattr(message, "relid", None), vp=vp)
+            gone = isinstance(self.connection, Disconnected | Disconnecting)
+            whole = len(payload) >= m.HEADER_SIZE + 4 and connection_id in MESSAGE_CONNECTIONS
+            # Linux that unloads hv_vmbus says UNLOAD first and then, one by one, what it forgets
+            # (vmbus_exit, vmbus_free_channels). It is forgotten here already.
+            if not (gone and whole and number == m.RelidReleased.TYPE):
+                relid = getattr(message, "relid", None)
+                self.outbox.fault(error, message=number, relid=relid, vp=vp)
         self._settle()
 
     def reset(self) -> None:
