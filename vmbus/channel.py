@@ -36,8 +36,6 @@ from vmbus.transport import Call
 from vmbus.wire.packets import FLAG_COMPLETION_REQUESTED, IN_BAND, TRAILER_SIZE, build_packet
 from vmbus.wire.versions import Version
 
-LOOKS = 32
-"""At a ring, between two turns of others: about as long as such a turn takes if nobody wants it."""
 POLL_INTERVAL = 0.002
 """Seconds between looks at a full outgoing ring: OpenBSD, macOS and NetBSD never signal."""
 MAX_POLL_INTERVAL = 0.064
@@ -158,16 +156,11 @@ class Channel:
         """Return when there may be packets, or something else to see to. Is a checkpoint."""
         lookout = self._lookout
         start = time.perf_counter()
-        if lookout.window:
-            # The guest has been asked not to signal. Others get their turn between two looks.
-            end = start + lookout.window
-            while time.perf_counter() < end:
-                await trio.lowlevel.checkpoint()
-                if self._ended or self._gate is not None:
-                    return
-                if self._reader.look_for_data(LOOKS):
-                    self.statistics.polled += 1
-                    return
+        if lookout.window and await lookout.look(
+            self._reader, lambda: self._ended or self._gate is not None
+        ):
+            self.statistics.polled += 1
+            return
         if self._reader.unmask():
             # Packets came in at the last moment, unless the guest plays with its index.
             await trio.lowlevel.checkpoint()

@@ -12,10 +12,21 @@ is given up after a long one. A channel that is idle, or slow, costs nothing.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
+import trio
+
+from vmbus.ring import RingReader
+
 DEFAULT_LONGEST = 200e-6
 """Seconds; what KVM allows a processor to look on for."""
 FIRST = 10e-6
 """Seconds of the window that is tried first."""
+
+
+LOOKS = 32
+"""At a ring, between two turns of others: about as long as such a turn takes if nobody wants it."""
 
 
 class Lookout:
@@ -31,6 +42,25 @@ class Lookout:
         self.longest = longest
         self.window = 0.0
         """Seconds to look on before the next sleep."""
+
+    async def look(self, reader: RingReader, stopped: Callable[[], bool]) -> bool:
+        """Look for packets for as long as the window says. Is a checkpoint.
+
+        The guest has been asked not to signal. Other tasks get their turn between two looks.
+
+        Args:
+            reader: Where packets come in.
+            stopped: Whether there is something else to see to; its rings may be gone then.
+
+        Returns:
+            True if there are packets, or something else.
+        """
+        end = time.perf_counter() + self.window
+        while time.perf_counter() < end:
+            await trio.lowlevel.checkpoint()
+            if stopped() or reader.look_for_data(LOOKS):
+                return True
+        return False
 
     def slept(self, seconds: float) -> None:
         """Learn from a wait that ended in a sleep.

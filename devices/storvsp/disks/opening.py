@@ -1,0 +1,122 @@
+"""Opening an image file or block device: making it, checking it, locking it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from storvsp.disks import linux
+from vmbus.errors import ConfigError
+
+
+def measure(fd: int, sector_size: int) -> int:
+    """Return the size of an open file or block device in bytes, whole sectors. Raises OSError."""
+    status = os.fstat(fd)
+    size = linux.block_device_size(fd) if stat.S_ISBLK(status.st_mode) else status.st_size
+    return size - size % sector_size
+
+
+def open_file(
+    name: str, *, read_only: bool, sector_size: int, direct: bool, create: int | None, share: bool
+) -> int:
+    """Open, create and lock the file; nothing is left behind on failure. Blocks.
+
+    Args:
+        name: The path.
+        read_only: For reading only, with a shared lock.
+        sector_size: Bytes; what ``create`` has to be a multiple of.
+        direct: Bypass the page cache.
+        create: Make a sparse file of that many bytes if there is none.
+        share: Take no lock.
+
+    Returns:
+        A descriptor, the caller's.
+
+    Raises:
+        ConfigError: It cannot be used like that; the message says what to do.
+        OSError: The kernel refused.
+    """
+    created = False
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | (os.O_DIRECT if direct else 0)
+    if create is not None:
+        if read_only:
+            raise ConfigError(f"{name}: create= and ro exclude each other")
+        if create <= 0 or create % sector_size:
+            raise ConfigError(
+                f"{name}: create={create} is not a number of {sector_size}-byte sectors"
+            )
+        try:
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            pass
+        else:
+            created = True
+            try:
+                os.ftruncate(fd, create)
+            except BaseException:
+                os.unlink(name)
+                raise
+            finally:
+                os.close(fd)
+    try:
+        kind = os.stat(name).st_mode
+    except FileNotFoundError as error:
+        if read_only:
+            raise
+        raise ConfigError(
+            f"{name}: {error.strerror}; raw:[create=SIZE]{name} makes a new image"
+        ) from error
+    if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+        raise ConfigError(f"{name} is neither a file nor a block device")
+    if stat.S_ISBLK(kind) and not (read_only or share):
+        flags |= os.O_EXCL
+    fd = -1
+    try:
+        fd = _open_existing(name, flags)
+        if not share:
+            _lock(fd, name, exclusive=not read_only)
+        size = measure(fd, 1)
+        if create is not None and size != create:
+            raise ConfigError(
+                f"{name} exists with {size} bytes, not {create}; leave out create= to use it"
+            )
+    except BaseException:
+        if fd >= 0:
+            os.close(fd)
+        if created:
+            os.unlink(name)
+        raise
+    return fd
+
+
+def _open_existing(name: str, flags: int) -> int:
+    try:
+        return os.open(name, flags)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise ConfigError(
+                f"{name} is mounted or in use by the host; [share] skips this check"
+            ) from error
+        if error.errno in {errno.EACCES, errno.EROFS, errno.EPERM} and flags & os.O_RDWR:
+            raise ConfigError(f"{name} cannot be opened for writing; use raw:[ro]{name}") from error
+        if error.errno == errno.EINVAL and flags & os.O_DIRECT:
+            raise ConfigError(
+                f"{name} is on a file system without direct I/O; leave out direct"
+            ) from error
+        raise
+
+
+def _lock(fd: int, name: str, *, exclusive: bool) -> None:
+    try:
+        linux.lock(fd, exclusive=exclusive)
+    except OSError as error:
+        if error.errno in {errno.EAGAIN, errno.EACCES}:
+            holder = "has it open" if exclusive else "has it open for writing"
+            raise ConfigError(
+                f"{name} is in use: another process, or another disk of this one, {holder};"
+                " close that, or use [share] if you know that it is harmless"
+            ) from error
+        raise ConfigError(
+            f"{name} is on a file system that cannot lock ({error.strerror}); use [share]"
+        ) from error
