@@ -119,9 +119,11 @@ def test_machines_that_cannot_be_described_are_refused(vp_count, mmio, gpa, comp
 def test_the_vmbus_device_has_its_identifiers_interrupt_and_window(iasl, tmp_path):
     text = decoded(iasl, tmp_path, b"DSDT")
     assert (
-        'Scope (\\_SB) { Device (VMBS) { Name (_HID, "MSFT1000") // _HID: Hardware ID '
-        'Name (_CID, "VMBus")' in text
+        'Device (VMBS) { Name (_HID, "MSFT1000") // _HID: Hardware ID Name (_CID, "VMBus")' in text
     )
+    assert 'Scope (\\_SB) { Device (VMOD) { Name (_HID, "ACPI0004"' in text
+    # The window is the module's, above the device in it.
+    assert text.index("Device (VMOD)") < text.index("QWordMemory") < text.index("Device (VMBS)")
     assert "Name (_UID, Zero)" in text
     assert "Name (_STA, 0x0F)" in text
     assert "IRQ (Edge, ActiveHigh, Exclusive, ) {5}" in text

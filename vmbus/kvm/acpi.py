@@ -12,6 +12,8 @@ Decisions:
 * The VMBus device has the identifiers that Generation 2 firmware gives it, ``MSFT1000`` and the
   compatible ``VMBus``: every guest driver knows one of the two. Its interrupt is of no use to
   Linux; others start only if there is one.
+* The window of addresses for its devices is that of a module device around it, as on Hyper-V. Linux
+  before 6.1 looks for it in all ancestors until it finds one, and oopses at the root of the tree.
 * PCI, HPET and a keyboard controller are not there and not described.
 * The 8254's interrupt 0 is on IOAPIC pin 2, as on every PC since the IOAPIC: the routing table that
   goes into ``KVM_SET_GSI_ROUTING`` must say the same.
@@ -108,7 +110,15 @@ def _dsdt(mmio: tuple[int, int]) -> bytes:
         aml.name("_DDN", aml.string("VMBUS")),
         aml.name("_UID", aml.integer(0)),
         aml.name("_STA", aml.integer(0xF)),
-        aml.name("_CRS", aml.resources(aml.irq(VMBUS_IRQ), aml.memory_window(*mmio))),
+        aml.name("_CRS", aml.resources(aml.irq(VMBUS_IRQ))),
+    )
+    module = aml.device(
+        "VMOD",
+        aml.name("_HID", aml.string("ACPI0004")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_STA", aml.integer(0xF)),
+        aml.name("_CRS", aml.resources(aml.memory_window(*mmio))),
+        vmbus,
     )
     com1 = aml.device(
         "COM1",
@@ -121,7 +131,7 @@ def _dsdt(mmio: tuple[int, int]) -> bytes:
     zero = aml.integer(0)
     s5 = aml.name("\\_S5", aml.package(sleep_type, sleep_type, zero, zero))
     # Revision 2: integers have 64 bits.
-    return _table(b"DSDT", 2, aml.scope("\\_SB", vmbus, com1) + s5)
+    return _table(b"DSDT", 2, aml.scope("\\_SB", module, com1) + s5)
 
 
 def _facs() -> bytes:
