@@ -25,7 +25,7 @@ COMPLAINTS = (
     # the kernel as a whole
     r"\bBUG: ", r"kernel BUG at", r"WARNING: (?:CPU|possible|suspicious)", r"\bOops\b",
     r"Call Trace", r"blocked for more than \d+ seconds",
-    r"soft lockup", r"hard LOCKUP", r"rcu.*(?:stall|starved)", r"general protection fault",
+    r"soft lockup", r"hard LOCKUP", r"rcu: .*(?:stall|starved)", r"general protection fault",
     r"Kernel panic", r"scheduling while atomic", r"refcount_t", r"UBSAN",
     r"page allocation failure",
 )  # fmt: skip
