@@ -13,7 +13,7 @@ from tests.guest.rig.packages import RigError, building, kernel_files, run
 
 
 @pytest.fixture
-def modules(tmp_path) -> Path:
+def modules(tmp_path: Path) -> Path:
     folder = tmp_path / "6.1.0"
     folder.mkdir()
     (folder / "modules.dep").write_text(
