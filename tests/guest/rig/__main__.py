@@ -56,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
         "--where", choices=("auto", "here", "nested"), default="auto",
         help="use this machine's KVM, or that of an emulated machine (default: as is possible)",
     )  # fmt: skip
+    result.add_argument(
+        "--cpus", type=int, default=outer.CPUS, help="processors of the emulated machine"
+    )
     result.add_argument("--cache", type=Path, default=default_cache(), help="where to keep things")
     result.add_argument("--prepare", action="store_true", help="only make what the tests need")
     result.add_argument(
@@ -109,7 +112,7 @@ def _run(options: argparse.Namespace) -> int:
     if nested:
         return outer.run_inside(
             command, assets,
-            kernel=outer_kernel, cache=cache, environment=environment,
+            kernel=outer_kernel, cache=cache, environment=environment, cpus=options.cpus,
         )  # fmt: skip
     say("this machine's KVM is used")
     assets.scratch.mkdir(exist_ok=True)

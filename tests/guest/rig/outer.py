@@ -9,6 +9,8 @@ library and the guests' files. It is mounted over the originals, so all paths ar
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shlex
 import shutil
@@ -18,7 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.guest.rig.assets import ENVIRONMENT, Assets
@@ -29,6 +31,8 @@ CPUS = 2
 MEMORY = "6G"
 DISK_SIZE = "8G"
 """Sparse; holds the disks of tests too."""
+SILENCE = 1800.0
+"""Seconds without a word of the command after which the machine is given up."""
 MOUNT_POINT = Path("/run/rig")
 OUTER_PARAMETERS = "mitigations=off tsc=reliable clocksource=tsc"
 """The emulated processor has no flaws to be careful about, and its TSC is steady, which Linux does
@@ -100,6 +104,22 @@ def _script(mounts: Sequence[tuple[str, str]], shared: Path, command: Sequence[s
     return "\n".join(lines) + "\n"
 
 
+@contextlib.contextmanager
+def _run_folder(cache: Path) -> Iterator[str]:
+    """Make a directory for one run, and remove those of runs that were killed."""
+    for old in cache.glob("run-*"):
+        # A run that is under way holds its lock; one without a lock has only just begun.
+        with contextlib.suppress(OSError), open(old / "lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="run-", dir=cache) as folder,
+        open(Path(folder) / "lock", "wb") as lock,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield folder
+
+
 def run_inside(
     command: Sequence[str],
     assets: Assets,
@@ -111,6 +131,9 @@ def run_inside(
     memory: str = MEMORY,
 ) -> int:
     """Run a command in an outer machine, with its output on ours.
+
+    An outer machine that comes to an end on its own is no fault of the command's: another one takes
+    its place, once.
 
     Args:
         command: Runs in the repository, with the same paths as here.
@@ -125,66 +148,85 @@ def run_inside(
         The command's exit code.
 
     Raises:
-        RigError: There is no outer machine to be had, or it came to an end.
+        RigError: There is no outer machine to be had.
     """
     program = Path(sys.prefix) / "bin/vng"
     if not program.exists():
         raise RigError("virtme-ng is missing; make guest-test installs it")
-    with tempfile.TemporaryDirectory(prefix="run-", dir=cache) as folder:
-        shared = Path(folder) / "shared"
-        shared.mkdir()
-        disk = Path(folder) / "disk.img"
-        say("making the outer machine's disk")
-        mounts = _make_disk(disk, assets)
-        script = shared / "run.sh"
-        script.write_text(_script(mounts, shared, command, environment))
-        console = Path(folder) / "console"
-        arguments: list[str | os.PathLike[str]] = [
-            *(program, "--qemu", assets.emulator, "--run", kernel, "--disable-kvm", "--verbose"),
-            *("--user", "root", "--cpus", str(cpus), "--memory", memory),
-            *("--append", OUTER_PARAMETERS),
-            *("--rwdir", shared, "--disk", disk, "--qemu-opts=-cpu EPYC,+svm,+npt"),
-            *("--", f"sh {shlex.quote(str(script))}"),
-        ]
-        say(f"starting the outer machine, {kernel.name}")
-        with open(console, "wb") as output:
-            process = subprocess.Popen(
-                [os.fspath(each) for each in arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd="/",
-                env={**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"},
-                start_new_session=True,
-            )
-        try:
-            code = _follow(process, shared)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if code is None:
-            tail = "\n".join(console.read_text(errors="replace").splitlines()[-40:])
-            raise RigError(f"the outer machine came to an end:\n{tail}")
-        return code
+    arguments = [
+        *(str(program), "--qemu", str(assets.emulator), "--run", str(kernel), "--disable-kvm"),
+        *("--verbose", "--user", "root", "--cpus", str(cpus), "--memory", memory),
+        *("--append", OUTER_PARAMETERS, "--qemu-opts=-cpu EPYC,+svm,+npt"),
+    ]
+    for last in (False, True):
+        with _run_folder(cache) as folder:
+            try:
+                return _run_once(arguments, Path(folder), assets, command, environment)
+            except RigError as error:
+                if last:
+                    raise
+                say(f"{error}\nanother one is started")
+    raise AssertionError
 
 
-def _follow(process: subprocess.Popen[bytes], shared: Path) -> int | None:
+def _run_once(
+    arguments: Sequence[str],
+    folder: Path,
+    assets: Assets,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+) -> int:
+    shared, disk, console = folder / "shared", folder / "disk.img", folder / "console"
+    shared.mkdir()
+    say("making the outer machine's disk")
+    mounts = _make_disk(disk, assets)
+    script = shared / "run.sh"
+    script.write_text(_script(mounts, shared, command, environment))
+    say("starting the outer machine")
+    with open(console, "wb") as output:
+        process = subprocess.Popen(
+            [
+                *(*arguments, "--rwdir", str(shared), "--disk", str(disk)),
+                *("--", f"sh {shlex.quote(str(script))}"),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd="/",
+            env={**os.environ, "PATH": f"{Path(arguments[0]).parent}:{os.environ['PATH']}"},
+            start_new_session=True,
+        )
+    try:
+        code = _follow(process, shared, console)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if code is None:
+        tail = "\n".join(console.read_text(errors="replace").splitlines()[-40:])
+        raise RigError(f"the outer machine came to an end:\n{tail}")
+    return code
+
+
+def _follow(process: subprocess.Popen[bytes], shared: Path, console: Path) -> int | None:
     """Copy the log to standard output until the command or the machine ends."""
     log = shared / "log"
     position = 0
+    heard = time.monotonic()
     while True:
-        ended = process.poll() is not None
+        ended = process.poll() is not None or b"Kernel panic" in console.read_bytes()
         finished = (shared / "exit").exists()
         if log.exists():
             with open(log, "rb") as file:
                 file.seek(position)
                 data = file.read()
+            if data:
+                heard = time.monotonic()
             position += len(data)
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
         if finished:
             return int((shared / "exit").read_text())
-        if ended:
+        if ended or time.monotonic() > heard + SILENCE:
             return None
         time.sleep(0.2)
