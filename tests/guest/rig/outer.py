@@ -31,6 +31,7 @@ CPUS = 2
 MEMORY = "6G"
 DISK_SIZE = "8G"
 """Sparse; holds the disks of tests too."""
+ATTEMPTS = 3
 SILENCE = 1800.0
 """Seconds without a word of the command after which the machine is given up."""
 MOUNT_POINT = Path("/run/rig")
@@ -132,8 +133,8 @@ def run_inside(
 ) -> int:
     """Run a command in an outer machine, with its output on ours.
 
-    An outer machine that comes to an end on its own is no fault of the command's: another one takes
-    its place, once.
+    An outer machine that comes to an end on its own is no fault of the command's. Another one takes
+    its place, twice at most, with one processor: slower, and steadier.
 
     Args:
         command: Runs in the repository, with the same paths as here.
@@ -155,15 +156,18 @@ def run_inside(
         raise RigError("virtme-ng is missing; make guest-test installs it")
     arguments = [
         *(str(program), "--qemu", str(assets.emulator), "--run", str(kernel), "--disable-kvm"),
-        *("--verbose", "--user", "root", "--cpus", str(cpus), "--memory", memory),
+        *("--verbose", "--user", "root", "--memory", memory),
         *("--append", OUTER_PARAMETERS, "--qemu-opts=-cpu EPYC,+svm,+npt"),
     ]
-    for last in (False, True):
+    for attempt in range(ATTEMPTS):
         with _run_folder(cache) as folder:
+            processors = ("--cpus", str(1 if attempt else cpus))
             try:
-                return _run_once(arguments, Path(folder), assets, command, environment)
+                return _run_once(
+                    [*arguments, *processors], Path(folder), assets, command, environment
+                )
             except RigError as error:
-                if last:
+                if attempt == ATTEMPTS - 1:
                     raise
                 say(f"{error}\nanother one is started")
     raise AssertionError
