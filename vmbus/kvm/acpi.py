@@ -13,7 +13,7 @@ Decisions:
   compatible ``VMBus``: every guest driver knows one of the two. Its interrupt is of no use to
   Linux; others start only if there is one.
 * The window of addresses for its devices is that of a module device around it, as on Hyper-V. Linux
-  before 6.1 looks for it in all ancestors until it finds one, and oopses at the root of the tree.
+  5.10 looks for it in all ancestors until it finds one, and oopses at the root of the tree.
 * PCI, HPET and a keyboard controller are not there and not described.
 * The 8254's interrupt 0 is on IOAPIC pin 2, as on every PC since the IOAPIC: the routing table that
   goes into ``KVM_SET_GSI_ROUTING`` must say the same.
