@@ -19,8 +19,7 @@ from pathlib import Path
 OUTER_KERNEL = "linux-image-amd64"
 GUEST_KERNEL = "linux-image-cloud-amd64"
 EMULATOR_SUITE = "forky"
-"""QEMU 11. Older ones lose state of nested guests: 7.2 now and then; 10.0 with two processors every few
-minutes, when a guest has many exits (it triple-faults, or the outer kernel meets its registers)."""
+"""QEMU 11. Older ones lose state of nested guests more often: docs/explanation/nested-rig.md."""
 NEW_SUITES = "/usr/share/debootstrap/scripts/sid"
 """How to install suites that are younger than this machine's debootstrap."""
 EMULATOR_PACKAGES = ("qemu-system-x86", "seabios")
