@@ -64,7 +64,7 @@ VM_ID = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff")
 
 @pytest.fixture(autouse=True)
 def _no_descriptor_is_leaked() -> Iterator[None]:
-    before = count_fds()
+    before = count_fds(collect=True)
     yield
     assert count_fds() == before
 

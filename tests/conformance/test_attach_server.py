@@ -75,7 +75,7 @@ SLOW = ServerLimits(
 
 @pytest.fixture(autouse=True)
 async def _no_descriptor_is_leaked() -> Any:
-    before = count_fds()
+    before = count_fds(collect=True)
     yield
     assert count_fds() == before
 

@@ -41,7 +41,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 @pytest.fixture(autouse=True)
 def _no_descriptor_is_leaked() -> Iterator[None]:
-    before = count_fds()
+    before = count_fds(collect=True)
     yield
     assert count_fds() == before
 

@@ -22,7 +22,7 @@ from vmbus.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def _no_descriptor_is_leaked() -> Iterator[None]:
-    before = count_fds()
+    before = count_fds(collect=True)
     yield
     assert count_fds() == before
 
