@@ -63,7 +63,7 @@ class Features:
     crash: bool = True
     """The guest may report a crash through the CRASH MSRs."""
     deprecate_auto_eoi: bool = True
-    """Ask the guest to end interrupts itself. Nothing here ends them for the guest."""
+    """Ask the guest to end interrupts itself: nothing in user space ends them for the guest."""
     version: tuple[int, int, int] = (10, 0, 14393)
     """Major, minor and build; guests show it, nothing else."""
 

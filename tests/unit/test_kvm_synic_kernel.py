@@ -11,7 +11,7 @@ import pytest
 
 from tests.kvm_fakes import FakeKvm, FakePlatform
 from vmbus.kvm import api
-from vmbus.kvm.synic_kernel import CAPABILITIES, KernelSynic, is_possible
+from vmbus.kvm.synic_kernel import CAPABILITIES, KernelSynic, has_virtual_apic, is_possible
 from vmbus.kvm.vcpu import Vcpu, ignore_kick_signal
 from vmbus.kvm.vm import Vm
 from vmbus.memory_file import allocate_memory
@@ -52,14 +52,17 @@ class Ports:
 
 
 class Rig:
-    def __init__(self, vp_count: int = 1, **options) -> None:
+    def __init__(self, vp_count: int = 1, *, virtual_apic: bool = False, **options) -> None:
         ignore_kick_signal()
         self.kvm = FakeKvm(CAPABILITIES, **options)
         self.kvm.msrs = {Msr.SINT0 + sint: wire.SINT_MASKED for sint in range(16)}
         self.memory = allocate_memory(0x10000)
         self.vm = Vm(self.memory, path=os.devnull, call=self.kvm)
         self.crashes: list[str] = []
-        self.synic = KernelSynic(self.vm, self.memory, vp_count, crashed=self.crashes.append)
+        self.synic = KernelSynic(
+            self.vm, self.memory, vp_count,
+            crashed=self.crashes.append, virtual_apic=virtual_apic,
+        )  # fmt: skip
         self.ports = self.synic.model.ports = Ports()
         self.vcpus = [
             Vcpu(self.vm, index, FakePlatform(), call=self.kvm) for index in range(vp_count)
@@ -331,9 +334,36 @@ def test_leaves_claim_what_kvm_has():
     assert leaves[CpuidLeaf.FEATURES][1] == 0x30
     assert leaves[CpuidLeaf.FEATURES][3] == MiscFeature.DIRECT_TIMERS | MiscFeature.CRASH_MSRS
     assert leaves[CpuidLeaf.RECOMMENDATIONS][0] == (
-        Recommendation.APIC_MSRS | Recommendation.RELAXED_TIMING | Recommendation.DEPRECATE_AUTO_EOI
+        Recommendation.APIC_MSRS | Recommendation.RELAXED_TIMING
     )
     assert leaves[CpuidLeaf.VENDOR][1] == int.from_bytes(b"Micr", "little")
+
+
+@pytest.mark.parametrize("virtual_apic", [False, True])
+def test_guests_end_their_interrupts_themselves_only_where_that_needs_no_exit(virtual_apic):
+    with closing(Rig(virtual_apic=virtual_apic)) as rig:
+        hints = rig.synic.leaves()[CpuidLeaf.RECOMMENDATIONS][0]
+
+    assert bool(hints & Recommendation.DEPRECATE_AUTO_EOI) is virtual_apic
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, False),
+        ({"kvm_intel/parameters/enable_apicv": "Y\n"}, True),
+        ({"kvm_intel/parameters/enable_apicv": "N\n"}, False),
+        ({"kvm_amd/parameters/avic": "1\n"}, True),
+        ({"kvm_amd/parameters/avic": "0\n", "kvm_intel/parameters/enable_apicv": "Y\n"}, True),
+    ],
+)
+def test_a_virtual_apic_is_what_kvm_says_it_uses(tmp_path, files, found):
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+
+    assert has_virtual_apic(tmp_path) is found
 
 
 def test_without_being_told_leaves_claim_what_every_such_kvm_has(rig):

@@ -13,6 +13,9 @@ server's eventfd: on the data path neither processors nor server meet the VMM. W
   message waits, because every interrupt of the data path writes it.
 * following the registers. KVM exits after writes to SCONTROL, SIEFP and SIMP. Of SINTs it says
   nothing, so writes to them are filtered, and done here on the guest's behalf.
+* the end of an interrupt. KVM leaves it to nobody else: a write to EOI of the SINT's vector is an
+  exit, with a VP assist page and with a virtualized APIC, too. It can end the interrupt by itself
+  (AutoEOI), but then does without APICv and AVIC, which save more where there are any.
 * crashes. KVM keeps no address of a text (it clears the bit that offers it), so these MSRs are
   filtered, and those of the model.
 """
@@ -20,11 +23,13 @@ server's eventfd: on the data path neither processors nor server meet the VMM. W
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import select
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from vmbus.attach.delegate import Done
@@ -68,6 +73,18 @@ KERNEL_FEATURES = Features(
     apic_frequency=1,
     invariant_tsc=True,
 )
+
+
+VIRTUAL_APICS = ("kvm_intel/parameters/enable_apicv", "kvm_amd/parameters/avic")
+
+
+def has_virtual_apic(modules: Path = Path("/sys/module")) -> bool:
+    """Whether KVM has the processor take care of interrupts, without exits (APICv, AVIC)."""
+    for name in VIRTUAL_APICS:
+        with contextlib.suppress(OSError):
+            if (modules / name).read_text().strip() in ("Y", "1"):
+                return True
+    return False
 
 
 def is_possible(vm: Vm) -> bool:
@@ -141,6 +158,7 @@ class KernelSynic(SynicBackend):
         memory: The guest's.
         vp_count: Processors.
         crashed: Told when the guest reports its crash.
+        virtual_apic: Whether the processor takes care of interrupts; asked of KVM if None.
 
     Raises:
         ConfigError: KVM cannot do it.
@@ -149,7 +167,13 @@ class KernelSynic(SynicBackend):
     name = "kernel"
 
     def __init__(
-        self, vm: Vm, memory: GuestMemory, vp_count: int, *, crashed: CrashCallback
+        self,
+        vm: Vm,
+        memory: GuestMemory,
+        vp_count: int,
+        *,
+        crashed: CrashCallback,
+        virtual_apic: bool | None = None,
     ) -> None:
         super().__init__(
             vm,
@@ -159,6 +183,7 @@ class KernelSynic(SynicBackend):
             hypercall_code=HYPERCALL_VMCALL,
             crashed=crashed,
         )
+        self._virtual_apic = has_virtual_apic() if virtual_apic is None else virtual_apic
         vm.intercept_msrs([SINT_MSRS, CRASH_MSRS])
         self._vcpus: Sequence[Vcpu] = ()
         self._lines: dict[tuple[int, int], _Line] = {}
@@ -170,8 +195,10 @@ class KernelSynic(SynicBackend):
 
         APIC_MSRS makes Linux take note in its VP assist page of interrupts that need no EOI
         (hv_apic_eoi_write, linux/arch/x86/hyperv/hv_apic.c): one exit less for most interrupts.
+        Without DEPRECATE_AUTO_EOI it has those of its SINTs ended for it, as have BSD and Windows.
         """
-        ours = dict(cpuid_leaves(KERNEL_FEATURES, self.vp_count))
+        features = dataclasses.replace(KERNEL_FEATURES, deprecate_auto_eoi=self._virtual_apic)
+        ours = dict(cpuid_leaves(features, self.vp_count))
         eax, ebx, ecx, edx = ours[CpuidLeaf.FEATURES]
         hints, spin, _, _ = ours[CpuidLeaf.RECOMMENDATIONS]
         eax |= Privilege.REFERENCE_TSC | Privilege.APIC
