@@ -22,7 +22,9 @@ from __future__ import annotations
 
 import bisect
 import fcntl
+import itertools
 import mmap
+import operator
 import os
 import threading
 from collections.abc import Iterable, Sequence
@@ -50,7 +52,7 @@ def full_fence() -> None:
     The lock is never contended in a way that matters: a failed try-lock is a locked instruction
     just as well.
     """
-    if _fence_acquire(blocking=False):
+    if _fence_acquire(False):
         _fence_release()
 
 
@@ -91,6 +93,18 @@ def _release(views: list[memoryview]) -> None:
     # guest's pages mapped.
     for view in views:
         view.release()
+
+
+def _read_only(gpa: int) -> GuestProtocolError:
+    return GuestProtocolError(f"address {gpa:#x} is read-only memory", field="gpa")
+
+
+def _are_neighbours(pfns: Sequence[int]) -> bool:
+    """Whether pages follow each other. A loop over them would take ten times as long."""
+    count = len(pfns)
+    if not count or pfns[-1] - pfns[0] != count - 1:
+        return False
+    return tuple(pfns) == tuple(range(pfns[0], pfns[0] + count))
 
 
 class GuestMemory:
@@ -230,7 +244,7 @@ class GuestMemory:
             while length > 0:
                 region = self._find(gpa)
                 if write and region.read_only:
-                    raise GuestProtocolError(f"address {gpa:#x} is read-only memory", field="gpa")
+                    raise _read_only(gpa)
                 start = gpa - region.gpa
                 piece = region.view[start : start + length]
                 found.append(piece)
@@ -264,31 +278,39 @@ class GuestMemory:
         Raises:
             GuestProtocolError: A page is not memory, or not writable.
         """
-        if len(pfns) == 1:
-            # The common 4 KiB case: no joining, one look-up.
+        count = len(pfns)
+        if count == 1 or _are_neighbours(pfns):
+            # The common cases, 4 KiB and a buffer in one piece: one look-up.
             gpa = (pfns[0] << PAGE_SHIFT) + byte_offset
             region = self._last
             if region is None or not region.gpa <= gpa < region.end:
                 region = self._find(gpa)
-            if write and region.read_only:
-                raise GuestProtocolError(f"address {gpa:#x} is read-only memory", field="gpa")
-            start = gpa - region.gpa
-            return [region.view[start : start + byte_count]]
+            if gpa + byte_count <= region.end:
+                if write and region.read_only:
+                    raise _read_only(gpa)
+                start = gpa - region.gpa
+                return [region.view[start : start + byte_count]]
         found: list[memoryview] = []
-        run_start = run_end = -1
-        remaining = byte_count + byte_offset
+        if not count:
+            return found
+        steps = enumerate(map(operator.sub, pfns[1:], pfns), 1)
+        starts = [0, *(at for at, step in steps if step != 1), count]
         try:
-            for pfn in pfns:
-                gpa = pfn << PAGE_SHIFT
-                if gpa != run_end:
-                    if run_end > 0:
-                        found += self.views(run_start, run_end - run_start, write=write)
-                    run_start = gpa + byte_offset
-                    byte_offset = 0
-                run_end = gpa + min(PAGE_SIZE, remaining)
-                remaining -= PAGE_SIZE
-            if run_end >= 0:
-                found += self.views(run_start, run_end - run_start, write=write)
+            for first, end in itertools.pairwise(starts):
+                if byte_count <= 0:
+                    break
+                gpa = (pfns[first] << PAGE_SHIFT) + byte_offset
+                length = min(((end - first) << PAGE_SHIFT) - byte_offset, byte_count)
+                region = self._last
+                if region is not None and region.gpa <= gpa and gpa + length <= region.end:
+                    if write and region.read_only:
+                        raise _read_only(gpa)
+                    start = gpa - region.gpa
+                    found.append(region.view[start : start + length])
+                else:
+                    found += self.views(gpa, length, write=write)
+                byte_count -= length
+                byte_offset = 0
         except GuestProtocolError:
             _release(found)
             raise
