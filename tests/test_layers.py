@@ -30,7 +30,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("L2", ("vmbus.engine", "vmbus.synic_msrs")),
     ("L2", ("vmbus.synic",)),
     ("L2", ("vmbus.synic_queue",)),
-    ("L3", ("vmbus.transport", "vmbus.log_budget", "vmbus.lookout")),
+    ("L3", ("vmbus.transport", "vmbus.log_budget", "vmbus.lookout", "vmbus.bell")),
     ("L3", ("vmbus.channel", "vmbus.delivery", "vmbus.account")),
     # What a device is to the bus is layer 4; it has to be said before the bus that runs devices.
     ("L4", ("vmbus.device",)),

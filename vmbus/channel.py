@@ -16,15 +16,14 @@ some, and ``flush`` waits while the guest does not read its ring.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
 
+from vmbus.bell import Bell
 from vmbus.engine.offers import Offer
 from vmbus.errors import LocalProtocolError
 from vmbus.gpadl import Gpadl
@@ -90,17 +89,13 @@ class Channel:
         self._writer = writer
         self._capacity = writer.capacity
         self._lookout = Lookout(longest_look)
-        # 0.13 guests have one doorbell for all channels; the bus pokes us then.
-        self._own_doorbell = doorbell_fd is None
-        if doorbell_fd is None:
-            doorbell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._doorbell = doorbell_fd
+        self._bell = Bell(doorbell_fd)
         self._call = call
         self._queue: deque[bytes] = deque()
         self._outstanding = 0
+        self._unsettled: Sequence[Packet] = ()
         self._ended = self._frozen = self._receiving = False
         self._released = trio.Event()
-        self._bell: trio.Event | None = None
         self._flushed: trio.Event | None = None
         self._gate: trio.Event | None = None
         self._drained: trio.Event | None = None
@@ -117,7 +112,8 @@ class Channel:
         """Wait until there are packets and return them, in order. Is a checkpoint.
 
         While the device works on a batch the guest is asked not to signal; it is asked to signal
-        again only when the ring has been found empty.
+        again only when the ring has been found empty. The room that a batch takes up in the ring
+        is the guest's again with the next call.
 
         Raises:
             trio.EndOfChannel: The channel is closed, rescinded, unloaded or reset.
@@ -128,6 +124,7 @@ class Channel:
             raise trio.BusyResourceError("another task receives from this channel")
         self._receiving = True
         try:
+            self._settle()
             # One checkpoint per batch, before anything is taken out of the ring: a cancelled
             # call loses no packet.
             await trio.lowlevel.checkpoint()
@@ -144,9 +141,9 @@ class Channel:
                 packets = self._reader.read_batch_untrusted(max_packets)
                 if packets:
                     self._reader.mask()
-                    if self._reader.commit():
-                        self._signal()
-                    self._count_in(packets)
+                    self._unsettled = packets
+                    for packet in packets:
+                        self._outstanding += packet.flags & FLAG_COMPLETION_REQUESTED
                     return packets
                 await self._wait_packets()
         finally:
@@ -156,8 +153,12 @@ class Channel:
         """Return when there may be packets, or something else to see to. Is a checkpoint."""
         lookout = self._lookout
         start = time.perf_counter()
-        if lookout.window and await lookout.look(
-            self._reader, lambda: self._ended or self._gate is not None
+        # Not while requests wait for something else, a worker's thread perhaps: it needs the
+        # interpreter, which looking on would keep from it.
+        if (
+            lookout.window
+            and not self._outstanding
+            and await lookout.look(self._reader, lambda: self._ended or self._gate is not None)
         ):
             self.statistics.polled += 1
             return
@@ -168,32 +169,18 @@ class Channel:
             await self._wait_doorbell()
             lookout.slept(time.perf_counter() - start)
 
-    def _count_in(self, packets: list[Packet]) -> None:
-        statistics = self.statistics
-        statistics.batches += 1
-        statistics.packets_in += len(packets)
-        wanted = size = 0
-        for packet in packets:
-            wanted += packet.flags & FLAG_COMPLETION_REQUESTED
-            size += len(packet.data)
-        statistics.bytes_in += size
-        self._outstanding += wanted
+    def _settle(self) -> None:
+        """Give the guest the room of the last batch; the answers went first, being waited for."""
+        packets = self._unsettled
+        if packets:
+            self._unsettled = ()
+            self.statistics.count_in(packets)
+            if not self._ended and self._reader.commit():
+                self._signal()
 
     async def _wait_doorbell(self) -> None:
-        # Only one task may wait for a descriptor; a second one waits for the first. Both look at
-        # their ring before they sleep again, so it does not matter who is woken for whom.
-        if self._bell is not None:
-            await self._bell.wait()
-            return
-        self._bell = trio.Event()
-        try:
-            await trio.lowlevel.wait_readable(self._doorbell)
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._doorbell)
-                self.statistics.signals_in += 1
-        finally:
-            bell, self._bell = self._bell, None
-            bell.set()
+        if await self._bell.wait():
+            self.statistics.signals_in += 1
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -207,7 +194,14 @@ class Channel:
         Raises:
             LocalProtocolError: Too long for the ring.
         """
-        packet = completion(transaction_id, payload)
+        self.complete_packet(completion(transaction_id, payload))
+
+    def complete_packet(self, packet: bytes) -> None:
+        """Queue a completion made as :func:`vmbus.ring.completion` makes them. Cannot block.
+
+        Raises:
+            LocalProtocolError: Too long for the ring.
+        """
         if len(packet) > self._capacity:
             raise LocalProtocolError(self._too_long(packet))
         self._queue.append(packet)
@@ -292,6 +286,7 @@ class Channel:
 
     async def _flush_slowly(self) -> None:
         self._flushed = trio.Event()
+        self._settle()
         self.statistics.ring_full += 1
         # A signal per freed packet would be too many: a quarter of the ring is asked for, and what
         # is free before that is used anyway, because the poll looks too.
@@ -323,7 +318,7 @@ class Channel:
     @property
     def doorbell_fd(self) -> int:
         """The eventfd that wakes this channel; for whoever rings it."""
-        return self._doorbell
+        return self._bell.fd
 
     @property
     def pending(self) -> int:
@@ -405,11 +400,7 @@ class Channel:
 
     def poke(self) -> None:
         """Make the device look at its ring. Cannot block."""
-        try:
-            os.eventfd_write(self._doorbell, 1)
-        except OSError:
-            # Full (it is readable anyway), or closed with its port already.
-            return
+        self._bell.ring()
 
     def deliver_subchannel(self, channel: Channel) -> None:
         """Hand an opened sub-channel to the device. Cannot block."""
@@ -456,6 +447,7 @@ class Channel:
         while self._outstanding and not self._ended:
             self._drained = self._drained if self._drained is not None else trio.Event()
             await self._drained.wait()
+        self._settle()
         return gate
 
     def resume(self) -> None:
@@ -480,9 +472,7 @@ class Channel:
 
     def close_doorbell(self) -> None:
         """Close the doorbell if it is the channel's own. Idempotent. Cannot block."""
-        if self._own_doorbell:
-            self._own_doorbell = False
-            os.close(self._doorbell)
+        self._bell.close()
 
     def snapshot(self) -> dict[str, Any]:
         """Describe the channel for people, as JSON types. Cannot block, never raises."""

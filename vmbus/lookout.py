@@ -25,8 +25,9 @@ FIRST = 10e-6
 """Seconds of the window that is tried first."""
 
 
-LOOKS = 32
-"""At a ring, between two turns of others: about as long as such a turn takes if nobody wants it."""
+LOOKS = 100
+"""At a ring, between two turns of others: 2 us, nearly as long as such a turn takes if nobody wants
+it."""
 
 
 class Lookout:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from vmbus.ring import Packet
+
 
 class Statistics:
     """Counters of one channel; plain integers, read by whoever computes rates."""
@@ -26,6 +30,13 @@ class Statistics:
         self.ring_full = 0
         self.polled = 0
         """Waits for packets that ended without a sleep; see :mod:`vmbus.lookout`."""
+
+    def count_in(self, packets: Sequence[Packet]) -> None:
+        """Count a batch of packets that came in."""
+        self.batches += 1
+        self.packets_in += len(packets)
+        for packet in packets:
+            self.bytes_in += len(packet.data)
 
     def as_dict(self) -> dict[str, int]:
         """Return the counters by name."""

@@ -20,7 +20,7 @@ from vmbus.channel import Channel
 from vmbus.errors import GuestProtocolError
 from vmbus.ring import Packet
 from vmbus.wire.gpa import PAGE_SIZE, pfn_list
-from vmbus.wire.packets import GPA_DIRECT
+from vmbus.wire.packets import COMPLETION, DESCRIPTOR_SIZE, GPA_DIRECT
 
 if TYPE_CHECKING:
     import trio
@@ -30,9 +30,13 @@ if TYPE_CHECKING:
 RANGE = struct.Struct("<4xIIIQ")
 """From byte 16 of the packet: reserved, range count, byte count, byte offset, first page."""
 FIRST_PFN = 32
-GOOD = struct.Struct("<IIIHBB5sBBxI20x16s")
-"""A successful answer: what the request said at bytes 16 to 20 and 48 to 63 is repeated."""
-assert GOOD.size == PACKET_SIZE == REQUEST.size
+GOOD = struct.Struct("<HHHHQIIIHBB5sBBxI20x16s")
+"""A successful answer, descriptor included: what the request said at bytes 16 to 20 and 48 to 63 is
+repeated."""
+assert GOOD.size == DESCRIPTOR_SIZE + PACKET_SIZE
+assert REQUEST.size == PACKET_SIZE
+OFFSET8 = DESCRIPTOR_SIZE // 8
+LENGTH8 = GOOD.size // 8
 
 _range = RANGE.unpack_from
 _request = REQUEST.unpack_from
@@ -54,7 +58,7 @@ def serve_batch_untrusted(
     units = session.controller.units
     initiator = session.controller.initiator
     gather = channel.memory.gather
-    complete = channel.complete
+    complete = channel.complete_packet
     inline = 0
     for packet in packets:
         data = packet.data
@@ -104,8 +108,12 @@ def serve_batch_untrusted(
                     inline += 1
                     if packet.flags & 1:
                         complete(
-                            packet.transaction_id,
                             _good(
+                                COMPLETION,
+                                OFFSET8,
+                                LENGTH8,
+                                0,
+                                packet.transaction_id,
                                 COMPLETE_IO,
                                 0,
                                 0,
@@ -117,7 +125,7 @@ def serve_batch_untrusted(
                                 data_in,
                                 outcome[2],
                                 data[start + 48 :],
-                            ),
+                            )
                         )
                 continue
         session.handle(channel, packet, nursery)

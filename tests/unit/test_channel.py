@@ -414,4 +414,7 @@ async def test_room_that_is_asked_for_is_signalled(pair):
         pass
     guest._out.want_room(2048)
     await channel.receive_batch()
+    assert guest.interrupts == 0, "the room is the guest's when the batch has been answered"
+    with trio.move_on_after(0):
+        await channel.receive_batch()
     assert guest.interrupts == 1

@@ -45,7 +45,7 @@ def test_long_writes_may_take_longer():
 def test_a_slow_write_sends_the_next_ones_elsewhere_and_more_each_time():
     gate = InlineWrites()
     counts = []
-    for _ in range(10):
+    for _ in range(20):
         gate.took(SLOW, 4096)
         counts.append(refused(gate))
     assert counts[:3] == [FIRST_PENALTY, 2 * FIRST_PENALTY, 4 * FIRST_PENALTY]

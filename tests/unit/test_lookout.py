@@ -8,7 +8,7 @@ import trio.testing
 
 from vmbus.lookout import FIRST, Lookout
 from vmbus.testing import channel_pair
-from vmbus.wire.packets import IN_BAND, build_packet
+from vmbus.wire.packets import FLAG_COMPLETION_REQUESTED, IN_BAND, build_packet
 
 LONGEST = 100e-6
 
@@ -70,6 +70,26 @@ async def test_a_guest_that_is_looked_for_rings_no_doorbell():
     assert [each.transaction_id for each in received] == [2]
     assert guest.doorbells == before
     assert channel.statistics.polled == 1
+    channel.end()
+    channel.close_doorbell()
+
+
+async def test_nothing_is_looked_for_while_a_request_waits_for_its_answer():
+    channel, guest = channel_pair(longest_look=1e9)
+    guest.send(
+        build_packet(IN_BAND, bytes(8), transaction_id=1, flags=FLAG_COMPLETION_REQUESTED),
+    )
+    await channel.receive_batch()
+    channel._lookout.window = 1e9
+    before = guest.doorbells
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(channel.receive_batch)
+        await trio.testing.wait_all_tasks_blocked()
+        guest.send(packet(2))
+
+    assert guest.doorbells == before + 1
+    assert channel.statistics.polled == 0
     channel.end()
     channel.close_doorbell()
 

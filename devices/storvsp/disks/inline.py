@@ -14,7 +14,7 @@ BASE_ALLOWANCE = 0.002
 """Seconds that a write may take, and be called quick."""
 ALLOWANCE_PER_BYTE = 1e-8
 """Seconds in addition: 100 MB/s, far below the speed of a copy in memory."""
-FIRST_PENALTY = 64
+FIRST_PENALTY = 4
 """Writes that go to workers after a slow one."""
 MAX_PENALTY = 1 << 14
 
