@@ -15,8 +15,8 @@ SUITE ?=
 MODULES ?=
 RIG = $(BIN)/python -m tests.guest.rig \
   $(if $(KERNEL),--kernel $(KERNEL)) $(if $(MODULES),--modules $(MODULES)) $(if $(SUITE),--suite $(SUITE))
-# An emulated machine now and then loses a guest's registers (docs/explanation/nested-rig.md): what
-# fails with that, and nothing else, is tried again, and the summary says so.
+# An emulated machine may lose a guest's registers (docs/explanation/nested-rig.md): what fails with
+# that, and nothing else, is tried again, and the summary says so.
 RERUNS ?= --reruns 2 --only-rerun 'triple fault' -r R
 GUEST_PYTEST = -m pytest tests/guest -p no:xdist -p no:hypothesispytest -p no:cacheprovider \
   -v --durations=10 $(RERUNS) $(GUEST_ARGS)
@@ -78,7 +78,7 @@ guest-test-full: $(VENV)/.dev
 	VMBUS_LONG=1 $(RIG) -- $(GUEST_PYTEST)
 
 guest-bench: $(VENV)/.dev
-	$(RIG) -- -m tests.guest.versus_qemu $(BENCH_ARGS)
+	$(RIG) --cpus 2 -- -m tests.guest.versus_qemu $(BENCH_ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench --json bench-results.json $(BENCH_ARGS)
