@@ -133,6 +133,7 @@ class Run:
         features: What the VMM offers.
         vp_count: Processors.
         before: Called with the machine before it runs.
+        panicked: See :class:`Machine`.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Run:
         features: Feature = ALL_FEATURES,
         vp_count: int = 1,
         before: Callable[[Machine], None] = lambda machine: None,
+        panicked: Callable[[str], None] | None = None,
     ) -> None:
         load = loader(assemble(name))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -151,7 +153,7 @@ class Run:
         thread = threading.Thread(target=self._serve, args=(theirs, handler))
         output = bytearray()
         thread.start()
-        machine = Machine(MEMORY_SIZE, vp_count, load, output.extend, mode=mode)
+        machine = Machine(MEMORY_SIZE, vp_count, load, output.extend, panicked=panicked, mode=mode)
         with closing(machine):
             before(machine)
             self.end: End = machine.run(ours.detach(), features=features)

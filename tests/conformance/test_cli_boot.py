@@ -72,6 +72,17 @@ class TestWithAGuest:
         assert b"the SynIC is the " in result.stderr
         assert b"attached with 1 device(s)" in result.stderr
 
+    @pytest.mark.parametrize(("option", "code"), [("exit", 3), ("continue", 1)])
+    def test_a_panic_is_reported_and_the_end_or_not(self, tmp_path, option, code):
+        path = tmp_path / "crash.bz"
+        path.write_bytes(bzimage(assemble("crash")))
+
+        result = boot("--kernel", str(path), "--memory", "4M", f"--on-panic={option}")
+
+        assert result.returncode == code, result.stderr
+        assert b"the guest panicked" in result.stderr
+        assert (b"debug exit with 0x9" in result.stderr) is (option == "continue")
+
     def test_a_server_that_does_not_start_is_reported(self, echo):
         result = boot("--kernel", echo, "--memory", "4M", "--disk", "nothing:1", stdin=b"q")
 

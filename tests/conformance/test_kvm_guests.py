@@ -100,6 +100,15 @@ def test_a_crash_report_ends_the_guest_with_its_last_words(mode):
     assert run.end.outcome.value == 3
 
 
+def test_a_guest_may_go_on_after_its_crash_report(mode):
+    words: list[str] = []
+
+    run = Run("crash", mode=mode, panicked=words.append)
+
+    assert words == ["the flux capacitor is empty"]
+    assert run.end == End(Outcome.FAILURE, "debug exit with 0x9")
+
+
 def test_a_triple_fault_ends_the_guest(mode):
     run = Run("triple", mode=mode)
 

@@ -156,10 +156,12 @@ class Successor:
 
     Args:
         lab: The lab.
+        arguments: More for ``vmbus boot``.
         append: For the first kernel's command line.
+        memory: Of the guest.
     """
 
-    def __init__(self, lab: Lab, *, append: str) -> None:
+    def __init__(self, lab: Lab, *arguments: str, append: str, memory: str = "512M") -> None:
         kernel, initramfs = lab.assets.kernel, lab.assets.initramfs
         self.server = lab.serve(
             "ram:[lun=0]16M",
@@ -167,7 +169,9 @@ class Successor:
             f"raw:[ro,lun={INITRAMFS_LUN}]{padded(lab, initramfs)}",
             lab.tools,
         )
-        self.guest = guest = lab.boot(self.server, "--cpus=2", append=append)
+        self.guest = guest = lab.boot(
+            self.server, "--cpus=2", *arguments, append=append, memory=memory
+        )
         self.name = guest.disk(0)
         write_and_compare(guest, self.name)
         self.written = checksum(guest, self.name)
@@ -200,6 +204,27 @@ def test_a_kernel_starts_another_one_and_leaves_nothing_behind(lab: Lab):
 
     pair.check()
     until(lambda: len(pair.server.guests()[0]["channels"]) == 2, what="the sub-channel")
+    check_books(pair.server)
+    pair.guest.check_log()
+    pair.guest.power_off()
+
+
+def test_a_crash_kernel_takes_over_on_a_processor_that_is_not_the_first(lab: Lab):
+    # On Hyper-V, Linux reports a crash before it starts a crash kernel.
+    pair = Successor(
+        lab, "--on-panic=continue", memory="768M", append=f"{SUB_CHANNELS} crashkernel=256M"
+    )
+    command_line = pair.guest.run("cat /proc/cmdline").strip()
+    words = [word for word in command_line.split() if not word.startswith("crashkernel=")]
+    pair.load(f"--load-panic --append='{' '.join([*words, 'nr_cpus=1', 'reset_devices'])}'")
+
+    begin_load(pair.guest, pair.server, pair.name)
+    pair.guest.begin("taskset -c 1 sh -c 'echo c >/proc/sysrq-trigger'")
+
+    pair.check()
+    assert "Kernel panic - not syncing: sysrq triggered crash" in pair.guest.vmm.log()
+    _, contact = [each for each in pair.server.account() if each.name == "INITIATE_CONTACT"]
+    assert contact.fields["target_vp"] == 1, "the only processor it has"
     check_books(pair.server)
     pair.guest.check_log()
     pair.guest.power_off()

@@ -20,7 +20,7 @@ import click
 
 from vmbus.cli.logs import logging_to
 from vmbus.cli.params import parse_size
-from vmbus.cli.program import EXIT_USAGE, Failure, UsageFailure
+from vmbus.cli.program import EXIT_INTERRUPTED, EXIT_USAGE, Failure, UsageFailure
 from vmbus.errors import AttachError, ConfigError
 from vmbus.wire.versions import Version
 
@@ -100,6 +100,14 @@ itself emulated needs most of a minute to load the program."""
     metavar="VERSION",
     help="Newest VMBus version that the guest may use.",
 )
+@click.option(
+    "--on-panic",
+    type=click.Choice(["exit", "continue"]),
+    default="exit",
+    show_default=True,
+    help="What happens when the guest reports a panic: the end, or what the guest does then, "
+    "such as starting a crash kernel.",
+)
 @click.option("-v", "--verbose", count=True, help="Log more to standard error.")
 @click.pass_context
 def command(
@@ -116,6 +124,7 @@ def command(
     name: str,
     synic: str,
     max_version: str | None,
+    on_panic: str,
     verbose: int,
 ) -> None:
     """Boot Linux on /dev/kvm, attached to a VMBus server.
@@ -139,10 +148,29 @@ def command(
             arguments.append(f"--max-version={max_version}")
         arguments += ["-" + "v" * verbose] if verbose else ["-q"]
         with _server(socket_path, arguments) as target:
-            end = _run(target, load, memory=memory, cpus=cpus, name=name, synic=synic)
-    if end.text:
-        click.echo(f"vmbus: {end.outcome.words}:\n{end.text}", err=True)
+            end = _run(
+                target,
+                load,
+                memory=memory,
+                cpus=cpus,
+                name=name,
+                synic=synic,
+                panicked=_report_panic if on_panic == "continue" else None,
+            )
+    if end.text or end.outcome.value not in {0, EXIT_INTERRUPTED}:
+        _report(end)
     ctx.exit(end.outcome.value)
+
+
+def _report(end: End) -> None:
+    text = f":\n{end.text}" if end.text else ""
+    click.echo(f"vmbus: {end.outcome.words}{text}", err=True)
+
+
+def _report_panic(text: str) -> None:
+    from vmbus.kvm.outcome import End, Outcome
+
+    _report(End(Outcome.PANIC, text))
 
 
 def _loader(
@@ -222,6 +250,7 @@ def _run(
     cpus: int,
     name: str,
     synic: str,
+    panicked: Callable[[str], None] | None,
 ) -> End:
     from vmbus.kvm.console import Console
     from vmbus.kvm.life import SynicMode
@@ -238,6 +267,7 @@ def _run(
         load,
         console.transmit,
         drained=console.drained,
+        panicked=panicked,
         mode=SynicMode(synic),
     )
     with contextlib.closing(machine), console.attached(machine.uart.receive):

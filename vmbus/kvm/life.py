@@ -48,6 +48,8 @@ class Life:
         bus: What is at the I/O ports.
         ended: Called once, with the first end that a processor comes to, in its thread. All
             processors are stopping by then.
+        panicked: Told of the guest's last words, in a processor's thread, and the guest goes on;
+            if None, a crash report is the end.
         mode: Who has the SynIC.
         path: KVM's device.
         call: Makes ioctls.
@@ -64,12 +66,14 @@ class Life:
         bus: PortBus,
         ended: Callable[[End], None],
         *,
+        panicked: Callable[[str], None] | None = None,
         mode: SynicMode = SynicMode.AUTO,
         path: str = "/dev/kvm",
         call: api.Ioctl = api.ioctl,
     ) -> None:
         self._bus = bus
         self._ended = ended
+        self._panicked = panicked
         self._lock = threading.Lock()
         self._end: End | None = None
         self.vcpus: list[Vcpu] = []
@@ -192,4 +196,7 @@ class Life:
         self._ended(end)
 
     def _crashed(self, text: str) -> None:
-        self.ended(End(Outcome.PANIC, text))
+        if self._panicked is None:
+            self.ended(End(Outcome.PANIC, text))
+        else:
+            self._panicked(text)

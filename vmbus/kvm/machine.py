@@ -60,6 +60,7 @@ class Machine:
         transmit: Takes what the guest writes to its serial port; see
             :class:`vmbus.kvm.serial.Uart`.
         drained: See :class:`vmbus.kvm.serial.Uart`.
+        panicked: See :class:`vmbus.kvm.life.Life`.
         mode: Who has the SynIC.
         kvm: KVM's device.
 
@@ -76,6 +77,7 @@ class Machine:
         transmit: Callable[[bytes], None],
         *,
         drained: Callable[[], None] | None = None,
+        panicked: Callable[[str], None] | None = None,
         mode: SynicMode = SynicMode.AUTO,
         kvm: str = "/dev/kvm",
     ) -> None:
@@ -83,6 +85,7 @@ class Machine:
         self.resets = 0
         """How many times the guest has started again."""
         self._load = load
+        self._panicked = panicked
         self._mode = mode
         self._kvm = kvm
         self._ends: queue.SimpleQueue[End] = queue.SimpleQueue()
@@ -147,7 +150,7 @@ class Machine:
         """Live one life."""
         life = Life(
             self.memory, self.vp_count, self.chipset.bus, self._ends.put,
-            mode=self._mode, path=self._kvm,
+            panicked=self._panicked, mode=self._mode, path=self._kvm,
         )  # fmt: skip
         _log.info("the SynIC is the %s's", life.synic.name)
         try:
