@@ -9,6 +9,7 @@ library and the guests' files. It is mounted over the originals, so all paths ar
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import fcntl
 import os
@@ -68,6 +69,10 @@ def _make_disk(path: Path, assets: Assets) -> list[tuple[str, str]]:
             if number == 1 and source.is_relative_to(REPOSITORY):
                 continue
             _copy(source, tree / f"code{number}", leave_out)
+            if source == REPOSITORY:
+                # Nothing in there may write: each program would compile all that it imports.
+                for name in ("vmbus", "devices", "tests"):
+                    compileall.compile_dir(tree / f"code{number}" / name, quiet=2)
             mounts.append((f"code{number}", str(source)))
         files = tree / "files"
         files.mkdir()
