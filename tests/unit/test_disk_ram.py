@@ -153,6 +153,16 @@ async def test_a_closed_disk_frees_its_memory_and_is_unavailable():
 
 
 @pytest.mark.parametrize(
+    ("options", "sectors"),
+    [("sector=512", (512, 4096)), ("sector=4096", (4096, 4096)), ("physical=512", (512, 512))],
+)
+async def test_sectors_are_what_was_asked_for(options, sectors):
+    disk = await open_disk(f"ram:[{options}]1M")
+    assert (disk.info.sector_size, disk.info.physical_sector_size) == sectors
+    await disk.aclose()
+
+
+@pytest.mark.parametrize(
     ("spec", "hint"),
     [
         ("ram:", "'' is not a size"),
@@ -160,6 +170,7 @@ async def test_a_closed_disk_frees_its_memory_and_is_unavailable():
         ("ram:1000", "512-byte sectors"),
         ("ram:[sector=4096]2K", "4096-byte sectors"),
         ("ram:[sector=1024]1M", "it can be 512 or 4096"),
+        ("ram:[sector=4096,physical=512]1M", "physical=512 is smaller"),
         ("ram:[ro]1M", "unknown option 'ro'"),
     ],
 )

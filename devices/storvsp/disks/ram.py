@@ -1,9 +1,10 @@
 """``ram:SIZE``: a disk in memory, sparse, gone when it is closed.
 
-``ram:64M``, ``ram:[sector=4096]1T``. Memory is taken in chunks of 64 KiB when they are first
-written, and given back when a chunk is unmapped or holds nothing but zeros after a trim; a
-terabyte disk costs what was written to it. Every transfer is served inline: there is nothing to
-wait for.
+``ram:64M``, ``ram:[sector=4096]1T``. Logical and physical sectors have 512 and 4096 bytes, as those
+of most disks; ``ram:[physical=512]64M`` is like an old one. Memory is taken in chunks of 64 KiB
+when they are first written, and given back when a chunk is unmapped or holds nothing but zeros
+after a trim; a terabyte disk costs what was written to it. Every transfer is served inline: there
+is nothing to wait for.
 """
 
 # ruff: noqa: D102 - storvsp.disk.Disk describes the methods
@@ -44,12 +45,16 @@ class RamDisk(Disk):
     Args:
         size: Capacity in bytes, a positive multiple of ``sector_size``.
         sector_size: Logical sector in bytes.
+        physical_sector_size: In bytes, not smaller than the logical one.
     """
 
-    def __init__(self, size: int, *, sector_size: int = 512) -> None:
+    def __init__(
+        self, size: int, *, sector_size: int = 512, physical_sector_size: int = 4096
+    ) -> None:
         self._info = DiskInfo(
             size=_checked(size, sector_size),
             sector_size=sector_size,
+            physical_sector_size=physical_sector_size,
             supports_unmap=True,
             unmap_granularity=CHUNK,
             unmapped_reads_zero=True,
@@ -223,11 +228,16 @@ def _checked(size: int, sector_size: int) -> int:
 
 
 async def open_spec(spec: DiskSpec) -> RamDisk:
-    """Open ``ram:[sector=512|4096]SIZE``."""
+    """Open ``ram:[sector=512|4096,physical=512|4096]SIZE``."""
     options = spec.reader()
     sector_size = options.integer("sector", choices=(512, 4096)) or 512
+    physical = options.integer("physical", choices=(512, 4096)) or 4096
     options.finish()
+    if physical < sector_size:
+        raise ConfigError(f"{spec}: physical={physical} is smaller than the logical sector")
     try:
-        return RamDisk(parse_size(spec.target), sector_size=sector_size)
+        return RamDisk(
+            parse_size(spec.target), sector_size=sector_size, physical_sector_size=physical
+        )
     except ConfigError as error:
         raise ConfigError(f"{spec}: {error}") from None
