@@ -11,7 +11,7 @@ from tests.guest.conftest import TOOLS_LUN, Lab, Server
 from tests.guest.rig.assets import Assets
 from tests.guest.rig.guest import TOOLS, Guest, quote
 
-SENSE = r"hv_storvsc \S+ tag#\d+ cmd 0x\w+ status: scsi 0x2 srb 0x84 hv 0x0"
+SENSE = r"hv_storvsc \S+ tag#\d+ cmd 0x\w+ status: scsi 0x2 srb 0x84 (?:hv|host) 0x0"
 """The driver writes down every command that ends with sense data. With a unit attention, for
 example because a disk has come or gone, the kernel just repeats it; if a command has failed for
 good, the kernel says so in further lines."""

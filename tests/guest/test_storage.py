@@ -36,8 +36,8 @@ FOUR_PROCESSORS = (
 """More for the command line of a guest with as many channels as processors."""
 
 GONE = (
-    r"hv_storvsc \S+ tag#\d+ cmd 0x\w+ status: scsi 0x0 srb 0x20 hv 0x0",
-    r"hv_storvsc \S+ tag#\d+ cmd 0x\w+ status: scsi 0x40 srb 0x1 hv 0x0",
+    r"hv_storvsc \S+ tag#\d+ cmd 0x\w+ status: scsi 0x0 srb 0x20 (?:hv|host) 0x0",
+    r"hv_storvsc \S+ tag#\d+ cmd 0x\w+ status: scsi 0x40 srb 0x1 (?:hv|host) 0x0",
     r"\[{name}\] tag#\d+ FAILED Result: hostbyte=DID_NO_CONNECT",
     r"I/O error, dev {name}, sector",
     r"Buffer I/O error on dev {name}",

@@ -7,7 +7,6 @@ rich or a device, and those take longer to import than most commands take to run
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Iterator
 from typing import Any, cast
@@ -81,6 +80,8 @@ class Program(click.Group):
         """Find the command, or name the one that was probably meant."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
+            import difflib  # only for typing errors: it takes a while
+
             close = difflib.get_close_matches(name, COMMANDS, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             ctx.fail(f"there is no command {name!r}; {hint}there are {', '.join(COMMANDS)}")
