@@ -261,6 +261,8 @@ class Channel:
         if self._frozen:
             return False
         count, signal = self._writer.write_batch_untrusted(tuple(queue))
+        if signal:
+            self._signal()
         if count == len(queue):
             size = sum(map(len, queue))
             queue.clear()
@@ -268,8 +270,6 @@ class Channel:
             size = sum(len(queue.popleft()) for _ in range(count))
         self.statistics.packets_out += count
         self.statistics.bytes_out += size
-        if signal:
-            self._signal()
         return not queue
 
     async def flush(self) -> None:
@@ -331,8 +331,8 @@ class Channel:
         return self._outstanding
 
     def _signal(self) -> None:
-        self.statistics.signals_out += 1
         self._call.signal()
+        self.statistics.signals_out += 1
 
     # -- sub-channels and GPADLs -----------------------------------------------------------------
 
