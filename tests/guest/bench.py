@@ -11,7 +11,11 @@ from tests.guest.conftest import TOOLS_LUN, Lab, Server
 from tests.guest.rig.assets import Assets
 from tests.guest.rig.guest import TOOLS, Guest, quote
 
-SENSE = r"hv_storvsc \S+ tag#\d+ cmd 0x\w+ status: scsi 0x2 srb 0x84 (?:hv|host) 0x0"
+SENSE = (
+    r"hv_storvsc \S+ tag#\d+ cmd 0x\w+ status: scsi 0x2 srb 0x84 (?:hv|host) 0x0",
+    # before Linux 5.11
+    r"\[storvsc\] (?:Sense Key|Add\. Sense) ?: ",
+)
 """The driver writes down every command that ends with sense data. With a unit attention, for
 example because a disk has come or gone, the kernel just repeats it; if a command has failed for
 good, the kernel says so in further lines."""
@@ -50,7 +54,7 @@ class Bench(Lab):
 
     def check_log(self, allow: Sequence[str] = ()) -> None:
         """Raise GuestError if the kernel complains of something else than a unit attention."""
-        self.guest.check_log([SENSE, *allow])
+        self.guest.check_log([*SENSE, *allow])
 
     def do(self, script: str) -> str:
         """Carry out a script with the programs of the root file system; any failure counts."""

@@ -11,6 +11,8 @@ from vmbus.wire.versions import Version
 
 LOWER_VERSIONS = ("5.2", "5.1", "5.0", "4.1", "4.0", "3.0", "2.4")
 """What Linux goes on to where it is refused (linux/drivers/hv/connection.c, vmbus_versions)."""
+NEWEST_OF_OLD_KERNELS = Version.V5_2
+"""Until Linux 5.12."""
 CPUS = 4
 
 
@@ -54,7 +56,8 @@ def test_the_disk_works_at_every_version_that_the_server_holds_the_guest_to(lab:
     ladder = [Version.from_text(each) for each in asked(server)]
     assert ladder == sorted(set(ladder), reverse=True), "the guest goes down, step by step"
     assert supported(server) == [0] * (len(ladder) - 1) + [1]
-    assert len(ladder) > 1
+    # A kernel that knows nothing newer has no reason to go down.
+    assert len(ladder) > 1 or ladder[0] == NEWEST_OF_OLD_KERNELS
     assert str(ladder[-1]) == version == version_in(guest) == server.guests()[0]["version"]
     assert server.guests()[0]["faults"] == 0
     guest.check_log()
