@@ -20,6 +20,7 @@ from vmbus.cli.checks import (
     Outcome,
     check_architecture,
     check_descriptors,
+    check_huge_pages,
     check_nowait,
     check_plugins,
     check_python,
@@ -102,6 +103,25 @@ def test_a_doorbell_that_counts_wrong_is_noticed(monkeypatch):
 def test_too_few_open_files_are_a_limit(soft, hard, expected, found):
     check = check_descriptors(soft, hard)
     assert (outcome(check), check.found) == (expected, found)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "found"),
+    [
+        ("always within_size [advise] never deny force\n", Outcome.OK, "advise"),
+        ("[always] within_size advise never deny force\n", Outcome.OK, "always"),
+        ("always within_size advise [never] deny force\n", Outcome.LIMITED, "never"),
+        ("nonsense\n", Outcome.LIMITED, "unknown to this kernel"),
+        (None, Outcome.LIMITED, "unknown to this kernel"),
+    ],
+)
+def test_huge_pages_for_guest_memory_are_the_kernels_choice(tmp_path, text, expected, found):
+    setting = tmp_path / "shmem_enabled"
+    if text is not None:
+        setting.write_text(text)
+    check = check_huge_pages(str(setting))
+    assert (outcome(check), check.found) == (expected, found)
+    assert (str(setting) in check.advice) is (expected is Outcome.LIMITED)
 
 
 def test_plugins_are_tried(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from enum import StrEnum
+from pathlib import Path
 
 from vmbus.cli.devices import find_plugins
 
@@ -66,6 +67,8 @@ DISKS = "disks"
 NETWORK = "network"
 TOOLBOX = "tools"
 
+HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+
 
 def general_checks(directory: str) -> Iterator[Check]:
     """Look at everything but KVM.
@@ -84,6 +87,7 @@ def general_checks(directory: str) -> Iterator[Check]:
     )
     yield check_descriptors(*resource.getrlimit(resource.RLIMIT_NOFILE))
     yield check_plugins()
+    yield check_huge_pages()
     yield check_nowait(directory)
     yield check_tap("/dev/net/tun", effective_capabilities())
     for tool, purpose in TOOLS.items():
@@ -212,6 +216,23 @@ def check_plugins() -> Check:
         needed=True,
         found=f"{len(plugins)} installed, {len(broken)} broken",
         advice=advice,
+    )
+
+
+def check_huge_pages(setting: str = HUGE_PAGES) -> Check:
+    """Whether shared memory has huge pages for who asks (madvise), as we do for guest memory."""
+    try:
+        text = Path(setting).read_text()
+        found = text[text.index("[") + 1 : text.index("]")]
+    except (OSError, ValueError):
+        found = "unknown to this kernel"
+    good = found in {"always", "within_size", "advise", "force"}
+    return Check(
+        group=SERVING,
+        name="huge pages for guest memory",
+        outcome=Outcome.OK if good else Outcome.LIMITED,
+        found=found,
+        advice="" if good else f"guests are faster with: echo advise | sudo tee {setting}",
     )
 
 

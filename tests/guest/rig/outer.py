@@ -99,6 +99,8 @@ def _script(mounts: Sequence[tuple[str, str]], shared: Path, command: Sequence[s
         f"mkdir -p {MOUNT_POINT}",
         f"mount /dev/vda {MOUNT_POINT} || exit 1",
         *(f"mount --bind {MOUNT_POINT}/{name} {shlex.quote(at)} || exit 1" for name, at in mounts),
+        # Guest memory has huge pages then, as QEMU's has anyway.
+        "echo advise >/sys/kernel/mm/transparent_hugepage/shmem_enabled",
         f"mount -t tmpfs temporary {tempfile.gettempdir()}",
         "ulimit -n 65536",
         *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
