@@ -23,11 +23,31 @@ DEFAULT_LONGEST = 200e-6
 """Seconds; what KVM allows a processor to look on for."""
 FIRST = 10e-6
 """Seconds of the window that is tried first."""
-
-
+WORTH_TURNS = 64
+"""Turns of the loop that a sleep and what it takes to wake up again are worth: about
+:data:`DEFAULT_LONGEST` on a fast machine, whose turn takes 3 us."""
+LONGEST_OF_ALL = 5e-3
+"""Seconds, on whichever machine."""
 LOOKS = 100
 """At a ring, between two turns of others: 2 us, nearly as long as such a turn takes if nobody wants
 it."""
+
+
+async def longest_worth_while(samples: int = 32) -> float:
+    """Return how many seconds to look on at most, on this machine. A checkpoint, many times.
+
+    A sleep costs more on a slow machine, an emulated one above all, as everything does.
+
+    Args:
+        samples: Turns of the loop to measure; their median counts.
+    """
+    turns = []
+    for _ in range(samples):
+        start = time.perf_counter()
+        await trio.lowlevel.checkpoint()
+        turns.append(time.perf_counter() - start)
+    longest = WORTH_TURNS * sorted(turns)[samples // 2]
+    return min(max(longest, DEFAULT_LONGEST), LONGEST_OF_ALL)
 
 
 class Lookout:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+
 import pytest
 import trio
 import trio.testing
 
-from vmbus.lookout import FIRST, Lookout
+from vmbus.lookout import (
+    DEFAULT_LONGEST,
+    FIRST,
+    LONGEST_OF_ALL,
+    Lookout,
+    longest_worth_while,
+)
 from vmbus.testing import channel_pair
 from vmbus.wire.packets import FLAG_COMPLETION_REQUESTED, IN_BAND, build_packet
 
@@ -38,6 +47,14 @@ def test_without_a_longest_look_there_is_never_one():
     lookout.slept(0)
     lookout.slept(1)
     assert lookout.window == 0
+
+
+async def test_what_is_worth_while_depends_on_the_machine(monkeypatch):
+    """Each turn of the loop seems to take so long."""
+    for turn, expected in ((1e-6, DEFAULT_LONGEST), (50e-6, 64 * 50e-6), (1.0, LONGEST_OF_ALL)):
+        ticks = itertools.count()
+        monkeypatch.setattr(time, "perf_counter", lambda turn=turn, ticks=ticks: next(ticks) * turn)
+        assert await longest_worth_while() == pytest.approx(expected)
 
 
 def packet(identity: int) -> bytes:

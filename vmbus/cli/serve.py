@@ -23,7 +23,6 @@ from vmbus.cli.notify import notify
 from vmbus.cli.params import parse_permissions, parse_size
 from vmbus.cli.program import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PROTOCOL, Failure
 from vmbus.errors import ConfigError, ProtocolError
-from vmbus.lookout import DEFAULT_LONGEST
 from vmbus.wire.versions import Version
 
 if TYPE_CHECKING:
@@ -47,7 +46,8 @@ class Settings:
     setups: tuple[DeviceSetup, ...]
     max_version: Version
     max_vps: int
-    poll: float
+    poll: float | None
+    """Seconds; None for what is worth while on this machine."""
     path: str | None
     fd: int | None
     mode: str
@@ -131,10 +131,9 @@ class Settings:
 @click.option(
     "--poll",
     type=click.IntRange(0, 1_000_000),
-    default=round(DEFAULT_LONGEST * 1e6),
-    show_default=True,
     metavar="MICROSECONDS",
-    help="Longest look for requests before sleeping; 0 sleeps at once.",
+    help="Longest look for requests before sleeping; 0 sleeps at once; by default what is worth "
+    "while on this machine, 200 or more.",
 )
 @click.option("--once", is_flag=True, help="Exit when the first guest is gone.")
 @click.option(
@@ -160,7 +159,7 @@ def command(
     monitor: bool,
     max_version: str,
     max_vps: int,
-    poll: int,
+    poll: int | None,
     once: bool,
     trust_vmm: bool,
     verbose: int,
@@ -194,7 +193,7 @@ def command(
             setups=device_setups(disks, devices, options),
             max_version=Version.from_text(max_version),
             max_vps=max_vps,
-            poll=poll / 1e6,
+            poll=None if poll is None else poll / 1e6,
             path=path,
             fd=fd,
             mode="stream" if stream else "seqpacket",
@@ -368,11 +367,14 @@ async def run(settings: Settings) -> int:
     from vmbus.attach.server import serve
     from vmbus.bus import BusConfig
     from vmbus.engine import EngineConfig
+    from vmbus.lookout import longest_worth_while
     from vmbus.server import GuestServer
 
-    config = BusConfig(
-        engine=EngineConfig(max_version=settings.max_version), longest_look=settings.poll
-    )
+    longest = settings.poll
+    if longest is None:
+        longest = await longest_worth_while()
+        _log.debug("looking for requests for up to %.0f us", longest * 1e6)
+    config = BusConfig(engine=EngineConfig(max_version=settings.max_version), longest_look=longest)
     server = GuestServer(settings.setups, config)
     await check(server)
     guests = _Guests(server)
