@@ -88,7 +88,10 @@ async def test_a_file_that_cannot_be_asked_is_written_without_asking(disk, monke
     disk._write_flags = os.RWF_NOWAIT
     assert not disk.try_writev(0, [memoryview(b"a" * 4096)])
     assert disk.try_writev(4096, [memoryview(b"b" * 4096)])
+    assert flags == [os.RWF_NOWAIT], "one buffer without flags needs no vector"
+    assert disk.try_writev(0, [memoryview(b"c" * 1024), memoryview(b"d" * 3072)])
     assert flags == [os.RWF_NOWAIT, 0]
+    assert disk.try_writev(0, []), "nothing is written, and that is no error"
     buffer = bytearray(4096)
     await disk.readv(4096, [memoryview(buffer)])
     assert buffer == b"b" * 4096

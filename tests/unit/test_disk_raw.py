@@ -118,6 +118,7 @@ async def test_a_memory_file_that_refuses_reports_through_the_slow_form(monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", full)
+        patch.setattr(os, "pwrite", full)
         assert not disk.try_writev(0, views(bytes(SECTOR)))
         with pytest.raises(NoSpaceError, match="write failed: No space left") as caught:
             await disk.writev(1024, views(bytes(SECTOR)))

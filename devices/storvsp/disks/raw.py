@@ -236,14 +236,18 @@ class RawDisk(Disk):
             return False
 
     def try_writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> bool:
-        length = total_length(buffers)
-        self._check_write(offset, length)
+        length = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+        if offset + length > self._size or self._info.read_only:
+            self._check_write(offset, length)
         flags = self._write_flags
         if flags is None or not (self._memory or (not fua and self._inline.allowed())):
             return False
         start = time.perf_counter()
         try:
-            done = os.pwritev(self._fd, buffers, offset, flags)
+            if len(buffers) == 1 and not flags:  # for large writes, less work than a vector
+                done = os.pwrite(self._fd, buffers[0], offset)
+            else:
+                done = os.pwritev(self._fd, buffers, offset, flags)
         except OSError as error:
             # It would wait (EAGAIN), or the slow form has an error to report.
             if error.errno == errno.EOPNOTSUPP and flags:
