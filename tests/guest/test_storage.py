@@ -330,16 +330,17 @@ def test_a_medium_error_stays_at_its_sector(bench):
     bad, around = 20_011, 24
     lun, name = bench.add("fault", "ram:32M", lba=bad, on="read", error="medium")
 
+    # With aligned buffers: before Linux 6.0 it would not be direct otherwise, but of a whole page.
+    read = f"sg_dd if=/dev/{name} of=/dev/null bs=512 iflag=direct count=1"
     out = bench.do(
         f"for at in $(seq {bad - around} {bad + around}); do"
-        f" dd if=/dev/{name} of=/dev/null bs=512 iflag=direct skip=$at count=1 2>/run/said ||"
-        f" {{ echo $at; cat /run/said; }}; done"
+        f" {read} skip=$at >/run/said 2>&1 || echo $at; done"
     )
-    assert len(out.splitlines()) == 2, out
-    where, what = out.splitlines()
-    assert where == str(bad)
+    assert out.split() == [str(bad)]
+    code, out = bench.guest.attempt(with_tools(f"{read} skip={bad} 2>&1"))
+    assert code
     # Linux's word for a medium error: ENODATA. Who reads through the page cache gets EIO.
-    assert what.endswith("No data available")
+    assert "No data available" in out
     code, out = bench.guest.attempt(
         with_tools(f"dd if=/dev/{name} of=/dev/null bs=512 skip={bad} count=1")
     )
