@@ -17,7 +17,7 @@ from vmbus.attach.limits import ALL_FEATURES, Feature
 from vmbus.attach.transport import SocketTransport
 from vmbus.bus import BusConfig
 from vmbus.engine import EngineConfig
-from vmbus.kvm.life import SynicMode
+from vmbus.kvm.life import MAX_PANICS, SynicMode
 from vmbus.kvm.machine import Machine
 from vmbus.kvm.outcome import End, Outcome
 from vmbus.server import DeviceSetup, GuestServer
@@ -106,6 +106,15 @@ def test_a_guest_may_go_on_after_its_crash_report(mode):
     run = Run("crash", mode=mode, panicked=words.append)
 
     assert words == ["the flux capacitor is empty"]
+    assert run.end == End(Outcome.FAILURE, "debug exit with 0x9")
+
+
+def test_a_guest_that_reports_crash_after_crash_is_not_heard_for_ever(mode):
+    words: list[str] = []
+
+    run = Run("crashes", mode=mode, panicked=words.append)
+
+    assert words == ["again"] * MAX_PANICS
     assert run.end == End(Outcome.FAILURE, "debug exit with 0x9")
 
 

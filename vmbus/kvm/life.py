@@ -28,6 +28,8 @@ _CODE_TYPE = 11
 _DATA_TYPE = 3
 """Read, write, accessed."""
 _FLAT = 0xFFFF_FFFF
+MAX_PANICS = 16
+"""Crash reports of one life: a kernel's, its crash kernel's, and some more."""
 
 
 class SynicMode(enum.Enum):
@@ -49,7 +51,8 @@ class Life:
         ended: Called once, with the first end that a processor comes to, in its thread. All
             processors are stopping by then.
         panicked: Told of the guest's last words, in a processor's thread, and the guest goes on;
-            if None, a crash report is the end.
+            if None, a crash report is the end. A guest that makes more of them than MAX_PANICS is
+            not heard any more.
         mode: Who has the SynIC.
         path: KVM's device.
         call: Makes ioctls.
@@ -74,6 +77,7 @@ class Life:
         self._bus = bus
         self._ended = ended
         self._panicked = panicked
+        self._panics = 0
         self._lock = threading.Lock()
         self._end: End | None = None
         self.vcpus: list[Vcpu] = []
@@ -198,5 +202,9 @@ class Life:
     def _crashed(self, text: str) -> None:
         if self._panicked is None:
             self.ended(End(Outcome.PANIC, text))
-        else:
+            return
+        with self._lock:
+            self._panics += 1
+            heard = self._panics <= MAX_PANICS
+        if heard:
             self._panicked(text)

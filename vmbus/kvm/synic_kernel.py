@@ -13,9 +13,9 @@ server's eventfd: on the data path neither processors nor server meet the VMM. W
   message waits, because every interrupt of the data path writes it.
 * following the registers. KVM exits after writes to SCONTROL, SIEFP and SIMP. Of SINTs it says
   nothing, so writes to them are filtered, and done here on the guest's behalf.
-* the end of an interrupt. KVM leaves it to nobody else: a write to EOI of the SINT's vector is an
-  exit, with a VP assist page and with a virtualized APIC, too. It can end the interrupt by itself
-  (AutoEOI), but then does without APICv and AVIC, which save more where there are any.
+* the end of an interrupt, if the guest writes EOI: an exit, unless the VP assist page saves it, and
+  KVM has to look there. KVM can end the interrupt by itself (AutoEOI), but then does without
+  APICv and AVIC, which save more where there are any.
 * crashes. KVM keeps no address of a text (it clears the bit that offers it), so these MSRs are
   filtered, and those of the model.
 """
@@ -73,8 +73,6 @@ KERNEL_FEATURES = Features(
     apic_frequency=1,
     invariant_tsc=True,
 )
-
-
 VIRTUAL_APICS = ("kvm_intel/parameters/enable_apicv", "kvm_amd/parameters/avic")
 
 
