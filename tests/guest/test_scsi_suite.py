@@ -111,6 +111,8 @@ SKIPS = {
     "WriteAtomic16.WriteProtect": _NO_ATOMIC,
     "WriteAtomic16.DpoFua": _NO_ATOMIC,
     "WriteAtomic16.VPD": _NO_ATOMIC,
+    "WriteSame10.InvalidDataOutSize": _LARGE_BLOCKS,
+    "WriteSame10.UnmapUnaligned": _LARGE_BLOCKS,
     "WriteSame10.ZeroBlocks": _NOT_ZERO,
     "WriteSame16.InvalidDataOutSize": _LARGE_BLOCKS,
     "WriteSame16.UnmapUnaligned": _LARGE_BLOCKS,
