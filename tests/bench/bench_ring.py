@@ -5,13 +5,14 @@ from __future__ import annotations
 import struct
 
 from tests.bench.harness import Figure, median_ns
-from vmbus.memory import full_fence
+from vmbus.memory import PAGE_SIZE, full_fence
 from vmbus.memory_file import allocate_memory
 from vmbus.ring import RingMemory, RingReader, RingWriter
 from vmbus.wire.packets import IN_BAND, build_packet
 
 PAGES = 64
 BATCH = 32
+BUFFER_PAGES = 32
 
 
 def figures() -> list[Figure]:
@@ -19,7 +20,21 @@ def figures() -> list[Figure]:
     found = [_fence()]
     for size in (64, 1514):
         found += _batches(size)
+    neighbours = tuple(range(BUFFER_PAGES))
+    found.append(_gather("in one piece", neighbours))
+    found.append(_gather("in 32 pieces", neighbours[::-1]))
     return found
+
+
+def _gather(words: str, pfns: tuple[int, ...]) -> Figure:
+    memory = allocate_memory(PAGES * PAGE_SIZE)
+    size = len(pfns) * PAGE_SIZE
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            memory.gather(0, size, pfns)
+
+    return Figure(f"memory of a buffer of 128 KiB, {words}", median_ns(run, 20_000), "ns")
 
 
 def _fence() -> Figure:

@@ -68,6 +68,14 @@ async def looking(channel, guest):
     channel._lookout.window = 1e9
 
 
+async def send_into_a_sleep(channel, guest):
+    """Have the channel wait for a packet, asleep, and send one."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(channel.receive_batch)
+        await trio.testing.wait_all_tasks_blocked()
+        guest.send(packet(2))
+
+
 async def test_a_guest_that_is_looked_for_rings_no_doorbell():
     channel, guest = channel_pair(longest_look=1e9)
     await looking(channel, guest)
@@ -100,10 +108,7 @@ async def test_nothing_is_looked_for_while_a_request_waits_for_its_answer():
     channel._lookout.window = 1e9
     before = guest.doorbells
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(channel.receive_batch)
-        await trio.testing.wait_all_tasks_blocked()
-        guest.send(packet(2))
+    await send_into_a_sleep(channel, guest)
 
     assert guest.doorbells == before + 1
     assert channel.statistics.polled == 0
@@ -116,10 +121,7 @@ async def test_a_look_that_finds_nothing_ends_in_a_sleep_with_the_doorbell_on():
     await looking(channel, guest)
     channel._lookout.window = 1e-6
     before = guest.doorbells
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(channel.receive_batch)
-        await trio.testing.wait_all_tasks_blocked()
-        guest.send(packet(2))
+    await send_into_a_sleep(channel, guest)
 
     assert guest.doorbells == before + 1
     assert channel._lookout.window > 1e-6
