@@ -14,17 +14,23 @@ from typing import Any
 
 import trio
 
-from vmbus.attach.delegate import Done
-from vmbus.attach.framing import ASYNC, ERROR, REPLY, Frame, FrameReader, pack_frame, receive
-from vmbus.attach.limits import Feature, Role
-from vmbus.attach.link import ServerLimits
-from vmbus.attach.listen import open_listener
-from vmbus.attach.protocol import Number
-from vmbus.attach.server import Handler, serve
-from vmbus.attach.to_server import Hello, MemoryRegion, SetMemTable, VmInfo
-from vmbus.attach.to_vmm import ErrorReply
-from vmbus.attach.transport import SocketTransport
-from vmbus.transport import (
+from vmbus.attach.client import Done
+from vmbus.attach.protocol.framing import (
+    ASYNC,
+    ERROR,
+    REPLY,
+    Frame,
+    FrameReader,
+    pack_frame,
+    receive,
+)
+from vmbus.attach.protocol.limits import Feature, Role
+from vmbus.attach.protocol.messages import Number
+from vmbus.attach.protocol.to_server import Hello, MemoryRegion, SetMemTable, VmInfo
+from vmbus.attach.protocol.to_vmm import ErrorReply
+from vmbus.attach.server import Handler, ServerLimits, open_listener, serve
+from vmbus.attach.server.transport import SocketTransport
+from vmbus.partition.transport import (
     MemoryRemoval,
     PartitionEvent,
     PartitionPaused,

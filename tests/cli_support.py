@@ -12,13 +12,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import trio
 from click.testing import CliRunner, Result
 
-from vmbus.attach.listen import open_listener
-from vmbus.attach.server import serve
-from vmbus.attach.transport import SocketTransport
+from vmbus.attach.server import open_listener, serve
+from vmbus.attach.server.transport import SocketTransport
 from vmbus.cli.program import program
 
 PATIENCE = 60
@@ -210,12 +210,15 @@ def make_guest(name: str = "vm1", *channels: dict[str, Any], **changes: Any) -> 
 
 def make_controller(place: int = 0, *units: dict[str, Any]) -> dict[str, Any]:
     """A SCSI controller, as servers describe it."""
-    from uuid import uuid5
-
-    from vmbus.server import INSTANCE_NAMESPACE
-
-    instance = str(uuid5(INSTANCE_NAMESPACE, f"storvsp/{place}"))
-    return {"key": place + 1, "class": "scsi", "instance": instance, "units": list(units)}
+    return {
+        "key": place + 1,
+        "class": "scsi",
+        "instance": str(UUID(int=place)),
+        "plugin": "storvsp",
+        "index": place,
+        "backend": "disk",
+        "units": list(units),
+    }
 
 
 def make_status(*guests: dict[str, Any]) -> dict[str, Any]:

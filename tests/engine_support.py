@@ -19,9 +19,11 @@ from vmbus.engine import (
     Offer,
     SendMessage,
     TlConnect,
+    check,
+    describe,
+    describe_channels,
 )
-from vmbus.memory import PAGE_SIZE, GuestMemory
-from vmbus.memory_file import allocate_memory
+from vmbus.memory import PAGE_SIZE, GuestMemory, allocate_memory
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import build_range
 from vmbus.wire.guids import CLASS_SCSI
@@ -49,9 +51,9 @@ class CheckedEngine(Engine):
             try:
                 return found(*arguments, **options)
             finally:
-                self.check()
-                assert self.connection_info is not None
-                assert self.channels is not None
+                check(self)
+                assert describe(self) is not None
+                assert describe_channels(self) is not None
 
         return checked
 

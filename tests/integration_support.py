@@ -29,18 +29,17 @@ from storvsp import ScsiController
 from storvsp.disks.ram import RamDisk
 from storvsp.guest import GuestDisk, StorvscAdapter, attach, scan
 from tests.synic_support import Guest as SynicGuest
-from vmbus.attach.limits import Feature as AttachFeature
-from vmbus.attach.listen import listen_path
-from vmbus.attach.server import serve
-from vmbus.bus import Bus, BusConfig, open_bus
-from vmbus.channel import Channel
-from vmbus.device import Device, Offer
+from vmbus.attach.protocol.limits import Feature as AttachFeature
+from vmbus.attach.server import listen_path, serve
 from vmbus.engine import EngineConfig
 from vmbus.guest import PERSONALITIES, Guest, Personality, boot
 from vmbus.guest.personality import Rescind
-from vmbus.loopback import LoopbackTransport
+from vmbus.host import Bus, BusConfig, open_bus
+from vmbus.host.channel import Channel
+from vmbus.host.device import Device, Offer
+from vmbus.partition.loopback import LoopbackTransport
+from vmbus.partition.soft_machine import SoftMachine
 from vmbus.server import DeviceSetup, GuestServer
-from vmbus.soft_machine import SoftMachine
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import PAGE_SIZE, build_range
 from vmbus.wire.guids import CLASS_SCSI

@@ -17,7 +17,7 @@ from typing import Any
 from vmbus.kvm import api
 from vmbus.kvm.outcome import End
 from vmbus.kvm.vcpu import Vcpu
-from vmbus.synic_msrs import MsrError
+from vmbus.synic.msrs import MsrError
 
 RUN_SIZE = 3 * mmap.PAGESIZE
 Step = Callable[[mmap.mmap], None]

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from vmbus.attach.limits import ALL_FEATURES, Feature
+from vmbus.attach.protocol.limits import ALL_FEATURES, Feature
 from vmbus.attach.server import serve
-from vmbus.attach.transport import SocketTransport
+from vmbus.attach.server.transport import SocketTransport
 from vmbus.kvm.bzimage import EntryState
 from vmbus.kvm.life import SynicMode
 from vmbus.kvm.machine import Loader, Machine

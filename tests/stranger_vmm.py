@@ -29,10 +29,8 @@ from pathlib import Path
 import trio
 
 from vmbus.guest import Interrupt, Region
-from vmbus.memory import GuestMemory
-from vmbus.memory_file import create_memfd
-from vmbus.synic import Delivery, Synic
-from vmbus.synic_queue import MessageQueue
+from vmbus.memory import GuestMemory, create_memfd
+from vmbus.synic import Delivery, MessageQueue, Synic
 from vmbus.wire.synic import HvStatus, Msr
 
 HELLO, SET_MEM_TABLE, ADD_MEM, REM_MEM, VM_INFO, SYNIC_STATE, SET_SINT_FD = range(0x01, 0x08)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from vmbus.memory import GuestMemory, full_fence
-from vmbus.memory_file import allocate_memory
+from vmbus.memory import GuestMemory, allocate_memory, full_fence
 from vmbus.synic import Features, Synic
 from vmbus.wire import synic as wire
 from vmbus.wire.synic import HypercallCode, Msr

@@ -43,6 +43,9 @@ REACHED_THROUGH = {
     "body_untrusted": ENGINE,
     "check_eventfd_untrusted": SERVER,
     "check_memory_untrusted": SERVER,
+    "check_srb_untrusted": SERVING,
+    "external_data_untrusted": SERVING,
+    "whole_packet_untrusted": SERVING,
     "close_reserved_untrusted": ENGINE,
     "data_out_untrusted": SCSI,
     "decode_text_untrusted": PAYLOADS,
@@ -97,7 +100,7 @@ def documents() -> dict[str, str]:
 
 # -- shared memory ---------------------------------------------------------------------------------
 
-SHARED = ["vmbus/ring.py", "vmbus/memory.py", "vmbus/doorbells.py", "vmbus/synic.py"]
+SHARED = ["vmbus/ring.py", "vmbus/memory.py", "vmbus/host/doorbells.py", "vmbus/synic/model.py"]
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -24,6 +24,11 @@ Any other exception from such a function is a bug in this project.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar, overload
+
+E = TypeVar("E", bound=BaseException)
+
 # NTSTATUS values that hosts put into replies ([MS-ERREF] 2.3.1).
 STATUS_SUCCESS = 0x00000000
 STATUS_UNSUCCESSFUL = 0xC0000001
@@ -97,3 +102,14 @@ class ConfigError(VMBusError, ValueError):
 
 class DeviceError(VMBusError):
     """A device or one of its back-ends failed; devices derive their own."""
+
+
+@overload
+def leaves(error: BaseExceptionGroup[E]) -> list[E]: ...
+@overload
+def leaves(error: BaseException) -> list[BaseException]: ...
+def leaves(error: BaseException) -> Sequence[BaseException]:
+    """Return the exceptions inside nested groups, in order, or the exception itself."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in leaves(inner)]
+    return [error]

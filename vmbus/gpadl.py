@@ -1,4 +1,4 @@
-"""Layer 1: GPADLs, the lists of guest pages that rings and shared buffers are made of.
+"""GPADLs, the lists of guest pages that rings and shared buffers are made of.
 
 A guest describes pages in one GPADL_HEADER and as many GPADL_BODY messages as it takes;
 :class:`GpadlAssembly` puts them together, and the result is a :class:`Gpadl`.

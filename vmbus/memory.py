@@ -1,4 +1,4 @@
-"""Layer 1: guest physical memory as Python sees it.
+"""Guest physical memory as Python sees it.
 
 Guest RAM is any number of regions, each a mapping of a file descriptor (a memfd as a rule). An
 address range may cross from one region into the next; it is then handed out as several views.
@@ -333,6 +333,83 @@ class GuestMemory:
             source = source[len(view) :]
 
 
-def total_length(views: Iterable[memoryview]) -> int:
+def total_length(views: Sequence[memoryview]) -> int:
     """Sum of the lengths of byte views, in bytes."""
-    return sum(map(len, views))
+    return len(views[0]) if len(views) == 1 else sum(map(len, views))
+
+
+def window(views: Iterable[memoryview], start: int, length: int) -> list[memoryview]:
+    """Return the part of a scatter list from byte ``start``, ``length`` bytes long, uncopied.
+
+    Returns:
+        Views of the same memory; shorter in total if the list ends before.
+    """
+    pieces: list[memoryview] = []
+    for view in views:
+        size = len(view)
+        if start >= size:
+            start -= size
+            continue
+        if length <= 0:
+            break
+        piece = view[start : start + length] if start or length < size else view
+        pieces.append(piece)
+        length -= len(piece)
+        start = 0
+    return pieces
+
+
+# -- memory that this process makes itself ---------------------------------------------------------
+
+
+def create_memfd(name: str, size: int) -> int:
+    """Return a new memfd of ``size`` zero bytes that can neither shrink nor grow any more.
+
+    Args:
+        name: Shown in ``/proc/PID/maps``.
+        size: Bytes, a multiple of the page size, not 0.
+
+    Returns:
+        A file descriptor that the caller owns. It is closed on ``exec``.
+
+    Raises:
+        ConfigError: ``size`` is not a number of pages.
+        OSError: The system would not make it.
+    """
+    if size <= 0 or size % PAGE_SIZE:
+        raise ConfigError(f"memory of {size} bytes: must be whole pages")
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def allocate_memory(*sizes: int) -> GuestMemory:
+    """Return guest memory that begins at address 0, one region (and memfd) per size, gapless.
+
+    Args:
+        *sizes: Bytes of each region, multiples of the page size.
+
+    Raises:
+        ConfigError: A size is not a number of pages.
+        OSError: The system would not make it.
+    """
+    memory = GuestMemory()
+    gpa = 0
+    try:
+        for size in sizes:
+            fd = create_memfd("vmbus-guest-memory", size)
+            try:
+                memory.add_region(gpa, size, fd)
+            finally:
+                os.close(fd)
+            gpa += size
+    except BaseException:
+        memory.close()
+        raise
+    return memory

@@ -1,4 +1,4 @@
-"""Layer 1: the two rings of a channel, from the host's side. No I/O, no waiting.
+"""The two rings of a channel, from the host's side. No I/O, no waiting.
 
 A ring is one control page and any number of data pages in guest memory, shared with a guest that
 may lie. Its writer owns the write index, its reader the read index; equal indices mean empty, so a

@@ -6,6 +6,7 @@ from storvsp.disk import (
     DiskError as DiskError,
     DiskInfo as DiskInfo,
 )
-from storvsp.specs import open_disk as open_disk
+from storvsp.disks.specs import open_disk as open_disk
+from storvsp.plugin import PLUGIN as PLUGIN
 
-__all__ = ["ScsiController", "Disk", "DiskError", "DiskInfo", "open_disk"]
+__all__ = ["ScsiController", "Disk", "DiskError", "DiskInfo", "open_disk", "PLUGIN"]

@@ -1,4 +1,4 @@
-"""What the programs need of the controller: making one from specifications, and operating it."""
+"""The controller as a plug-in: made from specifications, operated by commands."""
 
 from __future__ import annotations
 
@@ -6,51 +6,93 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from storvsp.controller import DEFAULT_MAX_TRANSFER, Address, ScsiController
-from storvsp.specs import open_disk, parse_size, parse_spec, split_options
+from storvsp.controller import ScsiController
+from storvsp.disks.specs import DISKS, DiskSpec, open_disk
+from storvsp.session import DEFAULT_MAX_TRANSFER
+from storvsp.units import Address, address_text
 from vmbus.errors import ConfigError
+from vmbus.host.device import Device
+from vmbus.plugins.registry import Registry
+from vmbus.plugins.specs import parse_size
 
 OPTIONS = ("max_subchannels", "max_transfer_bytes", "monitor")
 
 
-async def make_controller(
-    specs: Sequence[str],
-    *,
-    instance_id: UUID,
-    initiator: Hashable,
-    options: Mapping[str, Any],
-) -> ScsiController:
-    """Make a controller with a disk for each specification. Is a checkpoint.
+class ScsiPlugin:
+    """See :class:`vmbus.plugins.devices.DevicePlugin`."""
 
-    Args:
-        specs: ``scheme:[options]target``; the options ``path``, ``target`` and ``lun`` place the
-            disk, otherwise it gets the lowest free LUN of path 0, target 0.
-        instance_id: The offer's instance GUID.
-        initiator: Who the guest is.
-        options: Any of :data:`OPTIONS`, as in :class:`ScsiController`.
+    backends: Registry | None = DISKS
+    demo: str | None = "storvsp.demo"
 
-    Raises:
-        ConfigError: A specification or an option cannot be honoured; nothing stays open then.
-    """
-    unknown = set(options) - set(OPTIONS)
-    if unknown:
-        raise ConfigError(
-            f"the SCSI controller has no option {min(unknown)!r}; it has {', '.join(OPTIONS)}"
+    async def from_specs(
+        self,
+        specs: Sequence[str],
+        *,
+        instance_id: UUID,
+        initiator: Hashable,
+        options: Mapping[str, Any],
+    ) -> ScsiController:
+        """Make a controller with a disk for each specification. Is a checkpoint.
+
+        Args:
+            specs: ``scheme:[options]target``; the options ``path``, ``target`` and ``lun`` place
+                the disk, otherwise it gets the lowest free LUN of path 0, target 0.
+            instance_id: The offer's instance GUID.
+            initiator: Who the guest is.
+            options: Any of :data:`OPTIONS`, as in :class:`ScsiController`.
+
+        Raises:
+            ConfigError: A specification or an option cannot be honoured; nothing stays open then.
+        """
+        unknown = set(options) - set(OPTIONS)
+        if unknown:
+            raise ConfigError(
+                f"the SCSI controller has no option {min(unknown)!r}; it has {', '.join(OPTIONS)}"
+            )
+        controller = ScsiController(
+            instance_id=instance_id,
+            initiator=initiator,
+            max_subchannels=int(options.get("max_subchannels", 15)),
+            max_transfer_bytes=int(options.get("max_transfer_bytes", DEFAULT_MAX_TRANSFER)),
+            monitor=bool(options.get("monitor", False)),
         )
-    controller = ScsiController(
-        instance_id=instance_id,
-        initiator=initiator,
-        max_subchannels=int(options.get("max_subchannels", 15)),
-        max_transfer_bytes=int(options.get("max_transfer_bytes", DEFAULT_MAX_TRANSFER)),
-        monitor=bool(options.get("monitor", False)),
-    )
-    try:
-        for spec in specs:
-            await add(controller, spec)
-    except BaseException:
-        await controller.aclose()
-        raise
-    return controller
+        try:
+            for spec in specs:
+                await add(controller, spec)
+        except BaseException:
+            await controller.aclose()
+            raise
+        return controller
+
+    async def command(self, device: Device, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Carry out an operator's request: ``add``, ``remove`` or ``resize``. Is a checkpoint.
+
+        ::
+
+            {"action": "add", "spec": "ram:64M"}               -> {"address": "0:0:1"}
+            {"action": "remove", "address": "0:0:1"}           -> {}
+            {"action": "resize", "address": "0", "size": "2G"} -> {"size": 2147483648}
+
+        Raises:
+            ConfigError: The request is unknown, incomplete or cannot be honoured.
+        """
+        assert isinstance(device, ScsiController)
+        match request:
+            case {"action": "add", "spec": str(spec)}:
+                return {"address": address_text(await add(device, spec))}
+            case {"action": "remove", "address": str(text)}:
+                await device.remove_disk(parse_address(text))
+                return {}
+            case {"action": "resize", "address": str(text), "size": str(size)}:
+                return {"size": await device.resize_disk(parse_address(text), parse_size(size))}
+            case _:
+                raise ConfigError(
+                    "a SCSI controller can: add (spec), remove (address), resize (address, size)"
+                )
+
+
+PLUGIN = ScsiPlugin()
+"""What the entry point names."""
 
 
 async def add(controller: ScsiController, text: str) -> Address:
@@ -59,7 +101,7 @@ async def add(controller: ScsiController, text: str) -> Address:
     Raises:
         ConfigError: It cannot be opened, or its place is taken.
     """
-    spec, place = split_options(parse_spec(text))
+    spec, place = DiskSpec.parse(text).split()
     numbers = {name: _number(text, name, value) for name, value in place.items()}
     disk = await open_disk(spec)
     try:
@@ -92,30 +134,3 @@ def parse_address(text: str) -> Address:
     if len(numbers) == 3:
         return numbers[0], numbers[1], numbers[2]
     raise ConfigError(f"{text!r} is not an address; write a LUN, or path:target:lun")
-
-
-async def operate(controller: ScsiController, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Carry out an operator's request: ``add``, ``remove`` or ``resize``. Is a checkpoint.
-
-    ::
-
-        {"action": "add", "spec": "ram:64M"}               -> {"address": "0:0:1"}
-        {"action": "remove", "address": "0:0:1"}           -> {}
-        {"action": "resize", "address": "0", "size": "2G"} -> {"size": 2147483648}
-
-    Raises:
-        ConfigError: The request is unknown, incomplete or cannot be honoured.
-    """
-    match request:
-        case {"action": "add", "spec": str(spec)}:
-            address = await add(controller, spec)
-            return {"address": ":".join(map(str, address))}
-        case {"action": "remove", "address": str(text)}:
-            await controller.remove_disk(parse_address(text))
-            return {}
-        case {"action": "resize", "address": str(text), "size": str(size)}:
-            return {"size": await controller.resize_disk(parse_address(text), parse_size(size))}
-        case _:
-            raise ConfigError(
-                "a SCSI controller can: add (spec), remove (address), resize (address, size)"
-            )

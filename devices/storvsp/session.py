@@ -12,15 +12,13 @@ transaction id; no guest driver has a usable timeout, so a lost answer is a hung
 
 from __future__ import annotations
 
+import dataclasses
 import enum
-import logging
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import trio
 
-from storvsp.fastpath import serve_batch_untrusted
-from storvsp.scsi import Command, DataDirection, LogicalUnit, Outcome, absent_unit
+from storvsp.requests import Requests
+from storvsp.units import Units
 from storvsp.wire import (
     BEGIN_INITIALIZATION,
     CREATE_SUB_CHANNELS,
@@ -32,51 +30,67 @@ from storvsp.wire import (
     PACKET_SIZE,
     QUERY_PROPERTIES,
     QUERY_PROTOCOL_VERSION,
-    REQUEST,
     RESET_ADAPTER,
     RESET_BUS,
     RESET_LUN,
     SHORT_MAX_SENSE,
-    SRB_AUTOSENSE_VALID,
-    SRB_ERROR,
-    SRB_INVALID_LUN,
-    SRB_INVALID_REQUEST,
-    SRB_SUCCESS,
     SUPPORTED_VERSIONS,
     VERSION_4_2,
     VERSION_5_1,
+    VERSION_6_2,
     Packet as VstorPacket,
-    Srb,
     build_completion,
     build_packet,
     build_properties,
-    build_srb_reply,
-    parse_packet_untrusted,
     parse_protocol_version_untrusted,
-    parse_srb_untrusted,
     parse_sub_channels_untrusted,
+    unpack_packet,
+    unpack_srb,
+    whole_packet_untrusted,
 )
-from vmbus.channel import Channel
 from vmbus.errors import (
-    STATUS_INSUFFICIENT_RESOURCES,
     STATUS_INVALID_DEVICE_REQUEST,
     STATUS_INVALID_DEVICE_STATE,
     STATUS_INVALID_PARAMETER,
     STATUS_REVISION_MISMATCH,
     STATUS_SUCCESS,
-    BudgetError,
+    ConfigError,
     GuestProtocolError,
-    LocalProtocolError,
 )
+from vmbus.host.channel import Channel
+from vmbus.host.serving import Life
 from vmbus.ring import Packet
-from vmbus.wire.packets import GPA_DIRECT, IN_BAND, parse_gpa_ranges_untrusted
+from vmbus.wire.packets import GPA_DIRECT, IN_BAND
 
-if TYPE_CHECKING:
-    from storvsp.controller import ScsiController
+MAX_SUBCHANNELS = 63
+DEFAULT_MAX_TRANSFER = 2 << 20
+"""Bytes. A whole 2 MiB request is one packet of 4.2 KB; the cost per request is shared by more
+data than with the 256 KiB of other hosts. Linux takes up to 128 MiB."""
 
-_log = logging.getLogger("storvsp")
 
-STATUS_CHECK_CONDITION = 0x02
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a controller agrees to.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    max_subchannels: int = 15
+    """Channels the guest may open beside the primary one."""
+    max_transfer_bytes: int = DEFAULT_MAX_TRANSFER
+    """Largest transfer of one request in bytes."""
+    max_version: int = VERSION_6_2
+    """Highest vstor version."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_subchannels <= MAX_SUBCHANNELS:
+            raise ConfigError(
+                f"max_subchannels is 0 to {MAX_SUBCHANNELS}, not {self.max_subchannels}"
+            )
+        largest = self.max_transfer_bytes
+        if largest % 4096 or not 64 << 10 <= largest <= 128 << 20:
+            raise ConfigError("max_transfer_bytes is a multiple of 4096 from 64 KiB to 128 MiB")
 
 
 class Stage(enum.Enum):
@@ -103,65 +117,40 @@ class Session:
     """State of one life; all channels of the life share it.
 
     Args:
-        controller: Whose units are served.
         primary: The primary channel.
+        units: What is behind the controller.
+        limits: What the controller agrees to.
+
+    Attributes:
+        stage: How far the handshake has come.
+        version: vstor version agreed on, major << 8 | minor.
+        subchannels: Sub-channels offered.
+        requests: Executes the SRBs.
+        refused: Requests that broke a rule.
     """
 
-    def __init__(self, controller: ScsiController, primary: Channel) -> None:
-        self.controller = controller
+    def __init__(self, primary: Channel, units: Units, limits: Limits) -> None:
         self.primary = primary
         self.stage = Stage.BEGIN
         self.version = 0
         self.subchannels = 0
-        self._max_sense = SHORT_MAX_SENSE
-        self._nursery: trio.Nursery | None = None
-        self.inline = 0
-        """Commands answered on the spot."""
-        self.waited = 0
-        """Commands that had to wait for their disk."""
+        self.requests = Requests(units, self._complain)
+        self.refused = 0
+        self._units = units
+        self._limits = limits
+        self._life = Life(primary, self.serve_batch)
 
     async def run(self) -> None:
         """Serve until the primary ends. Returns when no transfer touches guest memory any more."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            nursery.start_soon(self._accept)
-            await self._serve(self.primary)
-            nursery.cancel_scope.cancel()
+        await self._life.run()
 
-    async def _accept(self) -> None:
-        assert self._nursery is not None
-        while True:
-            try:
-                channel = await self.primary.accept_subchannel()
-            except trio.EndOfChannel:
-                return
-            self._nursery.start_soon(self._serve_subchannel, channel)
-
-    async def _serve_subchannel(self, channel: Channel) -> None:
-        try:
-            await self._serve(channel)
-        except* GuestProtocolError as errors:
-            # Its ring is corrupt. The life goes on with the other channels.
-            _log.warning("channel %d: %s", channel.relid, errors.exceptions[0])
-        finally:
-            await channel.aclose()
-
-    async def _serve(self, channel: Channel) -> None:
-        """Serve one channel until it ends, then wait for the commands it has under way."""
-        async with trio.open_nursery() as nursery:
-            try:
-                while True:
-                    packets = await channel.receive_batch()
-                    if self.stage is Stage.READY:
-                        serve_batch_untrusted(self, channel, packets, nursery)
-                    else:
-                        for packet in packets:
-                            self.handle(channel, packet, nursery)
-                    if not channel.try_flush():
-                        await channel.flush()
-            except trio.EndOfChannel:
-                # Tasks of this nursery still own guest pages; leaving the block waits for them.
-                return
+    def serve_batch(self, channel: Channel, packets: list[Packet], nursery: trio.Nursery) -> None:
+        """Act on packets that came in together. Cannot block."""
+        if self.stage is Stage.READY:
+            self.requests.serve_batch_untrusted(channel, packets, nursery, self.handle)
+        else:
+            for packet in packets:
+                self.handle(channel, packet, nursery)
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -176,15 +165,19 @@ class Session:
         data = packet.data
         start = packet.payload_offset
         try:
-            request = parse_packet_untrusted(data, start, min(len(data), start + PACKET_SIZE))
+            whole = whole_packet_untrusted(data, start, min(len(data), start + PACKET_SIZE))
         except GuestProtocolError as error:
             self._complain(channel, packet, str(error))
             self._answer(channel, packet, None, STATUS_INVALID_PARAMETER)
             return
-        if request.operation == EXECUTE_SRB:
-            self._execute_srb(channel, packet, nursery)
-        else:
+        request = unpack_packet(whole)
+        if request.operation != EXECUTE_SRB:
             self._control(channel, packet, request)
+        elif self.stage is Stage.READY:
+            self.requests.execute(channel, packet, unpack_srb(whole), nursery)
+        else:
+            self._complain(channel, packet, f"EXECUTE_SRB where {self.stage.value} is expected")
+            self.requests.refuse(channel, packet, unpack_srb(whole), STATUS_INVALID_DEVICE_STATE)
 
     def _control(self, channel: Channel, packet: Packet, request: VstorPacket) -> None:
         """Answer everything that is not a SCSI command."""
@@ -206,7 +199,11 @@ class Session:
                         status=STATUS_INVALID_DEVICE_STATE,
                     )
                 if operation == QUERY_PROTOCOL_VERSION:
-                    body = self._negotiate_untrusted(request.body)
+                    status = self._negotiate_untrusted(request.body)
+                    if status:
+                        # No fault: this is how a guest finds out what the host has.
+                        self._answer(channel, packet, request, status)
+                        return
                 elif operation == QUERY_PROPERTIES:
                     body = self._properties()
                 self.stage = following
@@ -226,25 +223,22 @@ class Session:
             return
         self._answer(channel, packet, request, STATUS_SUCCESS, body)
 
-    def _negotiate_untrusted(self, body: bytes) -> bytes:
+    def _negotiate_untrusted(self, body: bytes) -> int:
+        """Agree on a version, or not; returns the NTSTATUS. Raises GuestProtocolError."""
         version, _revision = parse_protocol_version_untrusted(body)
-        if version not in SUPPORTED_VERSIONS or version > self.controller.max_version:
+        if version not in SUPPORTED_VERSIONS or version > self._limits.max_version:
             # UEFI gives up on any other status than this one.
-            raise GuestProtocolError(
-                f"vstor version {version >> 8}.{version & 0xFF} is not supported",
-                field="major_minor",
-                status=STATUS_REVISION_MISMATCH,
-            )
+            return STATUS_REVISION_MISMATCH
         self.version = version
-        self._max_sense = MAX_SENSE if version >= VERSION_5_1 else SHORT_MAX_SENSE
-        return body
+        self.requests.max_sense = MAX_SENSE if version >= VERSION_5_1 else SHORT_MAX_SENSE
+        return STATUS_SUCCESS
 
     def _properties(self) -> bytes:
-        count = self.controller.max_subchannels if self.version >= VERSION_5_1 else 0
+        count = self._limits.max_subchannels if self.version >= VERSION_5_1 else 0
         return build_properties(
             max_channel_count=count,
             multi_channel=count > 0,
-            max_transfer_bytes=self.controller.max_transfer_bytes,
+            max_transfer_bytes=self._limits.max_transfer_bytes,
         )
 
     def _create_subchannels_untrusted(self, body: bytes) -> None:
@@ -255,183 +249,22 @@ class Session:
                 field="operation",
                 status=STATUS_INVALID_DEVICE_STATE,
             )
-        if count > self.controller.max_subchannels or self.version < VERSION_5_1:
+        if count > self._limits.max_subchannels or self.version < VERSION_5_1:
             raise GuestProtocolError(
-                f"{count} sub-channels, {self.controller.max_subchannels} are possible",
+                f"{count} sub-channels, {self._limits.max_subchannels} are possible",
                 field="sub_channel_count",
             )
         if count:
-            try:
-                self.primary.offer_subchannels(count)
-            except LocalProtocolError as error:
-                raise GuestProtocolError(str(error), status=STATUS_INVALID_DEVICE_STATE) from error
-            except BudgetError as error:
-                raise GuestProtocolError(
-                    str(error), status=STATUS_INSUFFICIENT_RESOURCES
-                ) from error
+            self.primary.offer_subchannels(count)
         self.subchannels = count
 
     def _reset(self) -> None:
         # Commands under way are aborted by their units and answered one by one, after this
         # answer; Linux waits for them (storvsc_host_reset_handler).
-        for unit in self.controller.all_units():
+        for unit in self._units:
             unit.reset()
 
-    # -- SCSI commands ---------------------------------------------------------------------------
-
-    def _execute_srb(self, channel: Channel, packet: Packet, nursery: trio.Nursery) -> None:
-        data, start = packet.data, packet.payload_offset
-        try:
-            srb = parse_srb_untrusted(data, start, min(len(data), start + PACKET_SIZE))
-        except GuestProtocolError:
-            # Only the values are wrong; the answer has to repeat them all the same.
-            padded = data[start : start + PACKET_SIZE].ljust(PACKET_SIZE, b"\0")
-            srb = Srb._make(REQUEST.unpack(padded))
-        if self.stage is Stage.READY:
-            self._execute(channel, packet, srb, nursery)
-            return
-        self._complain(channel, packet, f"EXECUTE_SRB where {self.stage.value} is expected")
-        self._reply(channel, packet, srb, srb_status=SRB_ERROR, status=STATUS_INVALID_DEVICE_STATE)
-
-    def _execute(self, channel: Channel, packet: Packet, srb: Srb, nursery: trio.Nursery) -> None:
-        try:
-            command = self._command_untrusted(channel, packet, srb)
-        except GuestProtocolError as error:
-            self._complain(channel, packet, str(error))
-            self._reply(channel, packet, srb, srb_status=SRB_INVALID_REQUEST)
-            return
-        unit = self.controller.units.get((srb.path, srb.target, srb.lun))
-        if unit is None:
-            outcome = absent_unit(command, self.controller.luns(srb.path, srb.target))
-            if outcome is None:
-                # No flag bits and no SCSI status: macOS compares the whole byte, FreeBSD looks
-                # at it only if the SCSI status is 0, Linux drops the LUN.
-                self._reply(channel, packet, srb, srb_status=SRB_INVALID_LUN)
-            else:
-                self.finish(channel, packet, srb, outcome)
-            return
-        outcome = unit.try_execute(command)
-        if outcome is not None:
-            self.inline += 1
-            self.finish(channel, packet, srb, outcome)
-        else:
-            self.wait(channel, packet, srb, command, nursery)
-
-    def wait(
-        self,
-        channel: Channel,
-        packet: Packet,
-        srb: Srb,
-        command: Command,
-        nursery: trio.Nursery,
-    ) -> None:
-        """Let a command that has to wait for its disk do so in a task of its own."""
-        if not packet.wants_completion:
-            # The channel bounds the requests that have to be answered; nothing would bound these.
-            self._complain(channel, packet, "EXECUTE_SRB that wants no answer has to wait")
-            return
-        self.waited += 1
-        # The unit that is there now: another one may take its place before the task begins.
-        unit = self.controller.units[srb.path, srb.target, srb.lun]
-        nursery.start_soon(self._execute_slowly, channel, packet, srb, command, unit)
-
-    def _command_untrusted(self, channel: Channel, packet: Packet, srb: Srb) -> Command:
-        """Turn an SRB and its GPA range into a command. Raises GuestProtocolError."""
-        length = srb.transfer_length
-        if not 0 < srb.cdb_length <= 16:
-            raise GuestProtocolError(
-                f"SRB: cdb_length {srb.cdb_length} is not between 1 and 16", field="cdb_length"
-            )
-        if srb.data_in > DataDirection.NONE:
-            raise GuestProtocolError(f"SRB: data_in {srb.data_in} is no direction", field="data_in")
-        direction = _DIRECTIONS[srb.data_in]
-        data: list[memoryview] = []
-        if length:
-            if packet.kind != GPA_DIRECT:
-                raise GuestProtocolError(
-                    f"SRB: {length} bytes of data, but no pages", field="transfer_length"
-                )
-            # Every driver sends exactly one range; several are no trouble.
-            ranges = parse_gpa_ranges_untrusted(
-                packet.data, packet.payload_offset, max_ranges=MAX_RANGES
-            )
-            available = 0
-            for found in ranges:
-                data += channel.memory.gather(
-                    found.byte_offset,
-                    found.byte_count,
-                    found.pfns,
-                    write=direction is DataDirection.READ,
-                )
-                available += found.byte_count
-            if available < length:
-                raise GuestProtocolError(
-                    f"SRB: transfer_length {length}, but the pages hold {available}",
-                    field="transfer_length",
-                )
-            if available > length:
-                data = _cut(data, length)
-        return Command(
-            srb.cdb[: srb.cdb_length], data, length, direction, self.controller.initiator
-        )
-
-    async def _execute_slowly(
-        self, channel: Channel, packet: Packet, srb: Srb, command: Command, unit: LogicalUnit
-    ) -> None:
-        self.finish(channel, packet, srb, await unit.execute(command))
-        # Tasks that end in the same turn of the loop share one flush only by luck; the ring's
-        # signalling rule keeps the price of a flush low.
-        await channel.flush()
-
     # -- answers ---------------------------------------------------------------------------------
-
-    def finish(self, channel: Channel, packet: Packet, srb: Srb, outcome: Outcome) -> None:
-        """Answer a command that has ended, well or badly. Cannot block."""
-        status, sense, transferred = outcome
-        if not status:
-            self._reply(channel, packet, srb, srb_status=SRB_SUCCESS, transferred=transferred)
-            return
-        srb_status = SRB_SUCCESS
-        if status == STATUS_CHECK_CONDITION:
-            sense = sense[: min(self._max_sense, srb.sense_length)]
-            srb_status = SRB_ERROR | SRB_AUTOSENSE_VALID if sense else SRB_ERROR
-        # Other SCSI statuses (RESERVATION CONFLICT, BUSY) travel with SRB_SUCCESS: with ERROR and
-        # no sense data Linux would make DID_ERROR of them and never look at the SCSI status.
-        self._reply(
-            channel,
-            packet,
-            srb,
-            srb_status=srb_status,
-            scsi_status=status,
-            sense=sense,
-            transferred=transferred,
-        )
-
-    def _reply(
-        self,
-        channel: Channel,
-        packet: Packet,
-        srb: Srb,
-        *,
-        srb_status: int,
-        scsi_status: int = 0,
-        sense: bytes = b"",
-        transferred: int = 0,
-        status: int = STATUS_SUCCESS,
-    ) -> None:
-        if not packet.flags & 1:
-            return
-        channel.complete(
-            packet.transaction_id,
-            build_srb_reply(
-                srb,
-                srb_status=srb_status,
-                scsi_status=scsi_status,
-                transfer_length=transferred,
-                sense=sense,
-                status=status,
-            ),
-        )
 
     def _answer(
         self,
@@ -456,30 +289,8 @@ class Session:
         """
         if self.stage is Stage.READY and self.version >= VERSION_4_2 and not self.primary.ended:
             self.primary.send(build_packet(ENUMERATE_BUS, flags=0))
-            # Not here: a corrupt ring is the end of this life, and no matter of the caller's.
-            if self._nursery is not None:
-                self._nursery.start_soon(self.primary.flush)
+            self._life.flush_soon()
 
     def _complain(self, channel: Channel, packet: Packet, text: str) -> None:
-        self.controller.faults += 1
-        if self.controller.faults <= LOGGED_FAULTS:
-            _log.warning(
-                "channel %d, transaction %#x: %s", channel.relid, packet.transaction_id, text
-            )
-
-
-MAX_RANGES = 64
-LOGGED_FAULTS = 20
-_DIRECTIONS = (DataDirection.WRITE, DataDirection.READ, DataDirection.NONE)
-
-
-def _cut(views: Iterable[memoryview], length: int) -> list[memoryview]:
-    """Return the first ``length`` bytes of a scatter list."""
-    kept = []
-    for view in views:
-        if not length:
-            break
-        piece = view[:length]
-        kept.append(piece)
-        length -= len(piece)
-    return kept
+        self.refused += 1
+        channel.complain(text, packet.transaction_id)

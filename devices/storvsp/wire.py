@@ -234,8 +234,17 @@ class FibreChannelData(NamedTuple):
     second_node_name: bytes
 
 
-def _whole(data: bytes, start: int, end: int | None) -> bytes:
-    """Return the 64 bytes of the packet in ``data[start:end]``, zero-filled."""
+def whole_packet_untrusted(data: bytes, start: int = 0, end: int | None = None) -> bytes:
+    """Return the 64 bytes of the packet in ``data[start:end]``, zero-filled. Cannot block.
+
+    Args:
+        data: A private copy; 48 to 64 bytes of it are the packet.
+        start: Byte offset of the packet.
+        end: Byte offset behind it; None means the end of ``data``.
+
+    Raises:
+        GuestProtocolError: Too short or too long.
+    """
     part = data[start:end]
     size = len(part)
     if size == PACKET_SIZE:
@@ -248,48 +257,45 @@ def _whole(data: bytes, start: int, end: int | None) -> bytes:
     return part + _ZEROS[: PACKET_SIZE - size]
 
 
-def parse_packet_untrusted(data: bytes, start: int = 0, end: int | None = None) -> Packet:
-    """Parse the packet in ``data[start:end]`` without looking into its union. Cannot block.
-
-    Args:
-        data: A private copy; 48 to 64 bytes of it are the packet.
-        start: Byte offset of the packet.
-        end: Byte offset behind it; None means the end of ``data``.
-
-    Raises:
-        GuestProtocolError: Too short or too long. Unknown operations are no error here.
-    """
-    return Packet._make(_PACKET.unpack(_whole(data, start, end)))
+def unpack_packet(whole: bytes) -> Packet:
+    """Unpack the 64 bytes of a packet without looking into its union. Cannot block."""
+    return Packet._make(_PACKET.unpack(whole))
 
 
-def parse_srb_untrusted(data: bytes, start: int = 0, end: int | None = None) -> Srb:
-    """Parse an EXECUTE_SRB packet (its operation is not checked). Cannot block.
+def unpack_srb(whole: bytes) -> Srb:
+    """Unpack the 64 bytes of an EXECUTE_SRB packet; nothing is judged. Cannot block."""
+    return Srb._make(REQUEST.unpack(whole))
 
-    Args:
-        data: A private copy; 48 to 64 bytes of it are the packet.
-        start: Byte offset of the packet.
-        end: Byte offset behind it; None means the end of ``data``.
+
+def check_srb_untrusted(srb: Srb) -> None:
+    """Judge the values of an SRB. Cannot block.
 
     Raises:
-        GuestProtocolError: Wrong size, a CDB of 0 or more than 16 bytes, an unknown direction.
+        GuestProtocolError: A CDB of 0 or more than 16 bytes, an unknown direction.
     """
-    srb = Srb._make(REQUEST.unpack(_whole(data, start, end)))
     if not 0 < srb.cdb_length <= MAX_CDB:
         raise GuestProtocolError(
             f"SRB: cdb_length {srb.cdb_length} is not between 1 and {MAX_CDB}", field="cdb_length"
         )
     if srb.data_in > DATA_NONE:
         raise GuestProtocolError(f"SRB: data_in {srb.data_in} is no direction", field="data_in")
+
+
+def parse_packet_untrusted(data: bytes, start: int = 0, end: int | None = None) -> Packet:
+    """Parse a packet, as :func:`whole_packet_untrusted` and :func:`unpack_packet` do."""
+    return unpack_packet(whole_packet_untrusted(data, start, end))
+
+
+def parse_srb_untrusted(data: bytes, start: int = 0, end: int | None = None) -> Srb:
+    """Parse and judge an EXECUTE_SRB packet, whose operation is not looked at."""
+    srb = unpack_srb(whole_packet_untrusted(data, start, end))
+    check_srb_untrusted(srb)
     return srb
 
 
 def parse_srb_reply_untrusted(data: bytes, start: int = 0, end: int | None = None) -> SrbReply:
-    """Parse an answer to EXECUTE_SRB; the values are not judged. Cannot block.
-
-    Raises:
-        GuestProtocolError: Not 48 to 64 bytes.
-    """
-    return SrbReply._make(REPLY.unpack(_whole(data, start, end)))
+    """Parse an answer to EXECUTE_SRB; the values are not judged. Cannot block."""
+    return SrbReply._make(REPLY.unpack(whole_packet_untrusted(data, start, end)))
 
 
 def parse_protocol_version_untrusted(body: bytes) -> tuple[int, int]:

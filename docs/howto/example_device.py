@@ -8,9 +8,9 @@ from uuid import UUID
 
 import trio
 
-from vmbus.channel import Channel
-from vmbus.device import Device, Offer
 from vmbus.errors import ConfigError
+from vmbus.host.channel import Channel
+from vmbus.host.device import Device, Offer
 
 CLASS_MIRROR = UUID("8a1f0d52-6f0e-4c42-9d4b-3c1f9a6f0c11")
 

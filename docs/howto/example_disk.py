@@ -17,9 +17,10 @@ from storvsp.disk import (
     Extent,
     ReadOnlyError,
 )
-from storvsp.disks.buffers import check_range, cut, merge_extents, total_length
-from storvsp.specs import DiskSpec, open_disk
+from storvsp.disks.buffers import check_range, merge_extents
+from storvsp.disks.specs import DiskSpec, open_disk
 from vmbus.errors import ConfigError
+from vmbus.memory import total_length, window
 
 
 class ConcatDisk(Disk):
@@ -73,7 +74,7 @@ class ConcatDisk(Disk):
     def try_readv(self, offset: int, buffers: Buffers) -> bool:
         """Read inline if every part concerned can."""
         return all(
-            part.try_readv(at, cut(buffers, start, size))
+            part.try_readv(at, window(buffers, start, size))
             for part, at, start, size in self._pieces(offset, total_length(buffers))
         )
 
@@ -89,7 +90,7 @@ class ConcatDisk(Disk):
     async def readv(self, offset: int, buffers: Buffers) -> None:
         """Read from one part after the other."""
         for part, at, start, size in self._pieces(offset, total_length(buffers)):
-            piece = cut(buffers, start, size)
+            piece = window(buffers, start, size)
             if not part.try_readv(at, piece):
                 await part.readv(at, piece)
 
@@ -97,7 +98,7 @@ class ConcatDisk(Disk):
         """Write to one part after the other."""
         self._check_writable()
         for part, at, start, size in self._pieces(offset, total_length(buffers)):
-            piece = cut(buffers, start, size)
+            piece = window(buffers, start, size)
             if not part.try_writev(at, piece, fua=fua):
                 await part.writev(at, piece, fua=fua)
 

@@ -9,16 +9,16 @@ from uuid import UUID
 import trio
 
 from tests.bench.harness import Figure, median_ns
-from vmbus.bus import open_bus
-from vmbus.channel import Channel
 from vmbus.engine import Engine, EngineConfig
 from vmbus.engine.events import ChannelOpen
 from vmbus.engine.offers import Offer
 from vmbus.guest.kernel import boot
 from vmbus.guest.personality import LINUX_6_1
-from vmbus.loopback import LoopbackTransport
-from vmbus.memory_file import allocate_memory
-from vmbus.soft_machine import SoftMachine
+from vmbus.host import open_bus
+from vmbus.host.channel import Channel
+from vmbus.memory import allocate_memory
+from vmbus.partition.loopback import LoopbackTransport
+from vmbus.partition.soft_machine import SoftMachine
 from vmbus.wire.gpa import build_range
 from vmbus.wire.guids import CLASS_SCSI
 from vmbus.wire.messages import (

@@ -16,9 +16,10 @@ import trio
 
 from storvsp.guest import attach
 from tests.bench.harness import Figure
+from vmbus.attach.client.machine import attach_machine
 from vmbus.guest.kernel import boot
 from vmbus.guest.personality import LINUX_6_1
-from vmbus.soft_machine import SoftMachine, attach_machine
+from vmbus.partition.soft_machine import SoftMachine
 
 GUESTS = 50
 MIB = 1 << 20

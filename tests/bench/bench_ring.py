@@ -5,8 +5,7 @@ from __future__ import annotations
 import struct
 
 from tests.bench.harness import Figure, median_ns
-from vmbus.memory import PAGE_SIZE, full_fence
-from vmbus.memory_file import allocate_memory
+from vmbus.memory import PAGE_SIZE, allocate_memory, full_fence
 from vmbus.ring import RingMemory, RingReader, RingWriter
 from vmbus.wire.packets import IN_BAND, build_packet
 

@@ -17,8 +17,7 @@ import trio
 from storvsp import ScsiController
 from storvsp.disk import Disk
 from storvsp.disks.ram import RamDisk
-from storvsp.fastpath import serve_batch_untrusted
-from storvsp.specs import open_disk
+from storvsp.disks.specs import open_disk
 from storvsp.wire import (
     BEGIN_INITIALIZATION,
     DATA_IN,
@@ -194,7 +193,7 @@ async def _answer(disk: Disk, size: int, *, write: bool) -> float:
             start = time.perf_counter_ns()
             packets = channel._reader.read_batch_untrusted()
             channel._outstanding += len(packets)
-            serve_batch_untrusted(session, channel, packets, nursery)
+            session.serve_batch(channel, packets, nursery)
             channel.try_flush()
             spent = time.perf_counter_ns() - start
             channel._reader.commit()

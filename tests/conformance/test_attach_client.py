@@ -27,9 +27,7 @@ from tests.attach_support import (
     running_server,
     send_raw,
 )
-from vmbus.attach import framing
-from vmbus.attach.channel_io import MAX_OUTGOING
-from vmbus.attach.client import (
+from vmbus.attach.client.attachment import (
     HV_STATUS_INSUFFICIENT_BUFFERS,
     HV_STATUS_INVALID_CONNECTION_ID,
     HV_STATUS_INVALID_PARAMETER,
@@ -37,14 +35,23 @@ from vmbus.attach.client import (
     Feature,
     Region,
 )
-from vmbus.attach.connect import connect_socket
-from vmbus.attach.framing import ASYNC, ERROR, REPLY, Frame, FrameReader, pack_frame, receive
-from vmbus.attach.limits import ALL_FEATURES, PortKind
-from vmbus.attach.link import ServerLimits
-from vmbus.attach.operator import command, query
-from vmbus.attach.protocol import Number, RefusedError, State
-from vmbus.attach.to_server import HelloReply, JsonObject, PostMessage
-from vmbus.attach.to_vmm import (
+from vmbus.attach.client.channel_io import MAX_OUTGOING
+from vmbus.attach.client.connect import connect_socket
+from vmbus.attach.client.operator import command, query
+from vmbus.attach.protocol import framing
+from vmbus.attach.protocol.framing import (
+    ASYNC,
+    ERROR,
+    REPLY,
+    Frame,
+    FrameReader,
+    pack_frame,
+    receive,
+)
+from vmbus.attach.protocol.limits import ALL_FEATURES, PortKind
+from vmbus.attach.protocol.messages import Number, RefusedError, State
+from vmbus.attach.protocol.to_server import HelloReply, JsonObject, PostMessage
+from vmbus.attach.protocol.to_vmm import (
     AddEventPort,
     AddMsgPort,
     DeliverMessage,
@@ -55,9 +62,10 @@ from vmbus.attach.to_vmm import (
     SetCallFd,
     SignalFlag,
 )
-from vmbus.attach.transport import SocketTransport
+from vmbus.attach.server import ServerLimits
+from vmbus.attach.server.transport import SocketTransport
 from vmbus.errors import AttachError, ConfigError, LocalProtocolError
-from vmbus.transport import PartitionReset, PostedMessage
+from vmbus.partition.transport import PartitionReset, PostedMessage
 
 VM_ID = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff")
 
@@ -588,7 +596,7 @@ def test_ports_are_checked(attached: Attachment, rude: RudeServer, recorder: Rec
 def test_ports_are_limited(
     attached: Attachment, rude: RudeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vmbus.attach.client_ports.MAX_PORTS", 1)
+    monkeypatch.setattr("vmbus.attach.client.ports.MAX_PORTS", 1)
     fd = rude.eventfd()
     codes = []
     for number in (1, 2):
@@ -843,7 +851,7 @@ def test_a_server_that_never_reads_is_left(
 def test_a_delivery_answered_to_a_server_that_never_reads_closes(
     attached: Attachment, rude: RudeServer, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vmbus.attach.channel_io.MAX_OUTGOING", 10)
+    monkeypatch.setattr("vmbus.attach.client.channel_io.MAX_OUTGOING", 10)
     recorder.hold_deliveries = True
     rude.sock.setblocking(False)
     sent = 0
@@ -1019,7 +1027,7 @@ def test_frames_that_go_out_in_parts_arrive_whole(
     def dribble(sock: socket.socket, data: Any, fds: Any = ()) -> int:
         return real(sock, data[:7], fds)
 
-    monkeypatch.setattr("vmbus.attach.channel_io.send", dribble)
+    monkeypatch.setattr("vmbus.attach.client.channel_io.send", dribble)
     with (
         ServerThread(tmp_path / "s", "stream", query=lambda kind: {"kind": kind}) as server,
         Vmm(tmp_path / "s", Recorder()) as vmm,
@@ -1050,7 +1058,7 @@ def test_a_signal_that_cannot_even_be_queued_fails(
         attachment._signal_by_message = True
         port = AddEventPort(17, 0).encode()
         assert rude.ask(attachment, Number.ADD_EVENT_PORT, port, fds=(rude.eventfd(),)) == 0
-        monkeypatch.setattr("vmbus.attach.channel_io.MAX_OUTGOING", 0)
+        monkeypatch.setattr("vmbus.attach.client.channel_io.MAX_OUTGOING", 0)
         while attachment._io.try_send(pack_frame(Number.SIGNAL_EVENT, ASYNC, 0, bytes(8))):
             pass
         assert attachment.signal_event(17) == HV_STATUS_INVALID_CONNECTION_ID

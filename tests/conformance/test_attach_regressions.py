@@ -19,12 +19,12 @@ from tests.attach_support import (
     raw_vmm,
     running_server,
 )
-from vmbus.attach.framing import ERROR
-from vmbus.attach.limits import Feature
-from vmbus.attach.link import ServerLimits
-from vmbus.attach.protocol import Number
-from vmbus.attach.to_server import Goodbye, MemoryRegion, RemMem
-from vmbus.attach.to_vmm import SetCallFd, SignalFlag
+from vmbus.attach.protocol.framing import ERROR
+from vmbus.attach.protocol.limits import Feature
+from vmbus.attach.protocol.messages import Number
+from vmbus.attach.protocol.to_server import Goodbye, MemoryRegion, RemMem
+from vmbus.attach.protocol.to_vmm import SetCallFd, SignalFlag
+from vmbus.attach.server import ServerLimits
 
 
 async def deliver_to_nobody(bus: Bus) -> None:

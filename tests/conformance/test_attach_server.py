@@ -27,13 +27,11 @@ from tests.attach_support import (
     raw_vmm,
     running_server,
 )
-from vmbus.attach import framing
-from vmbus.attach.framing import ASYNC, ERROR, HEADER, REPLY, pack_frame
-from vmbus.attach.limits import MAX_PAYLOAD, Feature, GoodbyeReason, PortKind, Role
-from vmbus.attach.link import ServerLimits
-from vmbus.attach.protocol import RESERVED, Number
-from vmbus.attach.server import serve
-from vmbus.attach.to_server import (
+from vmbus.attach.protocol import framing
+from vmbus.attach.protocol.framing import ASYNC, ERROR, HEADER, REPLY, pack_frame
+from vmbus.attach.protocol.limits import MAX_PAYLOAD, Feature, GoodbyeReason, PortKind, Role
+from vmbus.attach.protocol.messages import RESERVED, Number
+from vmbus.attach.protocol.to_server import (
     Goodbye,
     Hello,
     HelloReply,
@@ -47,7 +45,7 @@ from vmbus.attach.to_server import (
     SynicState,
     VmInfo,
 )
-from vmbus.attach.to_vmm import (
+from vmbus.attach.protocol.to_vmm import (
     AddEventPort,
     DeliverMessage,
     DelPort,
@@ -57,9 +55,10 @@ from vmbus.attach.to_vmm import (
     SetCallFd,
     SignalFlag,
 )
-from vmbus.attach.transport import SocketTransport
+from vmbus.attach.server import ServerLimits, serve
+from vmbus.attach.server.transport import SocketTransport
 from vmbus.errors import AttachError, ConfigError, VMBusError
-from vmbus.transport import (
+from vmbus.partition.transport import (
     MemoryRemoval,
     PartitionPaused,
     PartitionReset,
@@ -1522,7 +1521,7 @@ async def test_frames_that_go_out_in_parts_arrive_whole(
             return real(sock, data[:7], fds)
         return real(sock, data[:100], fds)
 
-    monkeypatch.setattr("vmbus.attach.link.send", dribble)
+    monkeypatch.setattr("vmbus.attach.server.link.send", dribble)
     bus = Bus()
     answer = {"x": "y" * 3000}
     async with running_server(tmp_path / "s", bus, mode="stream", query=lambda _: answer) as path:

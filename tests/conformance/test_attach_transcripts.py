@@ -27,14 +27,23 @@ from tests.attach_support import (
     running_server,
     send_raw,
 )
-from vmbus.attach.client import Attachment, Feature, Region
-from vmbus.attach.framing import ASYNC, ERROR, HEADER, HEADER_SIZE, REPLY, FrameReader, receive
-from vmbus.attach.operator import command, query
-from vmbus.attach.protocol import MESSAGES, Direction
-from vmbus.attach.to_vmm import ErrorReply
-from vmbus.attach.transport import SocketTransport
+from vmbus.attach.client import Attachment
+from vmbus.attach.client.attachment import Feature, Region
+from vmbus.attach.client.operator import command, query
+from vmbus.attach.protocol.framing import (
+    ASYNC,
+    ERROR,
+    HEADER,
+    HEADER_SIZE,
+    REPLY,
+    FrameReader,
+    receive,
+)
+from vmbus.attach.protocol.messages import MESSAGES, Direction
+from vmbus.attach.protocol.to_vmm import ErrorReply
+from vmbus.attach.server.transport import SocketTransport
 from vmbus.errors import VMBusError
-from vmbus.transport import PartitionPaused, PartitionReset, PostedMessage
+from vmbus.partition.transport import PartitionPaused, PartitionReset, PostedMessage
 
 FOLDER = Path(__file__).parents[1] / "reference" / "vmbus_user_transcripts"
 SPECIFICATION = Path(__file__).parents[2] / "docs" / "reference" / "vmbus-user.md"

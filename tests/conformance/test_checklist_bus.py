@@ -31,12 +31,14 @@ from tests.integration_support import (
     world,
 )
 from vmbus import ring
-from vmbus.channel import Channel
+from vmbus.engine import describe
 from vmbus.engine.channels import connection_id_of
 from vmbus.errors import RingError
 from vmbus.guest import FREEBSD, HAIKU, LINUX_6_1, OPENBSD, PERSONALITIES, UEFI
 from vmbus.guest.ring import fence
-from vmbus.server import DeviceSetup, GuestServer
+from vmbus.host.channel import Channel
+from vmbus.server import DeviceSetup
+from vmbus.server.devices import make_devices
 from vmbus.testing import channel_pair
 from vmbus.wire import messages as m
 from vmbus.wire.packets import (
@@ -361,7 +363,7 @@ async def test_row_7_all_gpadls_and_pages_are_let_go():
         await guest.open()
         await guest.post(*guest.gpadl(1, 8, range(0x80, 0x90)))
         assert numbers(await guest.post(m.Unload())) == [17]
-        info = there.bus.engine.connection_info
+        info = describe(there.bus.engine)
         assert (info["gpadls"], info["gpadl_pages"], info["state"]) == (0, 0, "Disconnected")
         assert there.transport._event_ports == {}
 
@@ -734,11 +736,10 @@ async def test_row_39_a_server_that_starts_again_has_the_same_guids():
     setups = [DeviceSetup("storvsp", ("ram:1M",)), DeviceSetup("storvsp", ("ram:1M",))]
     seen = []
     for _ in range(2):
-        server = GuestServer(setups)
-        devices = await server._make_devices("vm", setups)
-        seen.append([device.offer.instance_id for device in devices])
-        for device in devices:
-            await device.aclose()
+        made = await make_devices("vm", setups)
+        seen.append([each.device.offer.instance_id for each in made])
+        for each in made:
+            await each.device.aclose()
     assert seen[0] == seen[1]
     assert len(set(seen[0])) == 2
 

@@ -9,12 +9,12 @@ from uuid import UUID
 import pytest
 import trio
 
-from vmbus.bus import open_bus
 from vmbus.errors import ConfigError
 from vmbus.guest.kernel import boot
 from vmbus.guest.personality import LINUX_6_1
-from vmbus.loopback import LoopbackTransport
-from vmbus.soft_machine import SoftMachine
+from vmbus.host import open_bus
+from vmbus.partition.loopback import LoopbackTransport
+from vmbus.partition.soft_machine import SoftMachine
 from vmbus.testing import check_device
 
 HOWTO = Path(__file__).parents[2] / "docs/howto"

@@ -14,8 +14,8 @@ from storvsp.disks.fault import Fault, FaultDisk, FaultKind
 from storvsp.disks.overlay import OverlayDisk
 from storvsp.disks.ram import RamDisk
 from storvsp.disks.raw import RawDisk
+from storvsp.disks.specs import open_disk
 from storvsp.disks.wrapper import DiskWrapper
-from storvsp.specs import open_disk
 from storvsp.testing import check_disk
 
 SHARED_MEMORY = Path("/dev/shm")

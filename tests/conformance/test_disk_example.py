@@ -12,7 +12,7 @@ import pytest
 
 from storvsp.disk import ReadOnlyError
 from storvsp.disks.ram import RamDisk
-from storvsp.specs import ENTRY_POINT_GROUP, open_disk
+from storvsp.disks.specs import DISKS, open_disk
 from storvsp.testing import check_disk
 from vmbus.errors import ConfigError
 
@@ -28,8 +28,8 @@ def example(monkeypatch):
     module = importlib.util.module_from_spec(location)
     monkeypatch.setitem(sys.modules, "example_disk", module)
     location.loader.exec_module(module)
-    installed = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-    point = importlib.metadata.EntryPoint("concat", "example_disk:open_spec", ENTRY_POINT_GROUP)
+    installed = importlib.metadata.entry_points(group=DISKS.group)
+    point = importlib.metadata.EntryPoint("concat", "example_disk:open_spec", DISKS.group)
     monkeypatch.setattr(
         importlib.metadata,
         "entry_points",

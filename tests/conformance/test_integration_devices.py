@@ -27,7 +27,6 @@ from tests.integration_support import (
     world,
     write_10,
 )
-from vmbus.bus import BusConfig
 from vmbus.errors import ConfigError, GuestProtocolError
 from vmbus.guest import (
     DPDK,
@@ -41,7 +40,8 @@ from vmbus.guest import (
     Personality,
 )
 from vmbus.guest.personality import Rescind
-from vmbus.roster import MAX_FAULTY_LIVES
+from vmbus.host import BusConfig
+from vmbus.host.roster import MAX_FAULTY_LIVES
 from vmbus.wire import messages as m
 from vmbus.wire.packets import build_packet
 

@@ -21,9 +21,10 @@ from tests.integration_support import (
     server_process,
     whole_life,
 )
-from vmbus.attach import operator
+from vmbus.attach.client import operator
+from vmbus.attach.client.machine import MachineDelegate, attach_machine
 from vmbus.guest import LINUX_6_1, PERSONALITIES, Guest, boot
-from vmbus.soft_machine import MachineDelegate, SoftMachine, attach_machine
+from vmbus.partition.soft_machine import SoftMachine
 
 
 @pytest.fixture(scope="module", params=["seqpacket", "stream"])

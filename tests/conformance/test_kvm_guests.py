@@ -13,15 +13,15 @@ from tests.kvm_support import (
     needs_assembler,
     needs_kvm,
 )
-from vmbus.attach.limits import ALL_FEATURES, Feature
-from vmbus.attach.transport import SocketTransport
-from vmbus.bus import BusConfig
+from vmbus.attach.protocol.limits import ALL_FEATURES, Feature
+from vmbus.attach.server.transport import SocketTransport
 from vmbus.engine import EngineConfig
+from vmbus.host import BusConfig
 from vmbus.kvm.life import MAX_PANICS, SynicMode
 from vmbus.kvm.machine import Machine
 from vmbus.kvm.outcome import End, Outcome
+from vmbus.partition.transport import PostedMessage
 from vmbus.server import DeviceSetup, GuestServer
-from vmbus.transport import PostedMessage
 
 pytestmark = [needs_kvm, needs_assembler]
 

@@ -22,8 +22,7 @@ from pathlib import Path
 import pytest
 
 from tests.ring_peer import Sleeper, check_payload
-from vmbus.memory import PAGE_SIZE, GuestMemory
-from vmbus.memory_file import create_memfd
+from vmbus.memory import PAGE_SIZE, GuestMemory, create_memfd
 from vmbus.ring import RingMemory, RingReader, RingWriter, completion
 from vmbus.wire.packets import IN_BAND
 

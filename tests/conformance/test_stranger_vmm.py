@@ -49,7 +49,7 @@ from tests.stranger_vmm import (
     StrangerVmm,
 )
 from vmbus.guest import LINUX_6_1, Guest, Region, boot
-from vmbus.memory_file import create_memfd
+from vmbus.memory import create_memfd
 from vmbus.wire.synic import HvStatus
 
 LIMIT = 120

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from storvsp.specs import parse_spec
+from storvsp.disks.specs import DiskSpec
 from storvsp.testing import check_disk
 
 TUTORIAL = Path(__file__).parents[2] / "docs/tutorials/first-disk.md"
@@ -29,7 +29,7 @@ async def test_the_disk_as_first_written_fails_with_the_message_that_is_printed(
     printed = re.search(r"^AssertionError: (.*)$", TUTORIAL.read_text(), re.MULTILINE)
     assert printed is not None
     with pytest.raises(AssertionError, match=re.escape(printed[1])):
-        await check_disk(lambda: chess.open_spec(parse_spec("chess:1M")))
+        await check_disk(lambda: chess.open_spec(DiskSpec.parse("chess:1M")))
 
 
 async def test_the_disk_with_the_correction_keeps_the_contract():
@@ -47,6 +47,6 @@ async def test_the_disk_with_the_correction_keeps_the_contract():
     )
     assert source.count("self._closed") == 3
     chess = load(source)
-    await check_disk(lambda: chess.open_spec(parse_spec("chess:1M")))
+    await check_disk(lambda: chess.open_spec(DiskSpec.parse("chess:1M")))
     with pytest.raises(ValueError, match="multiple of 512"):
-        await chess.open_spec(parse_spec("chess:100"))
+        await chess.open_spec(DiskSpec.parse("chess:100"))

@@ -21,13 +21,12 @@ from tests.attach_support import (
     make_memfd,
     running_server,
 )
-from vmbus.attach.framing import ASYNC, HEADER, REPLY, FrameReader, pack_frame
-from vmbus.attach.layout import Layout
-from vmbus.attach.limits import ALL_FEATURES
-from vmbus.attach.link import ServerLimits
-from vmbus.attach.operator import read_json_reply_untrusted
-from vmbus.attach.protocol import MESSAGES, Number
-from vmbus.attach.to_server import (
+from vmbus.attach.client.operator import read_json_reply_untrusted
+from vmbus.attach.protocol.framing import ASYNC, HEADER, REPLY, FrameReader, pack_frame
+from vmbus.attach.protocol.layout import Layout
+from vmbus.attach.protocol.limits import ALL_FEATURES
+from vmbus.attach.protocol.messages import MESSAGES, Number
+from vmbus.attach.protocol.to_server import (
     Goodbye,
     Hello,
     MemoryRegion,
@@ -41,7 +40,8 @@ from vmbus.attach.to_server import (
     VmInfo,
     decode_post_untrusted,
 )
-from vmbus.attach.to_vmm import ErrorReply
+from vmbus.attach.protocol.to_vmm import ErrorReply
+from vmbus.attach.server import ServerLimits
 from vmbus.errors import PeerProtocolError
 
 SHAPES = sorted(
@@ -274,7 +274,7 @@ async def drain(vmm: RawVmm, *, answer: bool) -> bool:
 
 
 async def read_now(vmm: RawVmm) -> Any:
-    from vmbus.attach.framing import receive
+    from vmbus.attach.protocol.framing import receive
 
     # Let the server's tasks run dry first; they share this loop.
     await trio.testing.wait_all_tasks_blocked()

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from storvsp.disks.overlay import OverlayDisk, open_scratch
 from storvsp.disks.ram import RamDisk
 from storvsp.disks.raw import RawDisk
-from storvsp.scatter import GuestPages
+from vmbus.testing.scatter import GuestPages
 
 SECTOR = 512
 SECTORS = 3 * 128 + 17

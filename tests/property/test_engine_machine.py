@@ -24,6 +24,8 @@ from vmbus.engine import (
     GpadlTeardown,
     ResetDone,
     TlConnect,
+    describe,
+    describe_channels,
 )
 from vmbus.errors import BudgetError, ConfigError, LocalProtocolError
 from vmbus.wire import messages as m
@@ -116,7 +118,7 @@ class Bus(RuleBasedStateMachine):
         self.owed += Counter()
 
     def post(self, message: m.Message, owed: tuple[object, ...] | None = None) -> None:
-        state = self.engine.connection_info["state"]
+        state = describe(self.engine)["state"]
         if owed is not None and (state == "Connected" or owed[0] in ("contact", "close reserved")):
             self.owed[owed] += 1
         self.digest(self.guest.post(message))
@@ -149,7 +151,7 @@ class Bus(RuleBasedStateMachine):
             self.unload()
         elif kind == "reset":
             self.reset()
-        elif self.engine.connection_info["state"] == "Disconnected":
+        elif describe(self.engine)["state"] == "Disconnected":
             self.contact(version)
             self.request_offers()
 
@@ -162,11 +164,11 @@ class Bus(RuleBasedStateMachine):
 
     @rule()
     def request_offers(self) -> None:
-        requested = self.engine.connection_info.get("offers_requested")
+        requested = describe(self.engine).get("offers_requested")
         self.post(m.RequestOffers(), None if requested else ("offers",))
 
     def unload(self) -> None:
-        info = self.engine.connection_info
+        info = describe(self.engine)
         if info["state"] in ("Connected", "Paused") and info["version"] != "0.13":
             self.owed[("unload",)] += 1
         self.digest(self.guest.post(m.Unload()))
@@ -187,18 +189,18 @@ class Bus(RuleBasedStateMachine):
     def tear_down(self, relid: int, gpadl: int) -> None:
         owners = [
             (each["relid"], each["reserved"], gpadl_["state"])
-            for each in self.engine.channels
+            for each in describe_channels(self.engine)
             for gpadl_ in each["gpadls"]
             if gpadl_["handle"] == gpadl
         ]
         mine = [owner for owner in owners if owner[0] == relid]
         reserved = any(
             each["reserved"] and each["relid"] == relid and each["presence"] == "Offered"
-            for each in self.engine.channels
+            for each in describe_channels(self.engine)
         )
         known = any(
             each["relid"] == relid and each["presence"] in ("Offered", "Rescinded")
-            for each in self.engine.channels
+            for each in describe_channels(self.engine)
         )
         answered = not reserved and (
             not owners or (known and bool(mine) and mine[0][2] != "TearingDown")
@@ -217,7 +219,7 @@ class Bus(RuleBasedStateMachine):
     def is_rescinded(self, relid: int) -> bool:
         return any(
             each["relid"] == relid and each["presence"] == "Rescinded"
-            for each in self.engine.channels
+            for each in describe_channels(self.engine)
         )
 
     @rule(relid=relids)
@@ -251,9 +253,9 @@ class Bus(RuleBasedStateMachine):
     @rule(relid=relids, slot=slots)
     def close_reserved(self, relid: int, slot: tuple[int, int]) -> None:
         message = m.CloseReservedChannel(relid=relid, target_vp=slot[0], target_sint=slot[1])
-        before = [each for each in self.engine.channels if each["relid"] == relid]
+        before = [each for each in describe_channels(self.engine) if each["relid"] == relid]
         pending = self.owed[("close reserved", relid)]
-        paused = self.engine.connection_info["state"] == "Paused"
+        paused = describe(self.engine)["state"] == "Paused"
         answered = not pending and not paused
         if before and answered:
             life = before[0]["life"]
@@ -291,7 +293,7 @@ class Bus(RuleBasedStateMachine):
 
     @rule(data=st.data(), count=st.integers(0, 2))
     def subchannels(self, data: st.DataObject, count: int) -> None:
-        present = [each["key"] for each in self.engine.channels]
+        present = [each["key"] for each in describe_channels(self.engine)]
         if present:
             try:
                 made = self.engine.offer_subchannels(data.draw(st.sampled_from(present)), count)
@@ -337,7 +339,7 @@ class Bus(RuleBasedStateMachine):
 
     @invariant()
     def budgets_are_kept(self) -> None:
-        info = self.engine.connection_info
+        info = describe(self.engine)
         assert info["channels"] <= 8
         assert info["gpadls"] <= 6
         assert info["unfinished_gpadls"] <= 2
@@ -345,7 +347,7 @@ class Bus(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_owed_when_nobody_is_asked(self) -> None:
-        info = self.engine.connection_info
+        info = describe(self.engine)
         if not self.questions and info["state"] == "Connected" and not info["unfinished_gpadls"]:
             assert not self.owed
 
@@ -357,11 +359,11 @@ class Bus(RuleBasedStateMachine):
         """Whatever has been done: after a reset and all answers nothing is left."""
         self.reset()
         self.teardown_everything()
-        info = self.engine.connection_info
+        info = describe(self.engine)
         assert info["state"] == "Disconnected"
         assert (info["gpadls"], info["gpadl_pages"], info["pending_tl_connects"]) == (0, 0, 0)
-        assert {each["presence"] for each in self.engine.channels} <= {"Hidden"}
-        assert self.keys - self.gone == {each["key"] for each in self.engine.channels}
+        assert {each["presence"] for each in describe_channels(self.engine)} <= {"Hidden"}
+        assert self.keys - self.gone == {each["key"] for each in describe_channels(self.engine)}
         assert self.resets == 0
 
 

@@ -7,7 +7,7 @@ from contextlib import closing
 from hypothesis import given, strategies as st
 
 from vmbus.kvm.synic import MAX_CRASH_TEXT, crash_text_untrusted
-from vmbus.memory_file import allocate_memory
+from vmbus.memory import allocate_memory
 from vmbus.wire.synic import CRASH_CTL_MESSAGE
 
 SIZE = 1 << 17

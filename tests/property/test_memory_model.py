@@ -10,8 +10,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from vmbus.errors import ConfigError, GuestProtocolError
-from vmbus.memory import PAGE_SIZE, GuestMemory, total_length
-from vmbus.memory_file import create_memfd
+from vmbus.memory import PAGE_SIZE, GuestMemory, create_memfd, total_length
 
 PAGES = 24
 """Addresses used, in pages; some of them are holes."""

@@ -9,8 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from tests.ring_peer import IN_BAND, PENDING, READ, WRITE, packet
 from vmbus.errors import RingError
-from vmbus.memory import PAGE_SIZE
-from vmbus.memory_file import allocate_memory
+from vmbus.memory import PAGE_SIZE, allocate_memory
 from vmbus.ring import MAX_BATCH_BYTES, Packet, RingMemory, RingReader, RingWriter
 
 u32 = st.integers(0, 0xFFFF_FFFF)

@@ -19,8 +19,7 @@ from tests.ring_peer import (
     PeerWriter,
     packet,
 )
-from vmbus.memory import PAGE_SIZE, GuestMemory
-from vmbus.memory_file import allocate_memory
+from vmbus.memory import PAGE_SIZE, GuestMemory, allocate_memory
 from vmbus.ring import RingMemory, RingReader, RingWriter
 
 sizes = st.integers(0, 64) | st.integers(0, 5000) | st.sampled_from([4064, 4072, 8160, 8168])

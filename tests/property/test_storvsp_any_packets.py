@@ -55,7 +55,7 @@ def test_every_packet_is_answered_exactly_once_if_it_asks_for_it(steps, more, su
         controller = ScsiController(instance_id=UUID(int=7), max_subchannels=subchannels)
         controller.add_disk(RamDisk(1 << 16))
         channel, _guest = channel_pair(ring_pages=4, data_pages=0)
-        session = Session(controller, channel)
+        session = Session(channel, controller.units, controller.limits)
         async with trio.open_nursery() as nursery:
             for each in INITIALIZATION[:steps] + more:
                 before = channel.pending

@@ -10,7 +10,6 @@ from hypothesis import given, settings, strategies as st
 
 from storvsp import ScsiController
 from storvsp.disks.ram import RamDisk
-from storvsp.fastpath import serve_batch_untrusted
 from storvsp.session import Session, Stage
 from storvsp.wire import REQUEST, VERSION_6_2
 from vmbus.ring import Packet
@@ -89,12 +88,12 @@ async def answers(raw: list[bytes], *, fast: bool) -> tuple[list[bytes], bytes, 
     channel, guest = channel_pair(ring_pages=4, data_pages=0)
     for pfn in range(8):
         guest.memory.page(pfn)[64:] = bytes([pfn]) * 4032  # rings are not looked at here
-    session = Session(controller, channel)
+    session = Session(channel, controller.units, controller.limits)
     session.stage, session.version = Stage.READY, VERSION_6_2
     async with trio.open_nursery() as nursery:
         packets = [as_packet(each) for each in raw]
         if fast:
-            serve_batch_untrusted(session, channel, packets, nursery)
+            session.requests.serve_batch_untrusted(channel, packets, nursery, session.handle)
         else:
             for packet in packets:
                 session.handle(channel, packet, nursery)

@@ -10,8 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.synic_support import PAGES, Guest, Partition
 from vmbus.errors import GuestProtocolError
-from vmbus.synic import Delivery, Features, MsrError
-from vmbus.synic_queue import MessageQueue
+from vmbus.synic import Delivery, Features, MessageQueue
+from vmbus.synic.model import MsrError
 from vmbus.wire import synic as wire
 from vmbus.wire.synic import HvStatus, Msr
 

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from hypothesis import given, settings, strategies as st
 
-from vmbus.account import describe_untrusted
 from vmbus.errors import GuestProtocolError, LocalProtocolError
+from vmbus.host.account import describe_untrusted
 from vmbus.wire import gpa, packets as p
 from vmbus.wire.messages import (
     Direction,

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from tests.integration_support import EchoDevice, RawGuest, world
-from vmbus.account import describe_untrusted
+from vmbus.host.account import describe_untrusted
 from vmbus.wire import messages as m
 from vmbus.wire.versions import Version
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.attach_support import count_fds, make_eventfd, send_raw
-from vmbus.attach.framing import (
+from vmbus.attach.protocol.framing import (
     ASYNC,
     ERROR,
     HEADER,
@@ -23,7 +23,7 @@ from vmbus.attach.framing import (
     receive,
     send,
 )
-from vmbus.attach.limits import MAX_FDS, MAX_PAYLOAD
+from vmbus.attach.protocol.limits import MAX_FDS, MAX_PAYLOAD
 from vmbus.errors import PeerProtocolError
 
 Pair = tuple[socket.socket, socket.socket]

@@ -10,19 +10,20 @@ import pytest
 import trio
 
 from tests.attach_support import count_fds, make_eventfd, make_memfd
-from vmbus.attach.descriptors import (
+from vmbus.attach.protocol.descriptors import (
     check_eventfd_untrusted,
     check_memory_untrusted,
     map_region_untrusted,
 )
-from vmbus.attach.events import EventQueue
-from vmbus.attach.framing import Frame
-from vmbus.attach.link import Link, ServerLimits
-from vmbus.attach.protocol import MessageSpec, Number, State
-from vmbus.attach.to_server import MemoryRegion
+from vmbus.attach.protocol.framing import Frame
+from vmbus.attach.protocol.messages import MessageSpec, Number, State
+from vmbus.attach.protocol.to_server import MemoryRegion
+from vmbus.attach.server import ServerLimits
+from vmbus.attach.server.events import EventQueue
+from vmbus.attach.server.link import Link
 from vmbus.errors import PeerProtocolError
 from vmbus.memory import GuestMemory
-from vmbus.transport import PartitionReset, PostedMessage
+from vmbus.partition.transport import PartitionReset, PostedMessage
 
 REGION = MemoryRegion(0, 4096, 0, 0, 0)
 

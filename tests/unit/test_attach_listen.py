@@ -14,9 +14,9 @@ import pytest
 import trio
 
 from tests.attach_support import Bus, count_fds, raw_vmm
-from vmbus.attach import listen
-from vmbus.attach.listen import from_fd, from_systemd, listen_path, open_listener
-from vmbus.attach.server import _accept, serve
+from vmbus.attach.protocol.sockets import from_fd
+from vmbus.attach.server import from_systemd, listen, listen_path, open_listener, serve
+from vmbus.attach.server.connections import _accept
 from vmbus.errors import ConfigError
 
 

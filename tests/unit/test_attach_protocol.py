@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from vmbus.attach import to_server, to_vmm
-from vmbus.attach.layout import Field, Layout, encode_text, sizes
-from vmbus.attach.limits import MAGIC, Feature, Role
-from vmbus.attach.protocol import (
+from vmbus.attach.protocol import to_server, to_vmm
+from vmbus.attach.protocol.layout import Field, Layout, encode_text, sizes
+from vmbus.attach.protocol.limits import MAGIC, Feature, Role
+from vmbus.attach.protocol.messages import (
     MESSAGES,
     RESERVED,
     Direction,
@@ -22,7 +22,7 @@ from vmbus.attach.protocol import (
     check_request,
     find_spec,
 )
-from vmbus.attach.to_server import (
+from vmbus.attach.protocol.to_server import (
     Hello,
     HelloReply,
     JsonObject,
@@ -37,7 +37,7 @@ from vmbus.attach.to_server import (
     VmInfo,
     choose_version,
 )
-from vmbus.attach.to_vmm import (
+from vmbus.attach.protocol.to_vmm import (
     AddEventPort,
     AddMsgPort,
     DeliverMessage,

@@ -21,13 +21,13 @@ from tests.integration_support import (
     numbers,
     world,
 )
-from vmbus.bus import BusConfig, open_bus
 from vmbus.engine import Budgets, EngineConfig
 from vmbus.engine.channels import connection_id_of
 from vmbus.errors import AttachError, BudgetError, ConfigError, GuestProtocolError
 from vmbus.guest import LINUX_6_1
-from vmbus.soft_machine import SoftMachine
-from vmbus.transport import PartitionEvent
+from vmbus.host import BusConfig, open_bus
+from vmbus.partition.soft_machine import SoftMachine
+from vmbus.partition.transport import PartitionEvent
 from vmbus.wire import messages as m
 from vmbus.wire.packets import IN_BAND, build_packet
 from vmbus.wire.versions import Version
@@ -191,9 +191,11 @@ async def test_devices_find_the_gpadls_of_their_channel():
         await guest.post(*guest.gpadl(1, 9, [0x90, 0x92, 0x91]))
         await there.settle()
         channel = device.lives[0]
-        assert channel.gpadl(9).pages == (0x90, 0x92, 0x91)
+        lease = channel.lease_gpadl(9)
+        assert lease.gpadl.pages == (0x90, 0x92, 0x91)
+        lease.release()
         with pytest.raises(GuestProtocolError, match="does not exist"):
-            channel.gpadl(10)
+            channel.lease_gpadl(10)
 
 
 @pytest.mark.parametrize("version", [Version.V0_13, Version.V1_1])

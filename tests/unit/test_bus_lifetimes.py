@@ -13,14 +13,14 @@ import trio
 import trio.testing
 
 from tests.engine_support import make_memory, make_offer, pages_message
-from vmbus.bus import BusConfig, open_bus
-from vmbus.channel import Channel
-from vmbus.device import Offer
-from vmbus.engine import Budgets, EngineConfig, TlConnect
+from vmbus.engine import Budgets, EngineConfig, TlConnect, describe_channels
 from vmbus.errors import AttachError, ConfigError
+from vmbus.host import BusConfig, open_bus
+from vmbus.host.channel import Channel
+from vmbus.host.device import Offer
+from vmbus.host.roster import MAX_FAULTY_LIVES
 from vmbus.memory import PAGE_SIZE
-from vmbus.roster import MAX_FAULTY_LIVES
-from vmbus.transport import (
+from vmbus.partition.transport import (
     PartitionEvent,
     PartitionPaused,
     PartitionReset,
@@ -390,12 +390,12 @@ async def test_an_instance_that_waits_for_the_next_life_of_the_guest_is_taken():
     async with open_bus(transport, [Failing()]) as bus:
         await connect(transport)
         await fail_for_good(transport)
-        assert bus.engine.channels == []
+        assert describe_channels(bus.engine) == []
         with pytest.raises(ConfigError):
             bus.add_device(Idle())
         transport.contact()
         await settled()
-        assert len(bus.engine.channels) == 1
+        assert len(describe_channels(bus.engine)) == 1
 
 
 async def test_a_device_whose_room_was_taken_comes_back_when_there_is_some():
@@ -408,11 +408,11 @@ async def test_a_device_whose_room_was_taken_comes_back_when_there_is_some():
         number = bus.add_device(other)
         transport.contact()
         await settled()
-        assert [each["instance_id"] for each in bus.engine.channels] == [str(UUID(int=2))]
+        assert [each["instance_id"] for each in describe_channels(bus.engine)] == [str(UUID(int=2))]
         await bus.remove_device(number)
         transport.contact()
         await settled()
-        assert [each["instance_id"] for each in bus.engine.channels] == [str(UUID(int=1))]
+        assert [each["instance_id"] for each in describe_channels(bus.engine)] == [str(UUID(int=1))]
 
 
 @pytest.mark.parametrize("endpoint", [0, 1, 9])

@@ -10,9 +10,14 @@ import pytest
 import trio
 import trio.testing
 
-from vmbus.channel import Channel
-from vmbus.errors import LocalProtocolError, RingError
+from vmbus.errors import (
+    STATUS_INVALID_DEVICE_STATE,
+    GuestProtocolError,
+    LocalProtocolError,
+    RingError,
+)
 from vmbus.guest import MACOS
+from vmbus.host.channel import Channel
 from vmbus.testing import GuestEnd, channel_pair, make_offer
 from vmbus.wire.packets import COMPLETION, FLAG_COMPLETION_REQUESTED, IN_BAND, build_packet
 
@@ -350,10 +355,11 @@ async def test_a_drain_waits_for_room_as_well(pair):
 
 async def test_a_channel_without_a_bus_has_no_gpadls_and_no_sub_channels(pair):
     channel, _ = pair
-    with pytest.raises(LocalProtocolError):
-        channel.gpadl(1)
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(GuestProtocolError):
+        channel.lease_gpadl(1)
+    with pytest.raises(GuestProtocolError) as caught:
         channel.offer_subchannels(1)
+    assert caught.value.status == STATUS_INVALID_DEVICE_STATE
 
 
 async def test_sub_channels_wait_to_be_accepted_and_what_nobody_takes_ends(pair):

@@ -6,9 +6,10 @@ import pytest
 import trio
 import trio.testing
 
-from vmbus.channel import MAX_POLL_INTERVAL, Channel
 from vmbus.errors import LocalProtocolError
 from vmbus.guest.personality import OPENBSD
+from vmbus.host.channel import Channel
+from vmbus.host.outgoing import MAX_POLL_INTERVAL
 from vmbus.ring import RingWriter
 from vmbus.testing.channels import GuestEnd, channel_pair
 

@@ -13,7 +13,7 @@ import pytest
 import trio
 from rich.console import Console
 
-from storvsp.demo_trial import GRAIN, fingerprint
+from storvsp.demo.trial import GRAIN, fingerprint
 from tests.cli_support import run_cli
 from vmbus.cli import demo, demo_view
 from vmbus.cli.demo_report import DiskReport, Images, Problem, Report, file_digest, size_option

@@ -59,7 +59,7 @@ def test_json_has_everything():
         "example": "ram:64M",
         "error": None,
     }
-    assert plugins["device", "storvsp"]["value"] == "storvsp:ScsiController"
+    assert plugins["device", "storvsp"]["value"] == "storvsp:PLUGIN"
 
 
 def run_json():

@@ -26,7 +26,7 @@ class Server:
             make_guest(
                 "vm1",
                 devices=[
-                    make_controller(2, CD),
+                    make_controller(1, CD),
                     {"key": 9, "class": "nic", "instance": "elsewhere"},
                     make_controller(0, UNIT),
                 ],
@@ -98,9 +98,7 @@ def test_a_disk_is_added(run, server):
     server.result = {"address": "0:0:1"}
     result = run("add", "ram:64M")
     assert (result.exit_code, result.output) == (0, "added at 0:0:1\n")
-    assert server.commands == [
-        {"device": "storvsp", "index": 0, "action": "add", "spec": "ram:64M"}
-    ]
+    assert server.commands == [{"backend": "disk", "index": 0, "action": "add", "spec": "ram:64M"}]
 
 
 def test_guest_and_controller_can_be_chosen(run, server):

@@ -9,8 +9,8 @@ import pytest
 import trio
 import trio.testing
 
-from vmbus.delivery import Deliveries
 from vmbus.engine.events import SendMessage
+from vmbus.host.delivery import Deliveries
 
 
 class Slot:

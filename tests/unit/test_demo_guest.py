@@ -10,8 +10,9 @@ import struct
 import pytest
 import trio
 
-from storvsp import ScsiController, demo
-from storvsp.demo_trial import GRAIN, LARGE, CorruptionError, DiskTrial, Meter, fingerprint, insist
+from storvsp import ScsiController
+from storvsp.demo import guest as demo
+from storvsp.demo.trial import GRAIN, LARGE, CorruptionError, DiskTrial, Meter, fingerprint, insist
 from storvsp.disks.fault import Fault, FaultDisk, FaultKind, Operation
 from storvsp.disks.overlay import OverlayDisk
 from storvsp.disks.ram import RamDisk
@@ -19,14 +20,13 @@ from storvsp.disks.raw import RawDisk
 from storvsp.disks.wrapper import DiskWrapper
 from storvsp.guest import ScsiError, attach, scan
 from storvsp.guest.replies import Result
-from vmbus.attach import operator
-from vmbus.attach.listen import open_listener
-from vmbus.attach.server import serve
-from vmbus.bus import open_bus
+from vmbus.attach.client import operator
+from vmbus.attach.server import open_listener, serve
 from vmbus.guest import LINUX_6_1, boot
-from vmbus.loopback import LoopbackTransport
+from vmbus.host import open_bus
+from vmbus.partition.loopback import LoopbackTransport
+from vmbus.partition.soft_machine import SoftMachine
 from vmbus.server import DeviceSetup, GuestServer
-from vmbus.soft_machine import SoftMachine
 
 SIZE = 1 << 20
 

@@ -14,15 +14,16 @@ from storvsp.disk import (
     ReadOnlyError,
     disk_errors,
 )
-from storvsp.disks.buffers import check_range, cut, merge_extents, total_length
-from storvsp.disks.watchers import Watchers
+from storvsp.disks.buffers import check_range, merge_extents
+from vmbus.memory import total_length, window
+from vmbus.watchers import Watchers
 
 
 @given(st.lists(st.binary(max_size=6), max_size=6), st.integers(0, 40), st.integers(0, 40))
 def test_a_cut_of_a_scatter_list_is_a_slice_of_its_bytes(parts, start, length):
     buffers = [memoryview(bytearray(part)) for part in parts]
     whole = b"".join(parts)
-    pieces = cut(buffers, start, length)
+    pieces = window(buffers, start, length)
     assert b"".join(pieces) == whole[start : start + length]
     assert total_length(pieces) == len(whole[start : start + length])
     assert total_length(buffers) == len(whole)
@@ -31,7 +32,7 @@ def test_a_cut_of_a_scatter_list_is_a_slice_of_its_bytes(parts, start, length):
 def test_a_cut_is_the_same_memory():
     memory = bytearray(8)
     view = memoryview(memory)
-    for piece in cut([view[:3], view[3:]], 2, 3):
+    for piece in window([view[:3], view[3:]], 2, 3):
         piece[:] = b"x" * len(piece)
     assert memory == b"\0\0xxx\0\0\0"
 

@@ -13,7 +13,7 @@ from storvsp.disk import (
 from storvsp.disks.delay import DelayDisk
 from storvsp.disks.fault import Fault, FaultDisk, FaultKind, Operation
 from storvsp.disks.ram import RamDisk
-from storvsp.specs import open_disk
+from storvsp.disks.specs import open_disk
 from vmbus.errors import ConfigError
 
 SECTOR = 512

@@ -10,8 +10,8 @@ from storvsp.disk import DiskUnavailableError, Extent, MediumError, OutOfRangeEr
 from storvsp.disks.fault import Fault, FaultDisk, FaultKind, Operation
 from storvsp.disks.overlay import CLUSTER, OverlayDisk, open_scratch
 from storvsp.disks.ram import RamDisk
+from storvsp.disks.specs import open_disk
 from storvsp.disks.wrapper import DiskWrapper
-from storvsp.specs import open_disk
 from vmbus.errors import ConfigError
 
 SECTOR = 512

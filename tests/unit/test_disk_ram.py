@@ -7,7 +7,7 @@ import pytest
 from storvsp.disk import DiskUnavailableError, Extent, NoSpaceError, OutOfRangeError
 from storvsp.disks import ram
 from storvsp.disks.ram import CHUNK, MAX_SIZE, RamDisk
-from storvsp.specs import open_disk
+from storvsp.disks.specs import open_disk
 from vmbus.errors import ConfigError
 
 

@@ -20,7 +20,7 @@ from storvsp.disk import (
 )
 from storvsp.disks import linux
 from storvsp.disks.raw import RawDisk
-from storvsp.specs import open_disk
+from storvsp.disks.specs import open_disk
 from vmbus.errors import ConfigError
 
 SECTOR = 512

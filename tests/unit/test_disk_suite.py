@@ -7,11 +7,11 @@ import pytest
 import trio
 
 from storvsp.disk import Disk, DiskInfo, Extent, ReadOnlyError
-from storvsp.disks.buffers import cut, total_length
 from storvsp.disks.ram import RamDisk
-from storvsp.scatter import GuestPages, shapes
 from storvsp.testing import check_disk
 from vmbus.errors import ConfigError
+from vmbus.memory import total_length, window
+from vmbus.testing.scatter import GuestPages, shapes
 
 SIZE = 1 << 20
 
@@ -116,7 +116,7 @@ class ScribblesOnTheGuest(RamDisk):
 class ShortAtTheEnd(RamDisk):
     async def readv(self, offset, buffers):
         self._available(offset, buffers)
-        self.try_readv(offset, cut(buffers, 0, max(0, self.info.size - offset)))
+        self.try_readv(offset, window(buffers, 0, max(0, self.info.size - offset)))
 
     def _available(self, offset, buffers):
         if self._closed:
@@ -126,7 +126,7 @@ class ShortAtTheEnd(RamDisk):
 class ShortWriteAtTheEnd(RamDisk):
     async def writev(self, offset, buffers, *, fua=False):
         if offset < self.info.size < offset + total_length(buffers):
-            self.try_writev(offset, cut(buffers, 0, self.info.size - offset))
+            self.try_writev(offset, window(buffers, 0, self.info.size - offset))
         self.try_writev(offset, buffers)
 
 
@@ -325,7 +325,7 @@ class HalfWritesWhenCancelled(RamDisk):
         try:
             await trio.lowlevel.checkpoint()
         except trio.Cancelled:
-            self.try_writev(offset, cut(buffers, 0, 256))
+            self.try_writev(offset, window(buffers, 0, 256))
             raise
         self.try_writev(offset, buffers)
 

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import trio
 
-from storvsp.workers import WorkerPool, shared_pool
+from vmbus.workers import WorkerPool, shared_pool
 
 
 class Gate:
@@ -227,7 +227,7 @@ async def test_without_a_single_thread_a_call_fails_at_once(monkeypatch):
 def test_threads_do_not_keep_the_interpreter_alive():
     program = (
         "import trio\n"
-        "from storvsp.workers import WorkerPool\n"
+        "from vmbus.workers import WorkerPool\n"
         "async def main():\n"
         "    await WorkerPool().run(int)\n"
         "    print('ended', flush=True)\n"

@@ -8,16 +8,15 @@ import pytest
 import trio
 import trio.testing
 
-from vmbus.channel import Channel
-from vmbus.doorbells import (
+from vmbus.host.channel import Channel
+from vmbus.host.doorbells import (
     HALF_PAGE,
     InterruptPage,
     InterruptPageCall,
     MonitorPage,
     SilentCall,
 )
-from vmbus.memory import GuestMemory
-from vmbus.memory_file import allocate_memory
+from vmbus.memory import GuestMemory, allocate_memory
 from vmbus.testing import channel_pair
 from vmbus.wire.monitor import pending_word
 

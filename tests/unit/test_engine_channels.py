@@ -15,6 +15,7 @@ from vmbus.engine import (
     EngineConfig,
     Fault,
     SendMessage,
+    describe_channels,
 )
 from vmbus.errors import ConfigError, LocalProtocolError
 from vmbus.wire import messages as m
@@ -150,7 +151,7 @@ def test_a_channel_cannot_be_opened_twice(guest) -> None:
     guest.engine.open_done(1, ok=True)
     assert result(guest.take(), ok=True).open_id == 1
     result(guest.post(guest.open_message()), ok=False)
-    assert guest.engine.channels[0]["life"] == "Open"
+    assert describe_channels(guest.engine)[0]["life"] == "Open"
 
 
 @pytest.mark.parametrize("relid", [0, 3, 0xFFFFFFFF])
@@ -334,7 +335,7 @@ def test_from_5_3_on_retargeting_is_answered(guest, ok) -> None:
     guest.engine.modify_done(1, ok=ok)
     response(guest.take(), ok=ok)
     assert len(only(SendMessage, guest.events)[-1].payload) == 16
-    assert guest.engine.channels[0]["target_vp"] == (2 if ok else 0)
+    assert describe_channels(guest.engine)[0]["target_vp"] == (2 if ok else 0)
 
 
 def test_a_second_wish_while_the_first_is_pending_is_refused(guest) -> None:
@@ -357,7 +358,7 @@ def test_before_5_3_there_is_no_answer_and_the_newest_wish_counts() -> None:
     assert guest.take() == [ChannelModify(key=1, target_vp=3)]
     guest.engine.modify_done(1, ok=True)
     assert guest.take() == []
-    assert guest.engine.channels[0]["target_vp"] == 3
+    assert describe_channels(guest.engine)[0]["target_vp"] == 3
 
 
 def test_retargeting_what_cannot_be_is_refused(guest) -> None:
@@ -449,7 +450,7 @@ def test_closing_the_primary_takes_its_subchannels_back_first() -> None:
     guest.answer(found)
     found = guest.post(m.RelidReleased(relid=4), m.RelidReleased(relid=3))
     assert only(ChannelGone, guest.answer(found) + found) != []
-    assert [each["key"] for each in guest.engine.channels] == [1, 2]
+    assert [each["key"] for each in describe_channels(guest.engine)] == [1, 2]
 
 
 def test_new_subchannels_wait_until_the_old_ones_are_forgotten() -> None:

@@ -24,6 +24,7 @@ from vmbus.engine import (
     MonitorPages,
     Offer,
     SendMessage,
+    describe,
 )
 from vmbus.errors import ConfigError
 from vmbus.wire import messages as m
@@ -52,7 +53,7 @@ def test_an_unknown_version_is_refused_but_answered(version, connection_id) -> N
     """Checklist row 1: silence, or a hypercall error, would hang the guest or cost it minutes."""
     guest = Guest()
     assert guest.contact(version, connection_id=connection_id) == [REFUSED]
-    assert guest.engine.connection_info["state"] == "Disconnected"
+    assert describe(guest.engine)["state"] == "Disconnected"
 
 
 def test_a_guest_goes_down_the_ladder_until_a_version_fits() -> None:
@@ -234,7 +235,7 @@ def test_counters_count() -> None:
     guest = Guest()
     guest.connect()
     guest.post(m.RequestOffers())
-    info = guest.engine.connection_info
+    info = describe(guest.engine)
     assert info["messages_received"] == 3
     assert info["messages_sent"] == 2
     assert info["faults"] == 1

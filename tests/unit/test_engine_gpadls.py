@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from tests.engine_support import Guest, fault_field, make_offer, only, pages_message
-from vmbus.engine import Budgets, EngineConfig, Fault, GpadlTeardown, SendMessage
+from vmbus.engine import Budgets, EngineConfig, Fault, GpadlTeardown, SendMessage, describe
 from vmbus.engine.states import Unfinished
 from vmbus.errors import LocalProtocolError
 from vmbus.wire import messages as m
@@ -279,7 +279,7 @@ def test_pages_are_counted_when_announced_and_given_back() -> None:
     guest.create(1, 3, 10)
     guest.post(m.GpadlTeardown(relid=1, gpadl=1))
     guest.create(1, 4, 26)
-    assert guest.engine.connection_info["gpadl_pages"] == 36
+    assert describe(guest.engine)["gpadl_pages"] == 36
 
 
 def test_nothing_is_held_for_an_announcement() -> None:

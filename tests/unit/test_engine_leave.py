@@ -27,6 +27,8 @@ from vmbus.engine import (
     MonitorPages,
     ResetDone,
     SendMessage,
+    describe,
+    describe_channels,
 )
 from vmbus.wire import messages as m
 from vmbus.wire.versions import Feature, Version
@@ -53,9 +55,11 @@ def busy(version: Version = Version.V5_3) -> Guest:
 
 def assert_clean(guest: Guest) -> None:
     """Nothing of the guest is left."""
-    info = guest.engine.connection_info
+    info = describe(guest.engine)
     assert (info["gpadls"], info["gpadl_pages"], info["unfinished_gpadls"]) == (0, 0, 0)
-    assert [(each["key"], each["life"], each["relid"]) for each in guest.engine.channels] == [
+    assert [
+        (each["key"], each["life"], each["relid"]) for each in describe_channels(guest.engine)
+    ] == [
         (1, "Closed", None),
         (2, "Closed", None),
     ]
@@ -126,7 +130,7 @@ def test_linux_releases_its_relids_after_unload_and_that_is_no_fault() -> None:
     guest.post(m.Unload())
 
     assert guest.post(m.RelidReleased(relid=1)) == []
-    assert guest.engine.connection_info["faults"] == 0
+    assert describe(guest.engine)["faults"] == 0
 
 
 def test_a_second_unload_is_a_fault() -> None:
@@ -153,7 +157,7 @@ def test_a_guest_that_leaves_while_a_device_opens_gets_no_result() -> None:
         assert len(only(ChannelClose, found)) == ok
         guest.answer(found)
         assert only(m.OpenChannelResult, guest.take()) == []
-        assert guest.engine.connection_info["state"] == "Disconnected"
+        assert describe(guest.engine)["state"] == "Disconnected"
 
 
 def test_a_guest_that_leaves_while_waiting_to_reopen_gets_no_result() -> None:
@@ -197,7 +201,7 @@ def test_a_device_revoked_while_the_guest_leaves_is_gone_in_the_end() -> None:
     done = guest.answer(found + guest.take())
     assert ChannelGone(key=1) in done
     assert done[-1] == m.UnloadResponse()
-    assert [each["key"] for each in guest.engine.channels] == [2]
+    assert [each["key"] for each in describe_channels(guest.engine)] == [2]
 
 
 def test_a_device_rescinded_before_the_guest_leaves_is_gone_in_the_end() -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from tests.engine_support import Guest, fault_field, make_offer, only
-from vmbus.engine import Budgets, ChannelClose, ChannelGone, EngineConfig, Fault, SendMessage
+from vmbus.engine import (
+    Budgets,
+    ChannelClose,
+    ChannelGone,
+    EngineConfig,
+    Fault,
+    SendMessage,
+    describe_channels,
+)
 from vmbus.errors import BudgetError, ConfigError, LocalProtocolError
 from vmbus.wire import messages as m
 from vmbus.wire.versions import Version
@@ -134,7 +142,7 @@ def test_monitor_ids_are_unique_and_only_for_those_who_want_one() -> None:
     for number in range(1, 7):
         guest.engine.offer(make_offer(number, monitor_latency=number % 2 or None))
     guest.connect()
-    offers = [(each["relid"], each["monitor_id"]) for each in guest.engine.channels]
+    offers = [(each["relid"], each["monitor_id"]) for each in describe_channels(guest.engine)]
     assert offers == [(1, 0), (2, None), (3, 1), (4, None), (5, 2), (6, None)]
 
 
@@ -172,7 +180,7 @@ def test_a_channel_that_the_guest_never_saw_goes_at_once() -> None:
     assert guest.take() == [ChannelGone(key=key)]
     guest.connect()
     assert only(m.AllOffersDelivered, guest.take()) == []
-    assert guest.engine.channels == []
+    assert describe_channels(guest.engine) == []
 
 
 def test_a_rescind_is_sent_once_and_the_relid_stays_taken_until_released() -> None:

@@ -11,7 +11,7 @@ from uuid import UUID
 import pytest
 
 from tests.engine_support import Guest, make_offer, only, pages_message
-from vmbus.engine import ChannelClose, EngineConfig, Fault, SendMessage
+from vmbus.engine import ChannelClose, EngineConfig, Fault, SendMessage, describe, describe_channels
 from vmbus.engine.states import ACCEPTED, CONNECTION, GPADL, LIFE, PRESENCE
 from vmbus.errors import LocalProtocolError
 from vmbus.wire import messages as m
@@ -268,7 +268,7 @@ def test_any_two_messages_in_any_state_do_no_harm(state, size) -> None:
             found = guest.post_bytes(payload)
             if size == "truncated" and index not in (2, 3):
                 assert [type(event) for event in found] == [Fault]
-            json.dumps([guest.engine.connection_info, guest.engine.channels])
+            json.dumps([describe(guest.engine), describe_channels(guest.engine)])
         assert_the_guest_can_start_again(guest)
 
 
@@ -276,25 +276,25 @@ def assert_the_guest_can_start_again(guest: Guest) -> None:
     """Whatever has happened: after a reset, with all questions answered, nothing is left."""
     guest.engine.take()
     guest.engine.reset()
-    pending = guest.engine.channels
+    pending = describe_channels(guest.engine)
     events = guest.take()
     for channel in pending:
         key = channel["key"]
-        life = {each["key"]: each["life"] for each in guest.engine.channels}.get(key)
+        life = {each["key"]: each["life"] for each in describe_channels(guest.engine)}.get(key)
         if life == "Abandoned":
             guest.engine.open_done(key, ok=True)
         elif life == "Closing":
             guest.engine.close_done(key)
             events = [each for each in events if each != ChannelClose(key=key)]
-    for channel in guest.engine.channels:
+    for channel in describe_channels(guest.engine):
         for gpadl in channel["gpadls"]:
             assert gpadl["state"] == "TearingDown"
             guest.engine.gpadl_released(channel["key"], gpadl["handle"])
     found = guest.answer([event for event in guest.take() if isinstance(event, ChannelClose)])
     assert only(SendMessage, found) == []
-    info = guest.engine.connection_info
+    info = describe(guest.engine)
     assert (info["state"], info["gpadls"], info["gpadl_pages"]) == ("Disconnected", 0, 0)
-    assert {each["presence"] for each in guest.engine.channels} <= {"Hidden"}
+    assert {each["presence"] for each in describe_channels(guest.engine)} <= {"Hidden"}
 
 
 # --- The tables themselves --------------------------------------------------------------------

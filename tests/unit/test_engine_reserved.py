@@ -14,6 +14,8 @@ from vmbus.engine import (
     GpadlTeardown,
     ResetDone,
     SendMessage,
+    describe,
+    describe_channels,
 )
 from vmbus.errors import STATUS_INVALID_DEVICE_STATE, LocalProtocolError
 from vmbus.wire import messages as m
@@ -74,7 +76,7 @@ def test_replies_go_to_the_slots_named() -> None:
     assert last_slot(guest) == (2, 6, True)
     assert len(only(SendMessage, guest.events)[-1].payload) == 12
     guest.answer(guest.post(m.GpadlTeardown(relid=1, gpadl=RING)))
-    assert guest.engine.connection_info["gpadls"] == 0
+    assert describe(guest.engine)["gpadls"] == 0
 
 
 @pytest.mark.parametrize(
@@ -127,8 +129,8 @@ def test_what_is_not_reserved_is_not_closed_by_this_message() -> None:
     guest.take()
     (fault,) = guest.post(close_reserved())
     assert fault.field == "relid"
-    assert guest.engine.channels[0]["life"] == "Open"
-    assert len(guest.engine.channels) == 3
+    assert describe_channels(guest.engine)[0]["life"] == "Open"
+    assert len(describe_channels(guest.engine)) == 3
     guest.answer(guest.post(m.CloseChannel(relid=1)))
 
 
@@ -192,7 +194,7 @@ def test_an_abandoned_open_can_be_waited_for(ok) -> None:
     assert guest.post(close_reserved()) == []
     guest.engine.open_done(1, ok=ok)
     assert only(m.CloseReservedResponse, guest.answer() or guest.events) or not ok
-    assert guest.engine.channels[0]["life"] == "Closed"
+    assert describe_channels(guest.engine)[0]["life"] == "Closed"
 
 
 # --- Without a connection ---------------------------------------------------------------------
@@ -210,12 +212,12 @@ def unloaded() -> Guest:
 def test_it_survives_unload_with_its_ring_and_is_closed_without_a_connection() -> None:
     guest = unloaded()
     assert guest.engine.gpadl(1, RING) is not None
-    assert guest.engine.channels[0]["presence"] == "Kept"
+    assert describe_channels(guest.engine)[0]["presence"] == "Kept"
     assert guest.post(close_reserved()) == [ChannelClose(key=1)]
     guest.engine.close_done(1)
     assert guest.take() == [CLOSED, GpadlTeardown(key=1, handle=RING)]
     guest.engine.gpadl_released(1, RING)
-    assert guest.engine.channels[0]["presence"] == "Hidden"
+    assert describe_channels(guest.engine)[0]["presence"] == "Hidden"
 
 
 def test_other_pages_of_its_channel_do_not_survive() -> None:
@@ -243,9 +245,9 @@ def test_it_survives_two_lives_and_a_new_contact() -> None:
     guest.connect()
     guest.answer(guest.contact(Version.V3_0))
     guest.answer(guest.post(m.Unload()))
-    assert guest.engine.channels[0]["life"] == "Open"
+    assert describe_channels(guest.engine)[0]["life"] == "Open"
     guest.answer(guest.post(close_reserved()))
-    assert guest.engine.channels[0]["presence"] == "Hidden"
+    assert describe_channels(guest.engine)[0]["presence"] == "Hidden"
 
 
 def test_the_result_of_an_open_reaches_its_slot_after_unload() -> None:
@@ -265,7 +267,7 @@ def test_an_open_that_fails_after_unload_gives_the_channel_free() -> None:
     refused, teardown = guest.take()
     assert refused.status
     guest.answer([teardown])
-    assert guest.engine.channels[0]["presence"] == "Hidden"
+    assert describe_channels(guest.engine)[0]["presence"] == "Hidden"
 
 
 def test_a_contact_waits_until_a_reserved_channel_that_closes_has_let_go() -> None:
@@ -303,7 +305,7 @@ def test_a_reset_ends_it_without_an_answer() -> None:
         done = guest.answer()
         assert done[-1] == ResetDone()
         assert only(m.CloseReservedResponse, done) == []
-        assert guest.engine.channels[0]["presence"] == "Hidden"
+        assert describe_channels(guest.engine)[0]["presence"] == "Hidden"
 
 
 def test_a_reset_forgets_that_somebody_waits_for_the_close() -> None:

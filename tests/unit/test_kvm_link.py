@@ -19,8 +19,7 @@ from vmbus.kvm.outcome import End, Outcome
 from vmbus.kvm.ports import PortBus
 from vmbus.kvm.synic_kernel import CAPABILITIES, KernelSynic
 from vmbus.kvm.synic_user import HYPERCALL_PORT, UserSynic
-from vmbus.memory import GuestMemory
-from vmbus.memory_file import allocate_memory
+from vmbus.memory import GuestMemory, allocate_memory
 from vmbus.wire.synic import HvStatus, Msr
 
 

@@ -14,8 +14,8 @@ from vmbus.kvm import api
 from vmbus.kvm.synic_kernel import CAPABILITIES, KernelSynic, has_virtual_apic, is_possible
 from vmbus.kvm.vcpu import Vcpu, ignore_kick_signal
 from vmbus.kvm.vm import Vm
-from vmbus.memory_file import allocate_memory
-from vmbus.synic import MsrError
+from vmbus.memory import allocate_memory
+from vmbus.synic.model import MsrError
 from vmbus.wire import synic as wire
 from vmbus.wire.synic import CpuidLeaf, HvStatus, MiscFeature, Msr, Privilege, Recommendation
 

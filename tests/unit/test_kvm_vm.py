@@ -13,8 +13,7 @@ from tests.kvm_fakes import FakeKvm
 from vmbus.errors import ConfigError
 from vmbus.kvm import api
 from vmbus.kvm.vm import FIRST_FREE_GSI, Vm
-from vmbus.memory import GuestMemory
-from vmbus.memory_file import allocate_memory
+from vmbus.memory import GuestMemory, allocate_memory
 
 
 @pytest.fixture

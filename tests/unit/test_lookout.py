@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from vmbus.lookout import (
+from vmbus.host.lookout import (
     DEFAULT_LONGEST,
     FIRST,
     LONGEST_OF_ALL,

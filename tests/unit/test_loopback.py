@@ -13,9 +13,9 @@ import trio.testing
 
 from tests.synic_support import VECTOR, Guest, Partition
 from vmbus.errors import AttachError, ConfigError, LocalProtocolError
-from vmbus.loopback import LoopbackTransport
-from vmbus.memory_file import create_memfd
-from vmbus.transport import (
+from vmbus.memory import create_memfd
+from vmbus.partition.loopback import LoopbackTransport
+from vmbus.partition.transport import (
     MemoryRemoval,
     PartitionEvent,
     PartitionPaused,

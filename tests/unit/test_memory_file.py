@@ -7,10 +7,9 @@ import os
 
 import pytest
 
-import vmbus.memory_file
+import vmbus.memory
 from vmbus.errors import ConfigError
-from vmbus.memory import is_sealed
-from vmbus.memory_file import allocate_memory, create_memfd
+from vmbus.memory import allocate_memory, create_memfd, is_sealed
 
 
 def open_descriptors() -> int:
@@ -53,7 +52,7 @@ def test_a_memfd_that_cannot_be_sealed_is_not_left_open(monkeypatch):
     before = open_descriptors()
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     with pytest.raises(PermissionError):
-        vmbus.memory_file.create_memfd("test", 4096)
+        vmbus.memory.create_memfd("test", 4096)
     assert open_descriptors() == before
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.guest.rig.account import ARRIVAL, Said, guest_account, server_account
-from vmbus.account import describe_untrusted
+from vmbus.host.account import describe_untrusted
 from vmbus.wire import messages as m
 from vmbus.wire.versions import Version
 

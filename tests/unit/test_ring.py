@@ -22,8 +22,7 @@ from tests.ring_peer import (
     packet,
 )
 from vmbus.errors import GuestProtocolError, RingError
-from vmbus.memory import PAGE_SIZE, GuestMemory
-from vmbus.memory_file import allocate_memory
+from vmbus.memory import PAGE_SIZE, GuestMemory, allocate_memory
 from vmbus.ring import MAX_BATCH_BYTES, Packet, RingMemory, RingReader, RingWriter, completion
 from vmbus.wire.packets import COMPLETION, MAX_PACKET, build_packet
 

@@ -19,10 +19,10 @@ from tests.integration_support import (
     numbers,
     world,
 )
-from vmbus.bus import BusConfig, open_bus
-from vmbus.device import Device
-from vmbus.errors import AttachError, LocalProtocolError
-from vmbus.soft_machine import SoftMachine
+from vmbus.errors import STATUS_INVALID_DEVICE_STATE, AttachError, GuestProtocolError
+from vmbus.host import BusConfig, open_bus
+from vmbus.host.device import Device
+from vmbus.partition.soft_machine import SoftMachine
 from vmbus.wire import messages as m
 from vmbus.wire.versions import Version
 
@@ -195,8 +195,9 @@ async def test_sub_channels_cannot_be_offered_twice():
         guest = RawGuest(there)
         await guest.connect()
         assert len(await guest.open()) == 2
-        with pytest.raises(LocalProtocolError, match="already"):
+        with pytest.raises(GuestProtocolError, match="already") as caught:
             device.lives[0].offer_subchannels(1)
+        assert caught.value.status == STATUS_INVALID_DEVICE_STATE
 
 
 async def test_several_failures_of_a_device_are_told_in_one_line(caplog):

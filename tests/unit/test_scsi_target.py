@@ -9,8 +9,9 @@ from storvsp.scsi import CdromUnit, DiskUnit, Outcome, absent_unit
 from storvsp.scsi.attention import MAX_INITIATORS, MAX_PENDING, Attentions
 from storvsp.scsi.sense import REPORTED_LUNS_DATA_HAS_CHANGED, Sense, field_pointer
 from storvsp.scsi.target import encode_lun
-from storvsp.scsi.unit import fill, window
+from storvsp.scsi.unit import fill
 from tests.scsi_support import MemoryDisk, Reply, make_command, run
+from vmbus.memory import window
 
 IDENTITY = bytes(range(16))
 

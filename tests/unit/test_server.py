@@ -14,10 +14,10 @@ import trio.testing
 from tests.integration_support import FailingTransport, World, whole_life
 from vmbus.errors import ConfigError
 from vmbus.guest import LINUX_6_1
-from vmbus.memory import PAGE_SIZE
-from vmbus.memory_file import allocate_memory
-from vmbus.server import DeviceSetup, GuestServer, raise_descriptor_limit, resident_bytes
-from vmbus.soft_machine import SoftMachine
+from vmbus.memory import PAGE_SIZE, allocate_memory
+from vmbus.partition.soft_machine import SoftMachine
+from vmbus.server import DeviceSetup, GuestServer, raise_descriptor_limit
+from vmbus.server.process import resident_bytes
 
 DISK = 4 << 20
 SETUPS = (DeviceSetup("storvsp", (f"ram:{DISK}",)), DeviceSetup("storvsp", ("ram:1M", "ram:1M")))
@@ -115,7 +115,7 @@ async def test_a_back_end_that_cannot_be_opened_turns_the_guest_away(machines, t
 async def test_the_check_finds_mistakes_and_leaves_files_of_guests_alone(tmp_path):
     with pytest.raises(ConfigError):
         await GuestServer([DeviceSetup("storvsp", ("ram:nonsense",))]).check()
-    with pytest.raises(ConfigError, match="no device"):
+    with pytest.raises(ConfigError, match="unknown device 'toaster'"):
         await GuestServer([DeviceSetup("toaster")]).check()
     await GuestServer([DeviceSetup("storvsp", (f"raw:{tmp_path}/{{guest}}.img",))]).check()
 

@@ -15,14 +15,15 @@ import trio
 import trio.testing
 
 from tests.integration_support import TIERS, EchoDevice, whole_life
-from vmbus.attach.limits import Feature
-from vmbus.attach.listen import listen_path
-from vmbus.attach.server import serve
-from vmbus.bus import open_bus
+from vmbus.attach.client import Done
+from vmbus.attach.client.machine import MachineDelegate, attach_machine
+from vmbus.attach.protocol.limits import Feature
+from vmbus.attach.server import listen_path, serve
 from vmbus.errors import AttachError
 from vmbus.guest import LINUX_6_1, Interrupt, boot
+from vmbus.host import open_bus
+from vmbus.partition.soft_machine import SoftMachine
 from vmbus.server import DeviceSetup, GuestServer
-from vmbus.soft_machine import MachineDelegate, SoftMachine, attach_machine
 from vmbus.synic import Features
 from vmbus.wire.synic import HvStatus, Msr
 
@@ -205,7 +206,16 @@ async def test_a_delegate_does_what_a_vmm_does(machine):
     delegate = MachineDelegate(machine)
     answers: list[int] = []
 
-    done: Any = answers.append
+    class Deliveries:
+        """All of them are unanswered for ever."""
+
+        def __contains__(self, seq: int) -> bool:
+            return True
+
+        def answer(self, seq: int, code: int) -> None:
+            answers.append(code)
+
+    done = Done(Deliveries(), 1)
 
     delegate.deliver_message(0, 2, 1, b"nobody listens", done)
     assert answers == [errno.ENXIO]

@@ -6,18 +6,11 @@ import pytest
 import trio
 from hypothesis import given, strategies as st
 
-from storvsp import specs
+from storvsp.disks import specs
 from storvsp.disks.ram import RamDisk
-from storvsp.specs import (
-    DiskSpec,
-    known_schemes,
-    open_disk,
-    parse_duration,
-    parse_size,
-    parse_spec,
-    split_options,
-)
+from storvsp.disks.specs import DiskSpec, open_disk
 from vmbus.errors import ConfigError
+from vmbus.plugins.specs import parse_duration, parse_size
 
 NAMES = st.from_regex(r"[a-z][a-z0-9_-]{0,8}", fullmatch=True)
 SPECS = st.builds(
@@ -39,7 +32,7 @@ SPECS = st.builds(
     ],
 )  # fmt: skip
 def test_specifications_are_taken_apart(text, scheme, options, target):
-    assert parse_spec(text) == DiskSpec(scheme, options, target)
+    assert DiskSpec.parse(text) == DiskSpec(scheme, options, target)
 
 
 @pytest.mark.parametrize(
@@ -63,22 +56,22 @@ def test_specifications_are_taken_apart(text, scheme, options, target):
 )
 def test_mistakes_are_named(text, hint):
     with pytest.raises(ConfigError) as caught:
-        parse_spec(text)
+        DiskSpec.parse(text)
     assert hint in str(caught.value)
 
 
 @given(SPECS)
 def test_a_specification_as_text_parses_to_itself(spec):
-    assert parse_spec(str(spec)) == spec
+    assert DiskSpec.parse(str(spec)) == spec
 
 
 @given(st.text(max_size=40) | st.text("ram:[]\\,=x", max_size=20).map("ram:[".__add__))
 def test_any_text_parses_or_raises_config_error(text):
     try:
-        spec = parse_spec(text)
+        spec = DiskSpec.parse(text)
     except ConfigError:
         return
-    assert parse_spec(str(spec)) == spec
+    assert DiskSpec.parse(str(spec)) == spec
 
 
 def test_a_specification_cannot_be_changed_and_can_be_a_key():
@@ -88,7 +81,7 @@ def test_a_specification_cannot_be_changed_and_can_be_a_key():
     assert spec.options == {"ro": ""}
     with pytest.raises(TypeError):
         spec.options["ro"] = "on"  # type: ignore[index]
-    assert {spec: 1}[parse_spec("raw:[ro]x")] == 1
+    assert {spec: 1}[DiskSpec.parse("raw:[ro]x")] == 1
 
 
 @pytest.mark.parametrize(
@@ -117,7 +110,7 @@ def test_other_durations_are_refused(text):
 
 
 def test_options_are_read_by_type():
-    spec = parse_spec("x:[a,b=off,c=ON,size=4K,time=3ms,n=7,p=0.25,word=red,path=/a]t")
+    spec = DiskSpec.parse("x:[a,b=off,c=ON,size=4K,time=3ms,n=7,p=0.25,word=red,path=/a]t")
     reader = spec.reader()
     assert [reader.flag(name) for name in "abcd"] == [True, False, True, False]
     assert (reader.size("size"), reader.size("none")) == (4096, None)
@@ -153,25 +146,25 @@ def test_options_are_read_by_type():
 )
 def test_values_that_cannot_be_used_say_what_could(text, read, hint):
     with pytest.raises(ConfigError) as caught:
-        read(parse_spec(text).reader())
+        read(DiskSpec.parse(text).reader())
     assert hint in str(caught.value)
 
 
 def test_unknown_options_say_which_are_known():
-    reader = parse_spec("x:[sectr=512]t").reader()
+    reader = DiskSpec.parse("x:[sectr=512]t").reader()
     reader.integer("sector")
     reader.flag("ro")
     with pytest.raises(ConfigError, match=r"'sectr'; did you mean 'sector'\? known: ro and sector"):
         reader.finish()
     with pytest.raises(ConfigError, match="unknown option 'y'; there are none"):
-        parse_spec("x:[y]t").reader().finish()
+        DiskSpec.parse("x:[y]t").reader().finish()
 
 
 async def test_options_of_the_controller_are_split_off_and_belong_outside():
-    spec, place = split_options(parse_spec("ram:[lun=3,sector=512,target=0]1M"))
-    assert spec == parse_spec("ram:[sector=512]1M")
+    spec, place = DiskSpec.parse("ram:[lun=3,sector=512,target=0]1M").split()
+    assert spec == DiskSpec.parse("ram:[sector=512]1M")
     assert place == {"lun": "3", "target": "0"}
-    assert split_options(spec, {"sector"}) == (parse_spec("ram:1M"), {"sector": "512"})
+    assert spec.split() == (spec, {})
     with pytest.raises(ConfigError, match="belongs to the outermost brackets"):
         await open_disk("overlay:ram:[lun=3]1M")
 
@@ -182,8 +175,8 @@ async def test_a_stack_needs_something_to_stand_on():
 
 
 async def test_the_schemes_of_this_project_are_installed_and_open():
-    assert {"ram", "raw", "overlay", "delay", "fault", "cd"} <= set(known_schemes())
-    disk = await open_disk(parse_spec("ram:1M"))
+    assert {"ram", "raw", "overlay", "delay", "fault", "cd"} <= set(specs.DISKS.names())
+    disk = await open_disk(DiskSpec.parse("ram:1M"))
     assert disk.info.size == 1 << 20
     await disk.aclose()
 
@@ -219,8 +212,7 @@ NO_OPENER = 3
 def plugins(monkeypatch):
     def install(*points):
         found = importlib.metadata.EntryPoints(
-            importlib.metadata.EntryPoint(name, value, specs.ENTRY_POINT_GROUP)
-            for name, value in points
+            importlib.metadata.EntryPoint(name, value, specs.DISKS.group) for name, value in points
         )
         monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: found)
 
@@ -231,7 +223,7 @@ def plugins(monkeypatch):
     ("value", "hint"),
     [
         ("no_such_module_at_all:open_spec", "cannot be imported: ModuleNotFoundError"),
-        ("storvsp.specs:no_such_name", "cannot be imported: AttributeError"),
+        ("storvsp.disks.specs:no_such_name", "cannot be imported: AttributeError"),
         (f"{__name__}:NO_OPENER", "has to be an async function of one DiskSpec"),
         (f"{__name__}:open_synchronously", "has to be an async function of one DiskSpec"),
         (f"{__name__}:open_wrong", "returned str, not a Disk"),

@@ -63,8 +63,8 @@ def test_the_offer_is_what_was_asked_for():
     other = ScsiController()
     assert other.offer.monitor_latency is None
     assert other.offer.instance_id != ScsiController().offer.instance_id
-    assert other.initiator == other.offer.instance_id
-    assert ScsiController(initiator="vm").initiator == "vm"
+    assert other.units.initiator == other.offer.instance_id
+    assert ScsiController(initiator="vm").units.initiator == "vm"
 
 
 def test_disks_go_to_the_lowest_free_lun():
@@ -73,9 +73,9 @@ def test_disks_go_to_the_lowest_free_lun():
     assert [controller.add_disk(disk()) for _ in range(3)] == [(0, 0, 0), (0, 0, 2), (0, 0, 3)]
     assert controller.add_disk(disk(), path=7, target=1, lun=254) == (7, 1, 254)
     assert controller.add_disk(disk(), path=7, target=1) == (7, 1, 0)
-    assert controller.luns(0, 0) == [0, 1, 2, 3]
-    assert controller.luns(7, 1) == [0, 254]
-    assert controller.luns(1, 0) == []
+    assert controller.units.luns(0, 0) == [0, 1, 2, 3]
+    assert controller.units.luns(7, 1) == [0, 254]
+    assert controller.units.luns(1, 0) == []
 
 
 def test_a_full_target_takes_no_more():
@@ -116,11 +116,11 @@ async def test_a_disk_is_closed_when_it_is_removed_unless_it_belongs_to_others()
     own, lent = disk(), disk()
     controller.add_disk(own)
     controller.add_disk(lent, owned=False)
-    assert controller.disk((0, 0, 0)) is own
+    assert controller.units.disk((0, 0, 0)) is own
     await controller.remove_disk((0, 0, 0))
     await controller.remove_disk((0, 0, 1))
     assert (own.closed, lent.closed) == (1, 0)
-    assert controller.disk((0, 0, 0)) is None
+    assert controller.units.disk((0, 0, 0)) is None
     with pytest.raises(ConfigError, match="0, target 0, LUN 0"):
         await controller.remove_disk((0, 0, 0))
 
@@ -129,8 +129,8 @@ async def test_a_unit_of_any_kind_can_be_there():
     controller = ScsiController()
     unit = DiskUnit(disk(), luns=lambda: [5], identity=bytes(16))
     assert controller.add_unit(unit, lun=5) == (0, 0, 5)
-    assert list(controller.all_units()) == [unit]
-    assert controller.disk((0, 0, 5)) is None
+    assert list(controller.units) == [unit]
+    assert controller.units.disk((0, 0, 5)) is None
     (found,) = controller.snapshot()["units"]
     assert (found["kind"], found["size"], found["read_only"]) == ("DiskUnit", None, None)
     with pytest.raises(ConfigError):
@@ -172,7 +172,7 @@ async def test_a_removed_disk_is_not_watched_any_more():
     controller.add_disk(ram, owned=False)
     await controller.remove_disk((0, 0, 0))
     told: list[int] = []
-    controller._notify = lambda: told.append(1)  # type: ignore[method-assign]
+    controller.units._changed = lambda: told.append(1)
     await ram.resize(2 << 20)
     assert told == []
 
@@ -185,7 +185,7 @@ async def test_one_disk_that_cannot_be_closed_does_not_keep_the_others_open():
     with pytest.raises(OSError, match="stuck"):
         await controller.aclose()
     assert [each.closed for each in disks] == [1, 1, 1]
-    assert controller.units == {}
+    assert len(controller.units) == 0
     await controller.aclose()
 
 
@@ -195,7 +195,7 @@ async def test_the_identity_of_a_disk_stays_with_its_place():
         controller = ScsiController(instance_id=UUID(int=5))
         controller.add_disk(disk())
         controller.add_disk(disk())
-        units = list(controller.all_units())
+        units = list(controller.units)
         names.append([unit._identity.unique for unit in units])  # type: ignore[attr-defined]
     assert names[0] == names[1]
     assert names[0][0] != names[0][1]
@@ -222,7 +222,7 @@ async def test_a_snapshot_is_json_before_in_and_after_a_life():
 async def test_the_end_of_a_life_is_told_to_the_units(monkeypatch: pytest.MonkeyPatch):
     controller = ScsiController(initiator="vm")
     controller.add_disk(disk())
-    (unit,) = controller.all_units()
+    (unit,) = controller.units
     left: list[object] = []
     monkeypatch.setattr(unit, "detach", left.append)
     channel, _ = channel_pair()

@@ -9,16 +9,16 @@ from uuid import UUID
 import pytest
 
 from storvsp import ScsiController
-from storvsp.plugin import add, make_controller, operate, parse_address
+from storvsp.plugin import PLUGIN, add, parse_address
 from vmbus.errors import ConfigError
-from vmbus.plugins import load_device
+from vmbus.plugins.devices import load_device
 from vmbus.testing import make_offer
 
 INSTANCE = UUID(int=5)
 
 
 async def make(*specs: str, **options: Any) -> ScsiController:
-    return await make_controller(specs, instance_id=INSTANCE, initiator="vm", options=options)
+    return await PLUGIN.from_specs(specs, instance_id=INSTANCE, initiator="vm", options=options)
 
 
 async def test_the_entry_point_makes_a_controller():
@@ -28,7 +28,7 @@ async def test_the_entry_point_makes_a_controller():
     )
     assert isinstance(device, ScsiController)
     assert device.offer.instance_id == INSTANCE
-    assert device.initiator == "vm"
+    assert device.units.initiator == "vm"
     answer = await plugin.command(device, {"action": "add", "spec": "ram:1M"})
     assert answer == {"address": "0:0:1"}
     await device.aclose()
@@ -36,13 +36,13 @@ async def test_the_entry_point_makes_a_controller():
 
 async def test_disks_have_the_places_that_their_specifications_say():
     controller = await make("ram:1M", "ram:[lun=5]1M", "ram:[path=2,target=1]1M", "ram:1M")
-    assert sorted(controller.units) == [(0, 0, 0), (0, 0, 1), (0, 0, 5), (2, 1, 0)]
+    assert sorted(controller.units.by_address) == [(0, 0, 0), (0, 0, 1), (0, 0, 5), (2, 1, 0)]
     await controller.aclose()
 
 
 async def test_options_are_those_of_the_controller():
     controller = await make(max_subchannels="3", max_transfer_bytes="65536", monitor=True)
-    assert (controller.max_subchannels, controller.max_transfer_bytes) == (3, 65536)
+    assert (controller.limits.max_subchannels, controller.limits.max_transfer_bytes) == (3, 65536)
     assert controller.offer.monitor_latency is not None
     with pytest.raises(ConfigError, match="no option 'colour'"):
         await make(colour="red")
@@ -99,14 +99,14 @@ def test_anything_else_is_no_address(text):
 
 async def test_commands_add_resize_and_remove():
     controller = await make("ram:1M")
-    assert await operate(controller, {"action": "add", "spec": "ram:[lun=9]1M"}) == {
+    assert await PLUGIN.command(controller, {"action": "add", "spec": "ram:[lun=9]1M"}) == {
         "address": "0:0:9"
     }
     request = {"action": "resize", "address": "9", "size": "2M"}
-    assert await operate(controller, request) == {"size": 2 << 20}
-    assert await operate(controller, {"action": "remove", "address": "0:0:9"}) == {}
+    assert await PLUGIN.command(controller, request) == {"size": 2 << 20}
+    assert await PLUGIN.command(controller, {"action": "remove", "address": "0:0:9"}) == {}
     with pytest.raises(ConfigError):
-        await operate(controller, {"action": "remove", "address": "0:0:9"})
+        await PLUGIN.command(controller, {"action": "remove", "address": "0:0:9"})
     await controller.aclose()
 
 
@@ -129,8 +129,8 @@ async def test_commands_add_resize_and_remove():
 async def test_commands_that_make_no_sense_are_refused(request_):
     controller = await make("ram:1M")
     with pytest.raises(ConfigError):
-        await operate(controller, request_)
-    assert list(controller.units) == [(0, 0, 0)]
+        await PLUGIN.command(controller, request_)
+    assert list(controller.units.by_address) == [(0, 0, 0)]
     await controller.aclose()
 
 
@@ -139,4 +139,4 @@ async def test_commands_are_for_controllers_of_this_kind():
         offer = make_offer()
 
     with pytest.raises(AssertionError):
-        await ScsiController.command(Other(), {})  # type: ignore[arg-type]
+        await PLUGIN.command(Other(), {})  # type: ignore[arg-type]

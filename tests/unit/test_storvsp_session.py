@@ -30,11 +30,11 @@ from storvsp.wire import (
     build_srb,
     parse_srb_reply_untrusted,
 )
-from storvsp.workers import WorkerPool
 from vmbus.testing import channel_pair, make_offer
 from vmbus.testing.channels import GuestEnd
 from vmbus.wire.gpa import build_range
 from vmbus.wire.packets import COMPLETION, GPA_DIRECT, IN_BAND, RANGES_HEADER, build_packet
+from vmbus.workers import WorkerPool
 
 READ = struct.pack(">BBIBHB", 0x28, 0, 0, 0, 1, 0)
 
@@ -51,9 +51,11 @@ def request(guest: GuestEnd, transaction_id: int, cdb: bytes = READ, *, flags: i
 
 def make_session(controller: ScsiController) -> tuple[Session, Any, GuestEnd]:
     channel, guest = channel_pair(
-        ring_pages=4, data_pages=4, offer=make_offer(max_subchannels=controller.max_subchannels)
+        ring_pages=4,
+        data_pages=4,
+        offer=make_offer(max_subchannels=controller.limits.max_subchannels),
     )
-    session = Session(controller, channel)
+    session = Session(channel, controller.units, controller.limits)
     session.stage = Stage.READY
     session.version = VERSION_6_2
     return session, channel, guest
@@ -114,8 +116,8 @@ async def test_a_command_that_wants_no_answer_is_not_waited_for(autojump_clock):
         guest.send(*(request(guest, number, flags=0) for number in range(5)))
         guest.send(request(guest, 9))
         await trio.testing.wait_all_tasks_blocked()
-        assert session.waited == 1
-        assert controller.faults == 5
+        assert session.requests.waited == 1
+        assert session.refused == 5
         assert await answer(guest) == (9, SRB_SUCCESS)
         primary.end()
     primary.close_doorbell()

@@ -7,12 +7,11 @@ import threading
 
 import pytest
 
-import vmbus.synic
+import vmbus.synic.model
 from tests.synic_support import SIMP, VECTOR, Guest, Partition
 from vmbus.errors import BudgetError, ConfigError, LocalProtocolError
 from vmbus.memory import full_fence
-from vmbus.synic import Delivery
-from vmbus.synic_queue import MessageQueue
+from vmbus.synic import Delivery, MessageQueue
 from vmbus.wire.synic import HvStatus, Msr
 
 
@@ -70,7 +69,7 @@ def test_a_slot_freed_just_before_the_pending_flag_is_set_is_not_missed(monkeypa
         full_fence()
         guest.memory.page(SIMP >> 12).cast("I")[2 * 64] = 0
 
-    monkeypatch.setattr(vmbus.synic, "full_fence", guest_frees_at_the_same_moment)
+    monkeypatch.setattr(vmbus.synic.model, "full_fence", guest_frees_at_the_same_moment)
     assert partition.synic.deliver_message(0, 2, 1, b"second") is Delivery.DELIVERED
     assert guest.slot() == (1, False, 0, b"second")
     assert partition.interrupts == [(0, VECTOR)] * 2

@@ -9,8 +9,9 @@ import pytest
 
 from tests.synic_support import CODE, SIEFP, SIMP, Guest, Partition
 from vmbus.errors import ConfigError
-from vmbus.memory_file import allocate_memory, create_memfd
-from vmbus.synic import HYPERCALL_VMCALL, Features, MsrError, Synic, cpuid_leaves
+from vmbus.memory import allocate_memory, create_memfd
+from vmbus.synic import Features, Synic
+from vmbus.synic.model import HYPERCALL_VMCALL, MsrError, cpuid_leaves
 from vmbus.wire import synic as wire
 from vmbus.wire.synic import CpuidLeaf, Msr
 

@@ -1,4 +1,4 @@
-"""Layer 6: the command ``vmbus``. See ``docs/reference/cli.md``.
+"""The command ``vmbus``. See ``docs/reference/cli.md``.
 
 ===== ==========================================================================================
 exit  meaning

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from uuid import uuid5
 
-from vmbus.attach import operator
-from vmbus.attach.protocol import RefusedError
+from vmbus.attach.client import operator
+from vmbus.attach.protocol.messages import RefusedError
 from vmbus.cli.program import Failure, UsageFailure
 from vmbus.errors import AttachError
-
-MAX_DEVICES = 256
-"""Places on a server's command line that are looked at."""
 
 
 def ask_guests(path: str) -> dict[str, Any]:
@@ -52,20 +48,3 @@ def pick_guest(guests: list[dict[str, Any]], name: str | None) -> list[dict[str,
         attached = ", ".join(str(guest["name"]) for guest in guests) or "none"
         raise UsageFailure(f"there is no guest {name!r}; attached are: {attached}")
     return found
-
-
-def numbered_devices(guest: dict[str, Any], plugin: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield a guest's devices made by ``plugin`` with the number that commands know them by.
-
-    The server numbers the devices of a plug-in in the order of its command line, and makes their
-    instance GUIDs from their places in it.
-    """
-    from vmbus.server import INSTANCE_NAMESPACE
-
-    by_instance = {device["instance"]: device for device in guest["devices"]}
-    number = 0
-    for place in range(MAX_DEVICES):
-        device = by_instance.get(str(uuid5(INSTANCE_NAMESPACE, f"{plugin}/{place}")))
-        if device is not None:
-            yield number, device
-            number += 1

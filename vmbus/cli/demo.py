@@ -1,7 +1,8 @@
 """``vmbus demo``: a server, a guest in another process, and an operator who adds a disk.
 
-The server is ``vmbus serve`` and the guest is :mod:`storvsp.demo`, each as anybody could start
-them; this program makes the images, passes the operator's commands, looks on and keeps the books.
+The server is ``vmbus serve`` and the guest is the program that the device's plug-in names, each as
+anybody could start them; this program makes the images, passes the operator's commands, looks on
+and keeps the books.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from typing import Any
 import click
 import trio
 
-from vmbus.attach import operator
+from vmbus.attach.client import operator
 from vmbus.cli.demo_report import Event, Images, Report, size_option
 from vmbus.cli.demo_view import Line, View, make_view, show, summarize
 from vmbus.cli.output import print_json
 from vmbus.cli.params import json_option, parse_size
 from vmbus.cli.program import EXIT_FAILED, EXIT_INTERRUPTED
-from vmbus.errors import AttachError
+from vmbus.errors import AttachError, ConfigError
 from vmbus.guest.personality import PERSONALITIES
+from vmbus.plugins.devices import device_with, load_device
 
-GUEST_MODULE = "storvsp.demo"
-CONTROLLER = "storvsp"
+BACKEND = "disk"
+"""What the devices have that the demo is about."""
 LISTENING = "listening on"
 """What the server logs when guests may connect."""
 SILENCE = 20.0
@@ -279,8 +281,11 @@ class Demo:
 
     def _guest_arguments(self) -> list[str]:
         settings = self.settings
+        module = load_device(device_with(BACKEND)).demo
+        if module is None:
+            raise ConfigError(f"the device that has a {BACKEND} as its back-end has no demo")
         return [
-            *("-m", GUEST_MODULE, "--hotplug", "--socket", self.socket),
+            *("-m", module, "--hotplug", "--socket", self.socket),
             *("--guest", settings.guest, "--channels", str(settings.channels)),
             *("--depth", str(settings.depth), "--seconds", str(settings.seconds)),
             *("--size", str(settings.size)),
@@ -403,7 +408,7 @@ class Demo:
 
     async def _operate(self, action: str) -> None:
         """Add a disk, or remove it again, as ``vmbus disk`` does."""
-        request = {"device": CONTROLLER, "action": action}
+        request = {"backend": BACKEND, "action": action}
         if action == "add":
             request["spec"] = f"ram:{size_option(min(HOT_SIZE, self.settings.size))}"
         else:

@@ -1,8 +1,8 @@
 """What came of ``vmbus demo``: collects what the guest tells, and compares it with the files.
 
-The guest's words (see :mod:`storvsp.demo`) are checked against what its disks were made of: the
-file behind a raw disk has to hold what the guest has written, an overlay's image has to be what it
-was, and the first look at a disk has to show its file.
+The guest's words are checked against what its disks were made of: the file behind a raw disk has to
+hold what the guest has written, an overlay's image has to be what it was, and the first look at a
+disk has to show its file.
 """
 
 from __future__ import annotations

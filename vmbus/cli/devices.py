@@ -8,20 +8,16 @@ an entry point names. Its first line may begin with the way to write it, as in
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator
 
 import click
 
 from vmbus.cli.output import print_json, print_table, safe
 from vmbus.cli.params import json_option
-from vmbus.plugins import ENTRY_POINT_GROUP
-
-BACKEND_GROUPS = {"storvsp.disks": "disk"}
-"""Entry point groups of the devices' back-ends, and what to call one."""
+from vmbus.plugins.devices import DEVICES, backend_registries
+from vmbus.plugins.registry import Entry
 
 _LITERAL = re.compile(r"``(.+?)``")
 
@@ -45,35 +41,28 @@ class Plugin:
 
 def find_plugins() -> list[Plugin]:
     """Load every installed plug-in; a broken one breaks itself only."""
-    groups = {ENTRY_POINT_GROUP: "device", **BACKEND_GROUPS}
     return [
-        plugin
-        for group, kind in groups.items()
-        for plugin in _describe(kind, importlib.metadata.entry_points(group=group))
+        _describe(registry.noun, entry)
+        for registry in (DEVICES, *backend_registries())
+        for entry in registry.entries()
     ]
 
 
-def _describe(kind: str, points: Iterable[importlib.metadata.EntryPoint]) -> Iterator[Plugin]:
-    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
-    for point in points:
-        same_name = found.setdefault(point.name, [])
-        if point.value not in {other.value for other in same_name}:
-            same_name.append(point)
-    for name, same_name in sorted(found.items()):
-        point = same_name[0]
-        text, example, error = "", "", None
-        if len(same_name) > 1:
-            values = " and ".join(sorted(other.value for other in same_name))
-            error = f"several packages claim this name: {values}; uninstall all but one"
+def _describe(kind: str, entry: Entry) -> Plugin:
+    point = entry.points[0]
+    text, example, error = "", "", None
+    if len(entry.points) > 1:
+        values = " and ".join(entry.values)
+        error = f"several packages claim this name: {values}; uninstall all but one"
+    else:
+        try:
+            loaded = point.load()
+        except Exception as problem:
+            error = f"{type(problem).__name__}: {problem}"
         else:
-            try:
-                loaded = point.load()
-            except Exception as problem:
-                error = f"{type(problem).__name__}: {problem}"
-            else:
-                doc = inspect.getdoc(sys.modules.get(point.module)) or inspect.getdoc(loaded)
-                text, example = read_docstring(doc or "", kind, name)
-        yield Plugin(kind, name, point.value, text, example, error)
+            doc = inspect.getdoc(sys.modules.get(point.module)) or inspect.getdoc(loaded)
+            text, example = read_docstring(doc or "", kind, entry.name)
+    return Plugin(kind, entry.name, point.value, text, example, error)
 
 
 def read_docstring(doc: str, kind: str, name: str) -> tuple[str, str]:

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from vmbus.cli.client import ask_guests, numbered_devices, pick_guest, send_command
+from vmbus.cli.client import ask_guests, pick_guest, send_command
 from vmbus.cli.output import print_json, print_table, size_text
 from vmbus.cli.params import F, json_option, socket_option
 
-CONTROLLER = "storvsp"
+BACKEND = "disk"
+"""What the server calls the back-ends of the devices that this is about."""
 
 
 def guest_option(function: F) -> F:
@@ -48,9 +49,9 @@ def list_disks(*, socket_path: str, guest: str | None, as_json: bool) -> None:
     """List the disks of all guests."""
     guests = pick_guest(ask_guests(socket_path)["guests"], guest)
     disks = [
-        {"guest": each["name"], "controller": number, **unit}
+        {"guest": each["name"], "controller": device["index"], **unit}
         for each in guests
-        for number, device in numbered_devices(each, CONTROLLER)
+        for device in _controllers(each)
         for unit in device["units"]
     ]
     if as_json:
@@ -139,9 +140,15 @@ def resize_disk(
         click.echo(f"{address} has {size_text(result['size'])} now")
 
 
+def _controllers(guest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a guest's devices that have disks, in the order of their numbers."""
+    found = [device for device in guest["devices"] if device.get("backend") == BACKEND]
+    return sorted(found, key=lambda device: device["index"])
+
+
 def _operate(path: str, guest: str | None, controller: int, **request: str) -> dict[str, Any]:
     """Have the server carry out a request on a guest's controller."""
-    full: dict[str, Any] = {"device": CONTROLLER, "index": controller, **request}
+    full: dict[str, Any] = {"backend": BACKEND, "index": controller, **request}
     if guest is not None:
         full["guest"] = guest
     return send_command(path, full)

@@ -57,7 +57,7 @@ class SynicMode(StrEnum):
 
 MODE_TEXT = {
     SynicMode.KERNEL: "kernel: KVM has the guest's SynIC, doorbells are eventfds",
-    SynicMode.USER: "user: the VMM carries out the guest's SynIC (vmbus.synic)",
+    SynicMode.USER: "user: the VMM carries out the guest's SynIC (vmbus.synic.model)",
     SynicMode.NONE: "none: no virtual machines here, only guests in Python",
 }
 

@@ -8,13 +8,12 @@ rich or a device, and those take longer to import than most commands take to run
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import cast
 
 import click
 
 from vmbus import __version__
-from vmbus.errors import AttachError, ConfigError, ProtocolError, VMBusError
+from vmbus.errors import AttachError, ConfigError, ProtocolError, VMBusError, leaves
 
 COMMANDS = {
     "boot": "Boot Linux on KVM with a bus of ours.",
@@ -103,8 +102,8 @@ class Program(click.Group):
 def explain(error: BaseException) -> Failure | None:
     """Return what to tell the user about an exception; None if it is a bug, or the pipe's end."""
     if isinstance(error, BaseExceptionGroup):
-        leaves = list(_leaves(error))
-        return explain(leaves[0]) if len(leaves) == 1 else None
+        causes = leaves(error)
+        return explain(causes[0]) if len(causes) == 1 else None
     if isinstance(error, Failure):
         return error
     if isinstance(error, BrokenPipeError):
@@ -120,14 +119,6 @@ def explain(error: BaseException) -> Failure | None:
     ):
         return ProtocolFailure(str(error))
     return Failure(str(error)) if isinstance(error, VMBusError) else None
-
-
-def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
 
 
 @click.group(

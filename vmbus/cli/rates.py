@@ -16,7 +16,7 @@ COUNTERS = (
     "batches",
     "ring_full",
 )
-"""Counters of a channel that rates are made of (vmbus.statistics.Statistics)."""
+"""Counters of a channel that rates are made of (vmbus.host.statistics.Statistics)."""
 
 Key = tuple[int, int]
 """Number of the guest and relid of the channel: names may come back, numbers do not."""

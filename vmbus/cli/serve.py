@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,13 +28,10 @@ from vmbus.wire.versions import Version
 if TYPE_CHECKING:
     import trio
 
-    from vmbus.attach.transport import SocketTransport
+    from vmbus.attach.server import SocketTransport
     from vmbus.server import DeviceSetup, GuestServer
 
 _log = logging.getLogger("vmbus.cli")
-
-CONTROLLER = "storvsp"
-"""The device that ``--disk`` is about."""
 
 _SWITCHES = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 
@@ -62,7 +59,7 @@ class Settings:
     "  vmbus serve --socket /run/vmbus.sock --disk raw:disk.img\n"
     "  vmbus serve --socket s --disk 'raw:[ro]base.img' --disk 'ram:[lun=5]1G'\n"
     "  vmbus serve --socket s --disk 'raw:[create=10G]{guest}.img'\n"
-    "  vmbus serve --socket s --device 'storvsp monitor=on ram:64M ram:1G'"
+    "  vmbus serve --socket s --device 'NAME OPTION=on ram:64M ram:1G'"
 )
 @click.option("--socket", "path", metavar="PATH", help="Listen on a new socket file.")
 @click.option(
@@ -213,15 +210,16 @@ def device_setups(
 
     Without either there is an empty controller, for disks that are added later.
     """
+    from vmbus.plugins.devices import device_with
     from vmbus.server import DeviceSetup
 
     setups = []
     if disks or not devices:
-        setups.append(DeviceSetup(CONTROLLER, disks, options))
+        setups.append(DeviceSetup(device_with("disk"), disks, options))
     elif options:
         raise click.UsageError(
             "--subchannels, --max-transfer and --monitor are about the controller of --disk; for "
-            f"another, write --device '{CONTROLLER} monitor=on ...'"
+            f"another, write --device '{device_with('disk')} monitor=on ...'"
         )
     setups.extend(parse_device(text) for text in devices)
     return tuple(setups)
@@ -233,6 +231,7 @@ def parse_device(text: str) -> DeviceSetup:
     An option's name has no ``:`` before its ``=``; everything from the first specification on is
     one. Values are numbers, sizes, on, off or words.
     """
+    from vmbus.plugins.devices import DEVICES
     from vmbus.server import DeviceSetup
 
     try:
@@ -241,8 +240,8 @@ def parse_device(text: str) -> DeviceSetup:
         raise click.UsageError(f"--device {text!r}: {str(error).lower()}") from None
     if not name or not name.replace("-", "").replace("_", "").isalnum():
         raise click.UsageError(
-            f"--device {text!r} does not begin with a device's name; write for example "
-            f"'{CONTROLLER} ram:64M', and see vmbus devices"
+            f"--device {text!r} does not begin with a device's name; installed are: "
+            f"{', '.join(DEVICES.names())}; see vmbus devices"
         )
     options: dict[str, Any] = {}
     while words and ":" not in (option := words[0]).partition("=")[0]:
@@ -273,7 +272,8 @@ def listener(settings: Settings) -> Iterator[tuple[socket.socket, str]]:
         ConfigError: There is none, too many, or something else in its place.
         Failure: It cannot be made.
     """
-    from vmbus.attach.listen import from_fd, from_systemd, open_listener
+    from vmbus.attach.protocol.sockets import from_fd
+    from vmbus.attach.server import from_systemd, open_listener
 
     if settings.path is not None:
         with contextlib.ExitStack() as stack:
@@ -317,9 +317,8 @@ class _Guests:
         self.faults = 0
 
     async def handle(self, transport: SocketTransport) -> None:
-        watched = _Watched(transport)
         try:
-            await self._server.handle(cast("SocketTransport", watched))
+            await self._server.handle(transport)
         except ProtocolError:
             self.faults += 1
             raise
@@ -327,30 +326,14 @@ class _Guests:
             self.failed = True
             raise
         finally:
-            self.faults += watched.reports + transport.dropped_messages
+            self.faults += transport.dropped_messages
 
     @property
     def exit_code(self) -> int:
         """Exit code of a server that was there for one guest."""
         if self.failed:
             return EXIT_FAILED
-        return EXIT_PROTOCOL if self.faults else 0
-
-
-class _Watched:
-    """A transport that counts what the bus has to say against its guest."""
-
-    def __init__(self, transport: SocketTransport) -> None:
-        self._transport = transport
-        self.reports = 0
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._transport, name)
-
-    def report(self, text: str) -> None:
-        """See :meth:`vmbus.attach.transport.SocketTransport.report`."""
-        self.reports += 1
-        self._transport.report(text)
+        return EXIT_PROTOCOL if self.faults or self._server.faults else 0
 
 
 async def run(settings: Settings) -> int:
@@ -363,18 +346,18 @@ async def run(settings: Settings) -> int:
     """
     import trio
 
-    from vmbus.attach.link import ServerLimits
-    from vmbus.attach.server import serve
-    from vmbus.bus import BusConfig
+    from vmbus.attach.server import ServerLimits, serve
     from vmbus.engine import EngineConfig
-    from vmbus.lookout import longest_worth_while
-    from vmbus.server import GuestServer
+    from vmbus.host import BusConfig
+    from vmbus.host.lookout import longest_worth_while
+    from vmbus.server import GuestServer, raise_descriptor_limit
 
     longest = settings.poll
     if longest is None:
         longest = await longest_worth_while()
         _log.debug("looking for requests for up to %.0f us", longest * 1e6)
     config = BusConfig(engine=EngineConfig(max_version=settings.max_version), longest_look=longest)
+    raise_descriptor_limit()
     server = GuestServer(settings.setups, config)
     await check(server)
     guests = _Guests(server)

@@ -1,4 +1,4 @@
-"""Layer 2: the control plane of the bus, without I/O.
+"""The control plane of the bus, without I/O.
 
 Bytes that the guest posted go in, events come out; nothing here waits, sleeps or logs. See
 ``docs/explanation/engine.md`` for how to drive it and :mod:`vmbus.engine.states` for its rules.
@@ -25,6 +25,7 @@ from vmbus.engine.events import (
     SendMessage,
     TlConnect,
 )
+from vmbus.engine.inspection import check, describe, describe_channels
 from vmbus.engine.offers import Offer
 
 __all__ = [
@@ -33,6 +34,9 @@ __all__ = [
     "Budgets",
     "SUPPORTED_FEATURES",
     "Offer",
+    "describe",
+    "describe_channels",
+    "check",
     "Event",
     "SendMessage",
     "DiscardMessages",

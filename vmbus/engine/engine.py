@@ -27,7 +27,6 @@ from vmbus.engine.offers import Offer
 from vmbus.engine.outbox import Outbox
 from vmbus.engine.presences import Presences
 from vmbus.engine.requests import ChannelRequests
-from vmbus.engine.snapshot import Snapshot, channel_snapshot, check, connection_snapshot
 from vmbus.engine.sockets import SocketRequests
 from vmbus.engine.states import (
     ACCEPTED,
@@ -118,7 +117,7 @@ class Engine:
                 raise GuestProtocolError(
                     f"control message on connection {connection_id}", field="connection_id"
                 )
-            link = getattr(self.connection, "link", None)
+            link = self.connection.link
             message = m.parse_message_untrusted(
                 payload,
                 direction=m.Direction.GUEST_TO_HOST,
@@ -242,20 +241,6 @@ class Engine:
         """Return a GPADL of a channel that its device may use, or None."""
         channel = self.channel_table.get(key)
         return self.gpadl_table.usable(channel, handle) if channel is not None else None
-
-    @property
-    def connection_info(self) -> Snapshot:
-        """State, version and counters as plain values that can be written as JSON."""
-        return connection_snapshot(self)
-
-    @property
-    def channels(self) -> list[Snapshot]:
-        """All channels, as plain values that can be written as JSON."""
-        return [channel_snapshot(channel) for channel in self.channel_table]
-
-    def check(self) -> None:
-        """Raise AssertionError if the engine contradicts itself. For tests; slow."""
-        check(self)
 
     # --- Connection ------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from enum import Enum
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 from vmbus.gpadl import Gpadl, GpadlAssembly
 from vmbus.wire import messages as m
@@ -69,6 +69,9 @@ class Contact(NamedTuple):
 @dataclasses.dataclass(frozen=True, slots=True)
 class Disconnected:
     """No version is agreed on. Reserved channels may exist still."""
+
+    link: ClassVar[None] = None
+    """There is none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import trio
 
+from vmbus.errors import leaves
 from vmbus.guest.channel import GuestChannel
 from vmbus.guest.connection import Connection
 from vmbus.guest.machine import GuestPanic, Machine
@@ -129,7 +130,4 @@ async def boot(
         panics, others = group.split(GuestPanic)
         if panics is None or not isinstance(others, Exception | None):
             raise
-        first: BaseException = panics
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from others
+        raise leaves(panics)[0] from others

@@ -1,4 +1,4 @@
-"""Layer 6: the reference VMM, a process of its own that runs Linux on ``/dev/kvm``.
+"""The reference VMM, a process of its own that runs Linux on ``/dev/kvm``.
 
 It attaches to a server through ``vmbus-user`` like any other VMM, and shares with it no more than
 that: the client of :mod:`vmbus.attach`, the SynIC model and the wire formats.

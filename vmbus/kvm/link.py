@@ -8,10 +8,9 @@ import threading
 from collections.abc import Callable, Sequence
 from uuid import UUID
 
-from vmbus.attach.client import Attachment
-from vmbus.attach.connect import Target
-from vmbus.attach.delegate import Done, Region
-from vmbus.attach.limits import ALL_FEATURES, Feature, GoodbyeReason, ResetReason
+from vmbus.attach.client import Attachment, Done, Region
+from vmbus.attach.client.connect import Target
+from vmbus.attach.protocol.limits import ALL_FEATURES, Feature, GoodbyeReason, ResetReason
 from vmbus.errors import AttachError
 from vmbus.kvm.synic import SynicBackend
 
@@ -19,7 +18,7 @@ _log = logging.getLogger("vmbus.kvm")
 
 
 class ServerLink:
-    """Does for the server what a VMM does (:class:`vmbus.attach.delegate.Delegate`).
+    """Does for the server what a VMM does (:class:`vmbus.attach.client.Delegate`).
 
     The attachment outlives the guest's resets, SynIC and KVM's machine do not: the link passes
     everything to whichever SynIC there is now.
@@ -120,12 +119,12 @@ class ServerLink:
         if self._thread is not None:
             self._thread.join()
 
-    # -------------------------------------------------------------- vmbus.attach.delegate.Delegate
+    # -------------------------------------------------------- vmbus.attach.client.delegate.Delegate
 
     def deliver_message(
         self, vp: int, sint: int, message_type: int, payload: bytes, done: Done
     ) -> None:
-        """See :meth:`vmbus.attach.delegate.Delegate.deliver_message`."""
+        """See :meth:`vmbus.attach.client.Delegate.deliver_message`."""
         with self._lock:
             if self._synic is not None:
                 self._synic.deliver(vp, sint, message_type, payload, done)
@@ -133,34 +132,34 @@ class ServerLink:
         done(errno.ENXIO)
 
     def set_flag(self, vp: int, sint: int, flag: int) -> None:
-        """See :meth:`vmbus.attach.delegate.Delegate.set_flag`."""
+        """See :meth:`vmbus.attach.client.Delegate.set_flag`."""
         with self._lock:
             if self._synic is not None:
                 self._synic.set_flag(vp, sint, flag)
 
     def event_port_added(self, connection_id: int, flag: int, eventfd: int) -> None:
-        """See :meth:`vmbus.attach.delegate.Delegate.event_port_added`."""
+        """See :meth:`vmbus.attach.client.Delegate.event_port_added`."""
         with self._lock:
             if self._synic is not None:
                 self._synic.event_port_added(connection_id, flag, eventfd)
             self._ports[connection_id, flag] = eventfd
 
     def event_port_removed(self, connection_id: int, flag: int) -> None:
-        """See :meth:`vmbus.attach.delegate.Delegate.event_port_removed`."""
+        """See :meth:`vmbus.attach.client.Delegate.event_port_removed`."""
         with self._lock:
             del self._ports[connection_id, flag]
             if self._synic is not None:
                 self._synic.event_port_removed(connection_id, flag)
 
     def call_fd(self, port: int, vp: int, sint: int, flag: int, fd: int | None) -> bool:
-        """See :meth:`vmbus.attach.delegate.Delegate.call_fd`: the attachment may watch it."""
+        """See :meth:`vmbus.attach.client.Delegate.call_fd`: the attachment may watch it."""
         return False
 
     def log(self, text: str) -> None:
-        """See :meth:`vmbus.attach.delegate.Delegate.log`."""
+        """See :meth:`vmbus.attach.client.Delegate.log`."""
         _log.warning("server: %s", text)
 
     def closed(self, reason: str) -> None:
-        """See :meth:`vmbus.attach.delegate.Delegate.closed`."""
+        """See :meth:`vmbus.attach.client.Delegate.closed`."""
         if not self._leaving:
             self._lost(reason)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Final
 from uuid import UUID
 
-from vmbus.attach.connect import Target
-from vmbus.attach.delegate import Region
-from vmbus.attach.limits import ALL_FEATURES, Feature, GoodbyeReason
+from vmbus.attach.client import Region
+from vmbus.attach.client.connect import Target
+from vmbus.attach.protocol.limits import ALL_FEATURES, Feature, GoodbyeReason
 from vmbus.errors import AttachError, ConfigError
 from vmbus.kvm.acpi import SCI_IRQ, SERIAL_IRQ
 from vmbus.kvm.bzimage import EntryState
@@ -22,8 +22,7 @@ from vmbus.kvm.outcome import End, Outcome
 from vmbus.kvm.power import Request
 from vmbus.kvm.serial import Uart
 from vmbus.kvm.vcpu import ignore_kick_signal
-from vmbus.memory import PAGE_SIZE, GuestMemory
-from vmbus.memory_file import create_memfd
+from vmbus.memory import PAGE_SIZE, GuestMemory, create_memfd
 
 _log = logging.getLogger("vmbus.kvm")
 

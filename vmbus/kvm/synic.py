@@ -8,23 +8,18 @@ and flags go comes by here before the guest goes on.
 from __future__ import annotations
 
 import abc
-import contextlib
-import errno
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
-from vmbus.attach.client import Attachment
-from vmbus.attach.delegate import Done
-from vmbus.attach.limits import Feature
-from vmbus.errors import AttachError, BudgetError, GuestProtocolError, LocalProtocolError
+from vmbus.attach.client import Attachment, Done
+from vmbus.attach.client.synic import AttachedSynic
+from vmbus.attach.protocol.limits import Feature
+from vmbus.errors import GuestProtocolError
 from vmbus.kvm.vcpu import Vcpu
 from vmbus.kvm.vm import Vm
 from vmbus.memory import GuestMemory
-from vmbus.synic import Delivery, Features, Synic
-from vmbus.synic_queue import MessageQueue
+from vmbus.synic import Features, Synic
 from vmbus.wire import synic as wire
-from vmbus.wire.synic import HvStatus, Msr
 
 _log = logging.getLogger("vmbus.kvm")
 
@@ -32,45 +27,8 @@ Leaves = Mapping[int, tuple[int, int, int, int]]
 CrashCallback = Callable[[str], None]
 """Takes the text with which the guest reports its crash."""
 
-SHARED_REGISTERS = frozenset({Msr.SCONTROL, Msr.SIMP, Msr.SIEFP, Msr.SINT2})
-"""What the server has to know before the guest goes on, if it sets event flags itself."""
 MAX_CRASH_TEXT = 1 << 16
 """Bytes of the guest's last words that are shown. Linux sends one page."""
-
-
-class Ports(Protocol):
-    """Where hypercalls go; see :class:`vmbus.synic.SynicPorts`."""
-
-    def post_message(
-        self, connection_id: int, message_type: int, vp: int, payload: bytes
-    ) -> HvStatus:
-        """Take a message."""
-
-    def signal_event(self, connection_id: int, flag: int) -> HvStatus:
-        """Take a doorbell."""
-
-
-class AttachedPorts:
-    """Sends hypercalls to the server.
-
-    Args:
-        attachment: The server.
-    """
-
-    def __init__(self, attachment: Attachment) -> None:
-        self._attachment = attachment
-
-    def post_message(
-        self, connection_id: int, message_type: int, vp: int, payload: bytes
-    ) -> HvStatus:
-        """See :meth:`vmbus.synic.SynicPorts.post_message`. Connection ids have 24 bits."""
-        connection_id &= wire.CONNECTION_ID_LIMIT - 1
-        return HvStatus(self._attachment.post_message(connection_id, message_type, vp, payload))
-
-    def signal_event(self, connection_id: int, flag: int) -> HvStatus:
-        """See :meth:`vmbus.synic.SynicPorts.signal_event`."""
-        connection_id &= wire.CONNECTION_ID_LIMIT - 1
-        return HvStatus(self._attachment.signal_event(connection_id, flag))
 
 
 class SynicBackend(abc.ABC):
@@ -104,10 +62,10 @@ class SynicBackend(abc.ABC):
         self.model = Synic(
             memory, vp_count, self.interrupt, features=features, hypercall_code=hypercall_code
         )
-        self.queue = MessageQueue(self.model)
+        self.attached = AttachedSynic(self.model)
+        """The model's dealings with the server."""
         self._crashed = crashed
         self.model.crashed = self._on_crash
-        self._attachment: Attachment | None = None
 
     # ------------------------------------------------------------------------------ being set up
 
@@ -132,8 +90,7 @@ class SynicBackend(abc.ABC):
         if Feature.DIRECT in attachment.features:
             for vp in range(self.vp_count):
                 attachment.set_sint_fd(vp, self.sint_eventfd(vp))
-            self._attachment = attachment
-        self.model.ports = AttachedPorts(attachment)
+        self.attached.attach(attachment)
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -147,32 +104,19 @@ class SynicBackend(abc.ABC):
 
     @abc.abstractmethod
     def deliver(self, vp: int, sint: int, message_type: int, payload: bytes, done: Done) -> None:
-        """See :meth:`vmbus.attach.delegate.Delegate.deliver_message`."""
+        """See :meth:`vmbus.attach.client.Delegate.deliver_message`."""
 
     def set_flag(self, vp: int, sint: int, flag: int) -> None:
-        """See :meth:`vmbus.attach.delegate.Delegate.set_flag`."""
+        """See :meth:`vmbus.attach.client.Delegate.set_flag`."""
         self.model.set_flag(vp, sint, flag)
 
     @abc.abstractmethod
     def event_port_added(self, connection_id: int, flag: int, eventfd: int) -> None:
-        """See :meth:`vmbus.attach.delegate.Delegate.event_port_added`. Raises OSError."""
+        """See :meth:`vmbus.attach.client.Delegate.event_port_added`. Raises OSError."""
 
     @abc.abstractmethod
     def event_port_removed(self, connection_id: int, flag: int) -> None:
-        """See :meth:`vmbus.attach.delegate.Delegate.event_port_removed`. Raises OSError."""
-
-    def _put(self, vp: int, sint: int, message_type: int, payload: bytes, done: Done) -> None:
-        def delivered(outcome: Delivery) -> None:
-            done(0 if outcome is Delivery.DELIVERED else errno.ENXIO)
-
-        if not done.pending:
-            return
-        try:
-            self.queue.put(vp, sint, message_type, payload, delivered)
-        except BudgetError:
-            done(errno.ENOBUFS)
-        except LocalProtocolError:
-            done(errno.EINVAL)
+        """See :meth:`vmbus.attach.client.Delegate.event_port_removed`. Raises OSError."""
 
     # -------------------------------------------------------------- in the processors' own threads
 
@@ -191,21 +135,6 @@ class SynicBackend(abc.ABC):
     def hypercall(self, vcpu: Vcpu, control: int, first: int, second: int) -> int:
         """See :meth:`vmbus.kvm.vcpu.Platform.hypercall`."""
         return self.model.hypercall(vcpu.index, control, first, second)
-
-    def tell(self, vp: int, msr: int) -> None:
-        """Tell the server of a register that was written, if it has to know. Blocks."""
-        if self._attachment is None or msr not in SHARED_REGISTERS:
-            return
-        read = self.model.read_msr
-        # If the server is gone, the delegate's ``closed`` says so.
-        with contextlib.suppress(AttachError):
-            self._attachment.synic_state(
-                vp,
-                read(vp, Msr.SCONTROL),
-                read(vp, Msr.SIMP),
-                read(vp, Msr.SIEFP),
-                read(vp, Msr.SINT2),
-            )
 
     def _on_crash(self, vp: int, parameters: tuple[int, ...], control: int) -> None:
         self._crashed(crash_text_untrusted(self.memory, parameters, control))

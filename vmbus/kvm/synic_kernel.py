@@ -32,13 +32,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vmbus.attach.delegate import Done
+from vmbus.attach.client import Done
 from vmbus.kvm import api
 from vmbus.kvm.synic import CrashCallback, Leaves, SynicBackend
 from vmbus.kvm.vcpu import Vcpu
 from vmbus.kvm.vm import Vm
 from vmbus.memory import GuestMemory
-from vmbus.synic import HYPERCALL_VMCALL, Features, MsrError, cpuid_leaves
+from vmbus.synic import Features
+from vmbus.synic.model import HYPERCALL_VMCALL, MsrError, cpuid_leaves
 from vmbus.wire import synic as wire
 from vmbus.wire.synic import (
     CpuidLeaf,
@@ -253,20 +254,20 @@ class KernelSynic(SynicBackend):
         """Deliver in the processor's thread, see the module."""
 
         def work() -> None:
-            self._put(vp, sint, message_type, payload, done)
+            self.attached.deliver(vp, sint, message_type, payload, done)
             self._wait_if_busy(vp)
 
         self._vcpus[vp].run_later(work)
 
     def _eom(self, vp: int) -> None:
         def work() -> None:
-            self.queue.retry(vp)
+            self.attached.queue.retry(vp)
             self._wait_if_busy(vp)
 
         self._vcpus[vp].run_later(work)
 
     def _wait_if_busy(self, vp: int) -> None:
-        if len(self.queue):
+        if len(self.attached.queue):
             self._watch.arm(vp)
 
     def event_port_added(self, connection_id: int, flag: int, eventfd: int) -> None:
@@ -301,7 +302,7 @@ class KernelSynic(SynicBackend):
         except MsrError:
             vcpu.set_msr(index, before)
             raise
-        self.tell(vcpu.index, index)
+        self.attached.register_written(vcpu.index, index)
 
     def synic_written(self, vcpu: Vcpu, msr: int, control: int, siefp: int, simp: int) -> None:
         """Follow KVM's registers. The guest's write is done, but the guest has not gone on."""
@@ -315,7 +316,7 @@ class KernelSynic(SynicBackend):
                 # KVM has taken it, so #GP comes too late; a page that is no memory is none.
                 _log.warning("VP %d: %s", vp, error)
                 self.model.write_msr(vp, index, 0)
-            self.tell(vp, index)
+            self.attached.register_written(vp, index)
 
     def hypercall(self, vcpu: Vcpu, control: int, first: int, second: int) -> int:
         """See :meth:`SynicBackend.hypercall`.

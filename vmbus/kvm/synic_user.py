@@ -18,13 +18,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from vmbus.attach.delegate import Done
+from vmbus.attach.client import Done
 from vmbus.kvm import api
 from vmbus.kvm.synic import CrashCallback, Leaves, SynicBackend
 from vmbus.kvm.vcpu import Vcpu
 from vmbus.kvm.vm import Vm
 from vmbus.memory import GuestMemory
-from vmbus.synic import Features, cpuid_leaves
+from vmbus.synic import Features
+from vmbus.synic.model import cpuid_leaves
 from vmbus.wire import synic as wire
 from vmbus.wire.synic import HvStatus, Msr
 
@@ -78,7 +79,7 @@ class UserSynic(SynicBackend):
             hypercall_code=HYPERCALL_IN,
             crashed=crashed,
         )
-        self.model.slot_free = self.queue.retry
+        self.model.slot_free = self.attached.queue.retry
         vm.intercept_msrs([SYNTHETIC_MSRS])
         self._lines: list[tuple[int, int]] = []
         """By VP: eventfd, owned, and the line it raises."""
@@ -106,7 +107,7 @@ class UserSynic(SynicBackend):
 
     def deliver(self, vp: int, sint: int, message_type: int, payload: bytes, done: Done) -> None:
         """Deliver in any thread: nobody but the VMM writes message slots."""
-        self._put(vp, sint, message_type, payload, done)
+        self.attached.deliver(vp, sint, message_type, payload, done)
 
     def event_port_added(self, connection_id: int, flag: int, eventfd: int) -> None:
         """Nothing: hypercalls come to the attachment, which has the eventfd."""
@@ -123,7 +124,7 @@ class UserSynic(SynicBackend):
         self.model.write_msr(vcpu.index, index, value)
         if index == Msr.SINT2:
             self._aim(vcpu.index, value & wire.SINT_VECTOR)
-        self.tell(vcpu.index, index)
+        self.attached.register_written(vcpu.index, index)
 
     def synic_written(self, vcpu: Vcpu, msr: int, control: int, siefp: int, simp: int) -> None:
         """Cannot happen: KVM's SynIC is not active."""

@@ -24,7 +24,7 @@ from vmbus.kvm import api
 from vmbus.kvm.api import Exit
 from vmbus.kvm.outcome import End, Outcome
 from vmbus.kvm.vm import Vm
-from vmbus.synic_msrs import MsrError
+from vmbus.synic.msrs import MsrError
 
 KICK_SIGNAL: Final = signal.SIGRTMIN
 REGISTERS: Final = (

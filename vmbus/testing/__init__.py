@@ -7,9 +7,10 @@
 
 from vmbus.testing.channels import (
     GuestEnd as GuestEnd,
+    LoneHost as LoneHost,
     channel_pair as channel_pair,
     make_offer as make_offer,
 )
 from vmbus.testing.devices import check_device as check_device
 
-__all__ = ["GuestEnd", "channel_pair", "make_offer", "check_device"]
+__all__ = ["GuestEnd", "LoneHost", "channel_pair", "make_offer", "check_device"]

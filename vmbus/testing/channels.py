@@ -1,6 +1,6 @@
 """A channel without a bus: for tests, benchmarks and fuzzing of one device.
 
-The host's end is a real :class:`vmbus.channel.Channel` over real shared memory; the guest's end
+The host's end is a real :class:`vmbus.host.Channel` over real shared memory; the guest's end
 is the guest's own ring code, driven by hand.
 """
 
@@ -12,13 +12,16 @@ from uuid import UUID
 
 import trio
 
-from vmbus.channel import Channel
 from vmbus.engine.offers import Offer
+from vmbus.errors import GuestProtocolError, LocalProtocolError
+from vmbus.gpadl import Gpadl
 from vmbus.guest.machine import GuestPanic
 from vmbus.guest.personality import LINUX_6_1, Personality
 from vmbus.guest.ring import Incoming, InRing, OutRing, Span
-from vmbus.memory import PAGE_SIZE, GuestMemory
-from vmbus.memory_file import allocate_memory
+from vmbus.host.buffer import GpadlLease, Leases
+from vmbus.host.channel import Channel
+from vmbus.host.channel_host import ChannelHost
+from vmbus.memory import PAGE_SIZE, GuestMemory, allocate_memory
 from vmbus.ring import RingMemory, RingReader, RingWriter
 from vmbus.wire.guids import CLASS_SCSI
 from vmbus.wire.versions import Version
@@ -54,6 +57,41 @@ class _GuestCall:
 
     def close(self) -> None:
         self.closed = True
+
+
+class LoneHost:
+    """The bus of a channel that has none; a :class:`vmbus.host.channel_host.ChannelHost`.
+
+    Args:
+        memory: The guest's.
+
+    Attributes:
+        gpadls: What the guest has made, by handle; put them there by hand.
+        leases: What of it the device uses. :meth:`Leases.tear_down` with key 0 is the guest's
+            GPADL_TEARDOWN.
+        torn_down: Handles of those that the guest has got back.
+        complaints: What the device has said against its guest.
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.gpadls: dict[int, Gpadl] = {}
+        self.torn_down: list[int] = []
+        self.leases = Leases(memory, lambda _key, handle: self.torn_down.append(handle))
+        self.complaints: list[str] = []
+
+    def offer_subchannels(self, count: int) -> None:
+        """Refuse: there is nobody to offer them to."""
+        raise LocalProtocolError(f"{count} sub-channels of a channel that was made without a bus")
+
+    def lease_gpadl(self, handle: int) -> GpadlLease:
+        """See :meth:`vmbus.host.channel_host.ChannelHost.lease_gpadl`."""
+        if handle not in self.gpadls:
+            raise GuestProtocolError(f"GPADL {handle:#x} does not exist", field="gpadl")
+        return self.leases.take(0, self.gpadls[handle])
+
+    def complain(self, text: str) -> None:
+        """Keep it."""
+        self.complaints.append(text)
 
 
 class GuestEnd:
@@ -147,6 +185,7 @@ def channel_pair(
     personality: Personality = LINUX_6_1,
     max_outstanding: int = 4096,
     longest_look: float = 0.0,
+    host: ChannelHost | None = None,
 ) -> tuple[Channel, GuestEnd]:
     """Make a channel and its guest's end. To be called inside ``trio.run``.
 
@@ -157,8 +196,9 @@ def channel_pair(
         offer: What the channel was opened from; by default :func:`make_offer`.
         version: VMBus version in force.
         personality: Whose ring habits the guest's end has.
-        max_outstanding: As in :class:`~vmbus.channel.Channel`.
-        longest_look: As in :class:`~vmbus.channel.Channel`.
+        max_outstanding: As in :class:`~vmbus.host.channel.Channel`.
+        longest_look: As in :class:`~vmbus.host.channel.Channel`.
+        host: The bus; by default a :class:`LoneHost`.
 
     Returns:
         The host's end, and the guest's.
@@ -169,6 +209,7 @@ def channel_pair(
     incoming = list(range(ring_pages, 2 * ring_pages))
     call = _GuestCall()
     channel = Channel(
+        host or LoneHost(memory),
         relid=1,
         offer=offer or make_offer(),
         subchannel_index=0,

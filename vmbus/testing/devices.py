@@ -8,8 +8,8 @@ from collections.abc import Callable
 import trio
 import trio.testing
 
-from vmbus.device import Device
 from vmbus.errors import GuestProtocolError
+from vmbus.host.device import Device
 from vmbus.testing.channels import GuestEnd, channel_pair
 from vmbus.wire.packets import COMPLETION, FLAG_COMPLETION_REQUESTED, IN_BAND, build_packet
 

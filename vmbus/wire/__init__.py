@@ -1,1 +1,1 @@
-"""Layer 0: the bytes of VMBus. No I/O, no state; shared by the host, the guest and the tools."""
+"""The bytes of VMBus. No I/O, no state; shared by the host, the guest and the tools."""

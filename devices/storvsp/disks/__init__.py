@@ -14,5 +14,5 @@ group ``storvsp.disks`` exactly as a plug-in's would be:
 
 For writers of back-ends: :mod:`~storvsp.disks.buffers` cuts scatter lists,
 :mod:`~storvsp.disks.wrapper` passes everything on to another disk, and
-:mod:`~storvsp.disks.watchers` keeps the list behind ``Disk.watch``.
+:mod:`~vmbus.watchers` keeps the list behind ``Disk.watch``.
 """

@@ -8,7 +8,7 @@ is locked for reading, so that nobody writes it under the guest.
 from __future__ import annotations
 
 from storvsp.disks.raw import RawDisk
-from storvsp.specs import DiskSpec
+from storvsp.disks.specs import DiskSpec
 from vmbus.errors import ConfigError
 
 SECTOR_SIZE = 2048

@@ -13,8 +13,8 @@ from __future__ import annotations
 import trio
 
 from storvsp.disk import Buffers, Disk
+from storvsp.disks.specs import DiskSpec, open_disk
 from storvsp.disks.wrapper import DiskWrapper
-from storvsp.specs import DiskSpec, open_disk
 
 
 class DelayDisk(DiskWrapper):

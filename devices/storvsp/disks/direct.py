@@ -13,8 +13,8 @@ import os
 
 from storvsp.disk import Buffers
 from storvsp.disks import linux
-from storvsp.disks.buffers import cut, total_length
 from vmbus.errors import ConfigError
+from vmbus.memory import total_length, window
 
 _BOUNCE = 1 << 20
 """Bytes copied at a time where direct I/O cannot use the guest's buffers as they lie."""
@@ -56,7 +56,7 @@ def read_fully(fd: int, buffers: Buffers, offset: int) -> int:
         if not got:
             break
         start = 0
-        for piece in cut(buffers, done, got):
+        for piece in window(buffers, done, got):
             piece[:] = pages[start : start + len(piece)]
             start += len(piece)
         done += got
@@ -77,7 +77,7 @@ def write_fully(fd: int, buffers: Buffers, offset: int, durable: bool) -> None:
     done = 0
     while done < length:
         size = 0
-        for piece in cut(buffers, done, _BOUNCE):
+        for piece in window(buffers, done, _BOUNCE):
             pages[size : size + len(piece)] = piece
             size += len(piece)
         linux.write_fully(fd, [pages[:size]], offset + done, durable)

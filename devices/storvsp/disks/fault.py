@@ -32,10 +32,10 @@ from storvsp.disk import (
     NoSpaceError,
     ReadOnlyError,
 )
-from storvsp.disks.buffers import cut, total_length
+from storvsp.disks.specs import DiskSpec, open_disk
 from storvsp.disks.wrapper import DiskWrapper
-from storvsp.specs import DiskSpec, open_disk
 from vmbus.errors import ConfigError
+from vmbus.memory import total_length, window
 
 
 class Operation(enum.Flag):
@@ -175,7 +175,7 @@ class FaultDisk(DiskWrapper):
         fault = await self._strike(Operation.READ, offset, total_length(buffers))
         if fault is not None:
             good = self._good_length(fault, offset, total_length(buffers))
-            await super().readv(offset, cut(buffers, 0, good))
+            await super().readv(offset, window(buffers, 0, good))
             raise self._error(fault, "read", offset + good)
         await super().readv(offset, buffers)
 
@@ -183,7 +183,7 @@ class FaultDisk(DiskWrapper):
         fault = await self._strike(Operation.WRITE, offset, total_length(buffers))
         if fault is not None:
             good = self._good_length(fault, offset, total_length(buffers))
-            await super().writev(offset, cut(buffers, 0, good), fua=fua)
+            await super().writev(offset, window(buffers, 0, good), fua=fua)
             raise self._error(fault, "write", offset + good)
         await super().writev(offset, buffers, fua=fua)
 

@@ -29,12 +29,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from storvsp.disk import Buffers, Disk, DiskInfo, DiskUnavailableError, Extent
-from storvsp.disks.buffers import check_range, cut, merge_extents, total_length
+from storvsp.disks.buffers import check_range, merge_extents
 from storvsp.disks.ram import RamDisk
 from storvsp.disks.raw import RawDisk
-from storvsp.specs import DiskSpec, open_disk
-from storvsp.workers import shared_pool
+from storvsp.disks.specs import DiskSpec, open_disk
 from vmbus.errors import ConfigError
+from vmbus.memory import total_length, window
+from vmbus.workers import shared_pool
 
 CLUSTER = 1 << 16
 """Bytes tracked together while all of them are in one layer."""
@@ -106,7 +107,7 @@ class OverlayDisk(Disk):
         start = offset
         for begin, size, upper in self._runs(offset, length):
             layer = self.scratch if upper else self.base
-            if not layer.try_readv(begin, cut(buffers, begin - start, size)):
+            if not layer.try_readv(begin, window(buffers, begin - start, size)):
                 return False
         return True
 
@@ -126,7 +127,7 @@ class OverlayDisk(Disk):
         # Decided once: what completes while we wait may or may not be seen, as on any disk.
         for begin, size, upper in list(self._runs(offset, length)):
             layer = self.scratch if upper else self.base
-            piece = cut(buffers, begin - offset, size)
+            piece = window(buffers, begin - offset, size)
             if not layer.try_readv(begin, piece):
                 await layer.readv(begin, piece)
 

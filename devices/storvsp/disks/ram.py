@@ -22,10 +22,12 @@ from storvsp.disk import (
     Extent,
     NoSpaceError,
 )
-from storvsp.disks.buffers import check_range, merge_extents, total_length
-from storvsp.disks.watchers import Watchers
-from storvsp.specs import DiskSpec, parse_size
+from storvsp.disks.buffers import check_range, merge_extents
+from storvsp.disks.specs import DiskSpec
 from vmbus.errors import ConfigError
+from vmbus.memory import total_length
+from vmbus.plugins.specs import parse_size
+from vmbus.watchers import Watchers
 
 CHUNK = 1 << 16
 """Bytes that are allocated, and freed, together."""

@@ -59,13 +59,14 @@ from storvsp.disk import (
     disk_errors,
 )
 from storvsp.disks import direct as direct_io, linux
-from storvsp.disks.buffers import check_range, merge_extents, total_length
+from storvsp.disks.buffers import check_range, merge_extents
 from storvsp.disks.inline import InlineWrites
 from storvsp.disks.opening import measure, open_file
-from storvsp.disks.watchers import Watchers
-from storvsp.specs import DiskSpec
-from storvsp.workers import shared_pool
+from storvsp.disks.specs import DiskSpec
 from vmbus.errors import ConfigError
+from vmbus.memory import total_length
+from vmbus.watchers import Watchers
+from vmbus.workers import shared_pool
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")

@@ -34,7 +34,8 @@ from storvsp.scsi.removable import Tray
 from storvsp.scsi.reservations import Reservations
 from storvsp.scsi.sense import CheckCondition, Sense, invalid_cdb_field, out_of_range
 from storvsp.scsi.table import Access
-from storvsp.scsi.unit import STEP, Command, DataDirection, split, window
+from storvsp.scsi.unit import STEP, Command, DataDirection, split
+from vmbus.memory import window
 
 CHUNK: Final = 1 << 20
 """Bytes of host memory a command that compares or repeats data works with at a time."""

@@ -24,6 +24,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Final, NamedTuple
 
 from storvsp.scsi.sense import Sense, invalid_cdb_field, parameter_list_length_error
+from vmbus.memory import window
 
 # Status codes, SAM-5 table 41.
 STATUS_GOOD: Final = 0x00
@@ -158,23 +159,6 @@ class LogicalUnit(abc.ABC):
         A command whose :meth:`execute` begins later ends with TASK ABORTED, too. The disk itself
         belongs to its maker and stays open.
         """
-
-
-def window(data: Sequence[memoryview], start: int, length: int) -> list[memoryview]:
-    """Return the part of a scatter list from byte ``start`` that has at most ``length`` bytes."""
-    pieces: list[memoryview] = []
-    for view in data:
-        size = len(view)
-        if start >= size:
-            start -= size
-            continue
-        if length <= 0:
-            break
-        piece = view[start : start + length] if start or length < size else view
-        pieces.append(piece)
-        length -= len(piece)
-        start = 0
-    return pieces
 
 
 def fill(command: Command, payload: bytes, allocation: int) -> Outcome:

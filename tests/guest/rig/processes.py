@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 PRELOAD = (
-    "click", "trio", "vmbus.cli.program", "vmbus.cli.serve", "vmbus.cli.boot", "vmbus.bus",
-    "vmbus.server", "vmbus.attach.server", "vmbus.attach.listen", "vmbus.plugins",
+    "click", "trio", "vmbus.cli.program", "vmbus.cli.serve", "vmbus.cli.boot", "vmbus.host",
+    "vmbus.server", "vmbus.attach.server", "vmbus.plugins.devices",
     "vmbus.kvm.machine", "vmbus.kvm.console", "vmbus.kvm.bzimage", "storvsp", "storvsp.plugin",
     "storvsp.disks.raw", "storvsp.disks.overlay", "storvsp.disks.ram", "storvsp.disks.cd",
     "storvsp.disks.fault", "storvsp.disks.delay",

@@ -1,0 +1,69 @@
+"""Disks by name: ``ram:64M``, ``raw:[ro]disk.img``; see :mod:`vmbus.plugins.specs`.
+
+A scheme is an entry point in the group ``storvsp.disks``; its object is
+``async def open_spec(spec: DiskSpec) -> Disk``. The back-ends of this project are registered in
+just that way, and nothing is imported before its scheme is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from typing import ClassVar, cast
+
+from storvsp.disk import Disk
+from vmbus.errors import ConfigError
+from vmbus.plugins.registry import Registry
+from vmbus.plugins.specs import Spec
+
+DISKS = Registry("storvsp.disks", "disk", "scheme")
+"""The back-ends that are installed."""
+
+_PLACES = "places a disk on the controller"
+
+Opener = Callable[["DiskSpec"], Awaitable[Disk]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DiskSpec(Spec):
+    """The specification of a disk."""
+
+    noun: ClassVar[str] = "disk"
+    example: ClassVar[str] = "ram:64M"
+    file_scheme: ClassVar[str] = "raw"
+    reserved: ClassVar[Mapping[str, str]] = {"path": _PLACES, "target": _PLACES, "lun": _PLACES}
+
+
+async def open_disk(spec: str | DiskSpec) -> Disk:
+    """Open the disk that a specification describes. A checkpoint if its back-end makes one.
+
+    Args:
+        spec: Text or a parsed specification, without the reserved options.
+
+    Returns:
+        An open disk; the caller closes it.
+
+    Raises:
+        ConfigError: The text is wrong, the scheme is not installed, its plug-in is broken, or
+            what it names cannot be opened.
+        DiskError: The back-end was reached and failed.
+    """
+    if isinstance(spec, str):
+        spec = DiskSpec.parse(spec)
+    opener = DISKS.load(spec.scheme)
+    opening = cast("Opener", opener)(spec) if callable(opener) else None
+    if not inspect.isawaitable(opening):
+        raise ConfigError(
+            f"disk plug-in {spec.scheme!r} is broken: it has to be an async function of one "
+            "DiskSpec"
+        )
+    try:
+        disk = await opening
+    except OSError as error:
+        raise ConfigError(f"{spec}: {error.strerror or error}") from error
+    if not isinstance(disk, Disk):
+        raise ConfigError(
+            f"disk plug-in {spec.scheme!r} is broken: it returned {type(disk).__name__}, not a Disk"
+        )
+    return disk

@@ -1,0 +1,151 @@
+"""The logical units behind one controller: where each is, and which disk it stands for.
+
+Addresses are (path, target, lun). Linux scans 8 paths, 2 targets and 255 LUNs of each; macOS looks
+at path 0, target 0, LUNs 0 to 63 only, so new units go there by default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+from uuid import UUID, uuid5
+
+from storvsp.disk import Disk
+from storvsp.scsi import CdromUnit, DiskUnit, LogicalUnit
+from storvsp.scsi.sense import REPORTED_LUNS_DATA_HAS_CHANGED
+from vmbus.errors import ConfigError
+
+Address = tuple[int, int, int]
+"""Path, target, LUN."""
+
+MAX_PATH, MAX_TARGET, MAX_LUN = 7, 1, 254
+
+
+def address_text(address: Address) -> str:
+    """Return ``path:target:lun``."""
+    return ":".join(map(str, address))
+
+
+@dataclasses.dataclass(slots=True)
+class _Medium:
+    """The disk that a unit was made for."""
+
+    disk: Disk
+    owned: bool
+    unwatch: Callable[[], None]
+
+
+class Units:
+    """The units of one controller.
+
+    Args:
+        instance_id: The controller's, for the names of disks that have none of their own.
+        initiator: Who the guest is.
+        changed: Called when the set of units, or one's size, has changed; cannot block.
+    """
+
+    def __init__(self, instance_id: UUID, initiator: Hashable, changed: Callable[[], None]) -> None:
+        self.by_address: dict[Address, LogicalUnit] = {}
+        """Where each is; for look-ups only."""
+        self.initiator = initiator
+        self._instance_id = instance_id
+        self._changed = changed
+        self._media: dict[Address, _Medium] = {}
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.by_address)
+
+    def __iter__(self) -> Iterator[LogicalUnit]:
+        """Go through all units once; they may come and go meanwhile."""
+        return iter(tuple(self.by_address.values()))
+
+    def luns(self, path: int, target: int) -> list[int]:
+        """Return the LUNs that exist at a target, in order."""
+        return sorted(each[2] for each in self.by_address if each[:2] == (path, target))
+
+    def add_disk(
+        self, disk: Disk, *, path: int, target: int, lun: int | None, owned: bool
+    ) -> Address:
+        """See :meth:`storvsp.controller.ScsiController.add_disk`."""
+        if lun is None:
+            taken = set(self.luns(path, target))
+            lun = next(free for free in range(MAX_LUN + 2) if free not in taken)
+        kind = CdromUnit if disk.info.optical else DiskUnit
+        # A disk without a name of its own keeps the one its place gives it, so that a guest finds
+        # it again after a restart of the server.
+        identity = uuid5(self._instance_id, f"{path}:{target}:{lun}").bytes
+        unit = kind(disk, luns=lambda: self.luns(path, target), identity=identity)
+        try:
+            address = self.add_unit(unit, path=path, target=target, lun=lun)
+        except ConfigError:
+            unit.close()
+            raise
+        self._media[address] = _Medium(disk, owned, disk.watch(self._changed))
+        return address
+
+    def add_unit(self, unit: LogicalUnit, *, path: int, target: int, lun: int) -> Address:
+        """See :meth:`storvsp.controller.ScsiController.add_unit`."""
+        address = (path, target, lun)
+        if not (0 <= path <= MAX_PATH and 0 <= target <= MAX_TARGET and 0 <= lun <= MAX_LUN):
+            raise ConfigError(
+                f"no guest looks at path {path}, target {target}, LUN {lun}; there are paths 0 to "
+                f"{MAX_PATH}, targets 0 and 1, LUNs 0 to {MAX_LUN}"
+            )
+        if address in self.by_address:
+            raise ConfigError(f"path {path}, target {target}, LUN {lun} is taken")
+        self.by_address[address] = unit
+        self._luns_changed(address)
+        return address
+
+    async def remove(self, address: Address) -> None:
+        """See :meth:`storvsp.controller.ScsiController.remove_disk`."""
+        unit = self.by_address.pop(address, None)
+        if unit is None:
+            raise ConfigError("nothing is at path {}, target {}, LUN {}".format(*address))
+        unit.close()
+        self._luns_changed(address)
+        medium = self._media.pop(address, None)
+        if medium is not None:
+            medium.unwatch()
+            if medium.owned:
+                await medium.disk.aclose()
+
+    async def resize(self, address: Address, size: int) -> int:
+        """See :meth:`storvsp.controller.ScsiController.resize_disk`."""
+        disk = self.disk(address)
+        resize = getattr(disk, "resize", None)
+        if address not in self.by_address:
+            raise ConfigError("nothing is at path {}, target {}, LUN {}".format(*address))
+        if disk is None or resize is None:
+            kind = type(disk or self.by_address[address]).__name__
+            raise ConfigError(f"{address_text(address)} is {kind}, which cannot be resized")
+        done = resize(size)
+        if inspect.isawaitable(done):
+            await done
+        return disk.info.size
+
+    def disk(self, address: Address) -> Disk | None:
+        """Return the back-end at an address, or None."""
+        medium = self._media.get(address)
+        return medium.disk if medium is not None else None
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Describe the units for people, as JSON types, by address. Cannot block, never raises."""
+        return [
+            {
+                "address": address_text(address),
+                "size": disk.info.size if (disk := self.disk(address)) else None,
+                "kind": type(disk).__name__ if disk else type(unit).__name__,
+                "read_only": disk.info.read_only if disk else None,
+            }
+            for address, unit in sorted(self.by_address.items())
+        ]
+
+    def _luns_changed(self, address: Address) -> None:
+        for other, unit in self.by_address.items():
+            if other[:2] == address[:2] and other != address:
+                unit.raise_attention(REPORTED_LUNS_DATA_HAS_CHANGED)
+        self._changed()

@@ -1,0 +1,58 @@
+"""What a device is to the bus.
+
+A device is one offer and a coroutine. The bus offers it to the guest; when the guest opens the
+primary channel, the bus calls :meth:`Device.run` with it, and when the guest closes the channel,
+rescinds, unloads, is reset or vanishes, the channel ends: ``receive_batch`` raises
+``trio.EndOfChannel`` and ``run`` is expected to finish what is in flight and return. One call of
+``run`` is one life of the device; the next OPEN calls it again, from the beginning.
+
+::
+
+    offered --OPEN--> run(primary) --- accept_subchannel() --> more channels of the same life
+       ^                   |
+       +---- returned <----+-- CLOSE, rescind, UNLOAD, reset, guest gone
+
+What a device may rely on:
+
+* ``run`` is called in its own task; there is never a second call while the first has not returned.
+* An exception from ``run`` ends that channel and nothing else. The offer is rescinded, so that
+  the guest learns of it, and made again when the guest has let go of the old one.
+* ``run`` is cancelled if it does not return within the bus's grace period after the channel ended.
+
+What the bus relies on:
+
+* When ``run`` returns, nothing of that life touches guest memory any more. A transfer handed to
+  a worker thread must be waited for.
+* Everything read from the channel is untrusted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from vmbus.engine.offers import Offer
+from vmbus.host.channel import Channel
+
+__all__ = ["Device", "Offer"]
+
+
+class Device(Protocol):
+    """A synthetic device; see the module text for its life."""
+
+    @property
+    def offer(self) -> Offer:
+        """Class, instance and properties. Constant while the device is on a bus."""
+
+    async def run(self, primary: Channel) -> None:
+        """Serve one life of the device, from OPEN to close. Is a checkpoint.
+
+        Raises:
+            vmbus.errors.GuestProtocolError: The guest broke a rule beyond repair.
+            trio.EndOfChannel: Allowed to escape from ``primary.receive_batch``.
+        """
+
+    def snapshot(self) -> dict[str, Any]:
+        """Describe the device for people, as JSON types. Cannot block, never raises."""
+
+    async def aclose(self) -> None:
+        """The device leaves the bus for good; release back-ends. Idempotent. Is a checkpoint."""

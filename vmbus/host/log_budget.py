@@ -1,0 +1,32 @@
+"""How much a guest may make us log."""
+
+from __future__ import annotations
+
+import trio
+
+BURST = 20
+"""Lines of one kind that are logged one by one."""
+INTERVAL = 10.0
+"""Seconds until one line more may be logged: some 8 600 a day, which no disk minds."""
+
+
+class LogBudget:
+    """Decides about each line of one kind: a burst is let through, then one every so often.
+
+    A guest can break rules, connect and open channels as often as it likes. Leaving out all but
+    every n-th line would still let it fill the disk, only n times slower.
+    """
+
+    def __init__(self) -> None:
+        self._left = float(BURST)
+        self._since = trio.current_time()
+
+    def spend(self) -> bool:
+        """Whether the next line may be logged; counts it. Cannot block."""
+        now = trio.current_time()
+        self._left = min(BURST, self._left + (now - self._since) / INTERVAL)
+        self._since = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True

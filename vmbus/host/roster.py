@@ -1,0 +1,159 @@
+"""The devices of a bus, and what becomes of them: offered, failed, removed, closed."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from uuid import UUID
+
+import trio
+
+from vmbus.errors import BudgetError, ConfigError
+from vmbus.host.device import Device
+from vmbus.host.runner import ChannelRunner
+from vmbus.host.services import Services
+
+_log = logging.getLogger("vmbus.bus")
+
+MAX_FAULTY_LIVES = 3
+"""A device whose channel died this often on one connection is not offered again before the next."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Entry:
+    """A device on the bus."""
+
+    device: Device
+    number: int
+    """What the host program calls it, for good."""
+    key: int
+    """What the engine calls its present offer."""
+    removed: trio.Event | None = None
+    """Set when it is closed; None unless it has to go."""
+    faulty_lives: int = 0
+    offered: bool = True
+
+    @property
+    def instance(self) -> UUID:
+        """The instance GUID of its offer."""
+        return self.device.offer.instance_id
+
+
+class Roster:
+    """The devices of one bus.
+
+    Args:
+        bus: The bus.
+        runners: Its channels, by the engine's key; only read here.
+    """
+
+    def __init__(self, bus: Services, runners: Mapping[int, ChannelRunner]) -> None:
+        self._bus = bus
+        self._runners = runners
+        self._entries: dict[int, Entry] = {}
+        self._next_number = 1
+        self._owners: dict[int, Entry] = {}
+        self._name = bus.transport.name
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Go through the devices in the order in which they came."""
+        return iter(tuple(self._entries.values()))
+
+    def owner(self, key: int) -> Entry | None:
+        """Return the device whose present offer has this key in the engine."""
+        return self._owners.get(key)
+
+    def add(self, device: Device) -> int:
+        """Offer a device; return its number. Raises ConfigError, BudgetError."""
+        instance = device.offer.instance_id
+        if any(
+            not entry.offered and entry.removed is None and entry.instance == instance
+            for entry in self
+        ):
+            # The engine does not know of those that wait for the guest's next life.
+            raise ConfigError(f"offer: instance {instance} is on the bus already")
+        entry = Entry(device, self._next_number, self._bus.engine.offer(device.offer))
+        self._next_number += 1
+        self._entries[entry.number] = entry
+        self._owners[entry.key] = entry
+        return entry.number
+
+    async def remove(self, number: int) -> None:
+        """Rescind a device, wait for it to end, close it. Raises ConfigError. A checkpoint."""
+        entry = self._entries.get(number)
+        if entry is None:
+            raise ConfigError(f"there is no device {number} on this bus")
+        if entry.removed is None:
+            entry.removed = trio.Event()
+            # In a task of its own: a caller that loses patience must not leave it half removed.
+            self._bus.nursery.start_soon(self._remove, entry)
+        await entry.removed.wait()
+
+    async def _remove(self, entry: Entry) -> None:
+        # Linux drops completions of a rescinded channel but waits for them all the same, so what
+        # is in flight is answered before the guest hears of the removal.
+        with trio.move_on_after(self._bus.config.close_grace):
+            for runner in self._runners_of(entry):
+                await runner.drain()
+        self._bus.engine.revoke(entry.key)
+        self._bus.pump()
+        for runner in self._runners_of(entry):
+            await runner.finished.wait()
+        await self._close(entry)
+
+    def _runners_of(self, entry: Entry) -> list[ChannelRunner]:
+        runners = self._runners.values()
+        return [runner for runner in runners if runner.event.primary_key == entry.key]
+
+    def failed(self, key: int) -> None:
+        """A device gave its channel up: rescind it, so that the guest knows. Cannot block."""
+        entry = self._owners.get(key)
+        if entry is not None and entry.removed is None:
+            entry.faulty_lives += 1
+            self._bus.engine.revoke(key)
+
+    def gone(self, key: int) -> None:
+        """The guest has let go of a rescinded channel: offer its device again. Cannot block."""
+        entry = self._owners.pop(key, None)
+        if entry is None:
+            return
+        entry.offered = False
+        if entry.removed is None and entry.faulty_lives < MAX_FAULTY_LIVES:
+            self._offer_again(entry)
+
+    def disconnected(self) -> None:
+        """The guest has left the bus: the next one gets all devices. Cannot block."""
+        for entry in self:
+            entry.faulty_lives = 0
+            if not entry.offered and entry.removed is None:
+                self._offer_again(entry)
+
+    def _offer_again(self, entry: Entry) -> None:
+        try:
+            entry.key = self._bus.engine.offer(entry.device.offer)
+        except BudgetError as error:
+            # Others have taken its room; the guest's next life may leave more.
+            _log.warning("%s: %s cannot come back: %s", self._name, entry.instance, error)
+            return
+        entry.offered = True
+        self._owners[entry.key] = entry
+
+    async def aclose(self) -> None:
+        """Close all devices; their channels have ended. Is a checkpoint."""
+        for entry in self:
+            await self._close(entry)
+
+    async def _close(self, entry: Entry) -> None:
+        self._entries.pop(entry.number, None)
+        self._owners.pop(entry.key, None)
+        await self.close_device(entry.device)
+        if entry.removed is not None:
+            entry.removed.set()
+
+    async def close_device(self, device: Device) -> None:
+        """Close a device, whether it is here or not; a failure is logged. Is a checkpoint."""
+        try:
+            await device.aclose()
+        except Exception:
+            _log.exception("%s: closing a device failed", self._name)

@@ -1,0 +1,95 @@
+"""One life of a device that answers requests: all its channels, served in batches.
+
+The loop that every such device has, written once: one long-lived task per channel, which drains
+its ring, has the device act on the batch, and writes all answers with one commit. A device says
+only what to do with a batch::
+
+    async def run(self, primary):
+        await Life(primary, self.serve_batch).run()
+
+A request that has to wait gets a task in the nursery that comes with its batch; the life of a
+channel ends when those tasks have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from vmbus.errors import GuestProtocolError, leaves
+from vmbus.host.channel import Channel
+from vmbus.ring import Packet
+
+ServeBatch = Callable[[Channel, list[Packet], trio.Nursery], None]
+"""Acts on packets that came in together: answers them with :meth:`Channel.complete`, or starts
+tasks in the nursery that will, and flush. Cannot block."""
+
+
+class Life:
+    """Serves the primary channel of a device, and every sub-channel that the guest opens.
+
+    Args:
+        primary: The primary channel; the bus's.
+        serve_batch: What to do with packets.
+    """
+
+    def __init__(self, primary: Channel, serve_batch: ServeBatch) -> None:
+        self.primary = primary
+        self._serve_batch = serve_batch
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self) -> None:
+        """Serve until the primary ends. Is a checkpoint.
+
+        When it returns, all tasks of all channels have ended: no transfer touches guest memory any
+        more.
+
+        Raises:
+            RingError: A ring of the primary is corrupt; that of a sub-channel costs only itself.
+        """
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self._accept)
+            await self._serve(self.primary)
+            nursery.cancel_scope.cancel()
+
+    def flush_soon(self) -> None:
+        """Have what is queued on the primary written in a task of this life. Cannot block.
+
+        For packets that no request has asked for: whoever causes them must not suffer from a full
+        or corrupt ring.
+        """
+        if self._nursery is not None:
+            self._nursery.start_soon(self.primary.flush)
+
+    async def _accept(self) -> None:
+        assert self._nursery is not None
+        while True:
+            try:
+                channel = await self.primary.accept_subchannel()
+            except trio.EndOfChannel:
+                return
+            self._nursery.start_soon(self._serve_subchannel, channel)
+
+    async def _serve_subchannel(self, channel: Channel) -> None:
+        try:
+            await self._serve(channel)
+        except* GuestProtocolError as errors:
+            # Its ring is corrupt. The life goes on with the other channels.
+            channel.complain(str(leaves(errors)[0]))
+        finally:
+            await channel.aclose()
+
+    async def _serve(self, channel: Channel) -> None:
+        """Serve one channel until it ends, then wait for the tasks it has under way."""
+        async with trio.open_nursery() as nursery:
+            try:
+                while True:
+                    packets = await channel.receive_batch()
+                    self._serve_batch(channel, packets, nursery)
+                    if not channel.try_flush():
+                        await channel.flush()
+            except trio.EndOfChannel:
+                # Tasks of this nursery still own guest pages; leaving the block waits for them.
+                return

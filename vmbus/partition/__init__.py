@@ -1,0 +1,10 @@
+"""A partition as the bus sees it: posts, slots, event flags, doorbells, memory, life cycle.
+
+================ ===========================================================================
+`transport`      the contract between a bus and whatever carries its partition
+`loopback`       a partition in this very process
+`soft_machine`   a machine without processors, for guests written in Python
+================ ===========================================================================
+
+Partitions in other processes are in :mod:`vmbus.attach`.
+"""

@@ -1,0 +1,283 @@
+r"""Back-ends by name: the ``scheme:[options]target`` grammar.
+
+::
+
+    spec    = scheme ":" [ "[" [ option *( "," option ) ] "]" ] target
+    option  = name [ "=" value ]
+    scheme  = name = lower-case letter, then letters, digits, "-" or "_"
+
+``ram:64M``, ``raw:[ro,sector=4096]disk.img``, ``overlay:[scratch=new.img]raw:base.img``. What the
+target means is up to the scheme: a size, a path, or another specification. Only the brackets have
+an escape: a backslash makes the next character ordinary, so that a value may contain ``,``, ``]``
+and ``\``. A target that itself begins with ``[`` needs an empty pair of brackets before it.
+
+Values are sizes (``512``, ``64K``, ``10G``: powers of 1024), durations (``250us``, ``1.5ms``,
+``2s``), integers, words or paths; a name alone is a flag.
+
+What a kind of back-end has of its own, its name for people and the options that its device takes
+for itself, is said by a subclass of :class:`Spec`. A back-end reads its options through
+:meth:`Spec.reader`, which words the error messages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+from typing import ClassVar, Self, TypeVar
+
+from vmbus.errors import ConfigError
+from vmbus.plugins.words import enumerate_words, suggest
+
+T = TypeVar("T")
+
+_SCHEME = re.compile(r"([a-z][a-z0-9_-]*):", re.ASCII)
+_NAME = re.compile(r"[a-z][a-z0-9_-]*", re.ASCII)
+_SIZE = re.compile(r"([0-9]+)([KMGT]?)", re.ASCII)
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(us|ms|s)", re.ASCII)
+_SIZE_SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_DURATION_SCALE = {"us": 1_000_000, "ms": 1_000, "s": 1}
+_YES = {"", "on", "yes", "true", "1"}
+_NO = {"off", "no", "false", "0"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spec:
+    """A parsed specification. ``str(spec)`` gives text that parses to an equal one."""
+
+    scheme: str
+    """Which back-end."""
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    """The options in the order given; a flag has the value ``""``. Read-only."""
+    target: str = ""
+    """Everything after the brackets, as it was written."""
+
+    noun: ClassVar[str] = "back-end"
+    """What people call such a back-end."""
+    example: ClassVar[str] = "scheme:target"
+    """A specification that stands for itself."""
+    file_scheme: ClassVar[str] = ""
+    """The scheme that somebody who wrote a bare path may have meant."""
+    reserved: ClassVar[Mapping[str, str]] = {}
+    """Options that the device takes for itself, and what each does there. Back-ends must not use
+    these names."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
+    def __str__(self) -> str:
+        options = ",".join(
+            f"{name}={_escape(value)}" if value else name for name, value in self.options.items()
+        )
+        brackets = f"[{options}]" if options or self.target.startswith("[") else ""
+        return f"{self.scheme}:{brackets}{self.target}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Parse ``scheme:[options]target``. Does not look at what the scheme is.
+
+        Raises:
+            ConfigError: Says where the text is wrong.
+        """
+        match = _SCHEME.match(text)
+        if match is None:
+            if not text:
+                raise ConfigError(
+                    f"an empty {cls.noun} specification; write for example {cls.example}"
+                )
+            hint = f"; for an image file write {cls.file_scheme}:{text}" if cls.file_scheme else ""
+            raise ConfigError(f"{text!r} does not begin with a scheme{hint}")
+        rest = text[match.end() :]
+        options: dict[str, str] = {}
+        if rest.startswith("["):
+            options, rest = _parse_options(text, rest)
+        return cls(match[1], options, rest)
+
+    def split(self) -> tuple[Self, dict[str, str]]:
+        """Split off the options that are meant for the device.
+
+        Returns:
+            The specification without them, and what was split off.
+        """
+        taken = {name: value for name, value in self.options.items() if name in self.reserved}
+        kept = {name: value for name, value in self.options.items() if name not in self.reserved}
+        return dataclasses.replace(self, options=kept), taken
+
+    def reader(self) -> OptionReader:
+        """Read the options; see :class:`OptionReader`."""
+        return OptionReader(self)
+
+    def inner(self) -> Self:
+        """Parse the target as a specification, for back-ends on top of another one.
+
+        Raises:
+            ConfigError: It is not one.
+        """
+        if not self.target:
+            raise ConfigError(
+                f"{self}: needs a {self.noun} to work on, as in {self.scheme}:{self.example}"
+            )
+        return self.parse(self.target)
+
+
+class OptionReader:
+    """Takes options from a specification by name and type.
+
+    Every method names one option that the back-end knows; :meth:`finish` then rejects the rest.
+    All of them raise :class:`ConfigError` for a value that cannot be understood.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self._known: list[str] = []
+
+    def text(self, name: str) -> str | None:
+        """The value as written, or None if the option is absent."""
+        self._known.append(name)
+        value = self._spec.options.get(name)
+        if value == "":
+            raise self._error(name, "needs a value")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """True for ``name`` alone or ``=on``; False if absent or ``=off``."""
+        self._known.append(name)
+        value = self._spec.options.get(name, "off").lower()
+        if value not in _YES | _NO:
+            raise self._error(name, f"is {value!r}; write it alone, or with =on or =off")
+        return value in _YES
+
+    def size(self, name: str) -> int | None:
+        """Bytes, or None if the option is absent."""
+        return self._convert(name, parse_size)
+
+    def duration(self, name: str) -> float:
+        """Seconds; 0.0 if the option is absent."""
+        return self._convert(name, parse_duration) or 0.0
+
+    def integer(self, name: str, *, choices: Collection[int] = ()) -> int | None:
+        """A decimal number, or None if the option is absent.
+
+        Args:
+            name: Option.
+            choices: The only values allowed; empty for any number from 0.
+        """
+
+        def convert(text: str) -> int:
+            if not (text.isascii() and text.isdigit()):
+                raise ConfigError(f"{text!r} is not a whole number")
+            return int(text)
+
+        value = self._convert(name, convert)
+        if value is not None and choices and value not in choices:
+            raise self._error(
+                name, f"is {value}; it can be {enumerate_words(map(str, choices), 'or')}"
+            )
+        return value
+
+    def probability(self, name: str) -> float:
+        """A number from 0 to 1; 1.0 if the option is absent."""
+
+        def convert(text: str) -> float:
+            try:
+                value = float(text)
+            except ValueError:
+                value = -1.0
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{text!r} is not a number from 0 to 1")
+            return value
+
+        value = self._convert(name, convert)
+        return 1.0 if value is None else value
+
+    def choice(self, name: str, choices: Collection[str]) -> str | None:
+        """One of ``choices``, or None if the option is absent."""
+        value = self.text(name)
+        if value is not None and value not in choices:
+            raise self._error(name, f"is {value!r}; {suggest(value, choices)}")
+        return value
+
+    def finish(self) -> None:
+        """Reject options that no method asked for.
+
+        Raises:
+            ConfigError: Names the option, the known ones and the closest.
+        """
+        for name in self._spec.options:
+            if name in self._known:
+                continue
+            if name in self._spec.reserved:
+                does = self._spec.reserved[name]
+                raise self._error(name, f"{does} and belongs to the outermost brackets")
+            raise ConfigError(
+                f"{self._spec}: unknown option {name!r}; {suggest(name, self._known)}"
+            )
+
+    def _convert(self, name: str, convert: Callable[[str], T]) -> T | None:
+        text = self.text(name)
+        if text is None:
+            return None
+        try:
+            return convert(text)
+        except ConfigError as error:
+            raise self._error(name, f"cannot be used: {error}") from None
+
+    def _error(self, name: str, text: str) -> ConfigError:
+        return ConfigError(f"{self._spec}: option {name!r} {text}")
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``512``, ``64K``, ``10G``; suffixes K, M, G, T are powers of 1024.
+
+    Raises:
+        ConfigError: The text is not a size.
+    """
+    match = _SIZE.fullmatch(text.upper())
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size; write bytes, or a number with K, M, G or T")
+    return int(match[1]) << _SIZE_SHIFT[match[2]]
+
+
+def parse_duration(text: str) -> float:
+    """Seconds from ``250us``, ``1.5ms`` or ``2s``.
+
+    Raises:
+        ConfigError: The text is not a duration.
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{text!r} is not a duration; write a number with us, ms or s")
+    return float(match[1]) / _DURATION_SCALE[match[2]]
+
+
+def _parse_options(text: str, rest: str) -> tuple[dict[str, str], str]:
+    """Parse the brackets that ``rest`` begins with; returns the options and what follows."""
+    items = [""]
+    position = 1
+    while (character := rest[position : position + 1]) != "]":
+        if character == "\\":
+            position += 1
+            character = rest[position : position + 1]
+        elif character == ",":
+            items.append("")
+            character = ""
+        if position >= len(rest):
+            raise ConfigError(f"{text!r}: the option brackets are not closed with ]")
+        items[-1] += character
+        position += 1
+    options: dict[str, str] = {}
+    for item in items if items != [""] else ():
+        name, equals, value = item.partition("=")
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"{text!r}: {item!r} is not an option; write name or name=value")
+        if name in options:
+            raise ConfigError(f"{text!r}: option {name!r} is given twice")
+        if equals and not value:
+            raise ConfigError(f"{text!r}: option {name!r} has nothing after its =")
+        options[name] = value
+    return options, rest[position + 1 :]
+
+
+def _escape(value: str) -> str:
+    return re.sub(r"([\\,\]])", r"\\\1", value)

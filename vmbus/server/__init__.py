@@ -1,0 +1,14 @@
+"""The guest server program: any number of attached guests, each with a bus and devices.
+
+========= ==================================================================
+`guests`  :class:`GuestServer`: makes a bus per guest, answers operators
+`devices` the devices of one guest, and which one an operator means
+`process` memory and descriptors of the process
+========= ==================================================================
+"""
+
+from vmbus.server.devices import DeviceSetup as DeviceSetup
+from vmbus.server.guests import GuestServer as GuestServer
+from vmbus.server.process import raise_descriptor_limit as raise_descriptor_limit
+
+__all__ = ["GuestServer", "DeviceSetup", "raise_descriptor_limit"]

@@ -1,0 +1,118 @@
+"""The devices of one guest: made as the server's set-up says, and found again by operators."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from uuid import UUID, uuid5
+
+import trio
+
+from vmbus.errors import ConfigError
+from vmbus.host.device import Device
+from vmbus.plugins.devices import DevicePlugin, load_device
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+INSTANCE_NAMESPACE = UUID("6f1d3c0e-5a0b-4c1e-9c55-0d5a3a7c1b2e")
+"""Instance GUIDs are made from this and the device's place, so that a guest finds the same
+devices after a restart of the server."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceSetup:
+    """One device that every guest gets."""
+
+    plugin: str
+    """Name of the device plug-in, as ``vmbus devices`` lists it."""
+    specs: tuple[str, ...] = ()
+    """Its back-ends."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Its settings."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class MadeDevice:
+    """A device of a guest, and what operators call it."""
+
+    device: Device
+    plugin: DevicePlugin
+    name: str
+    """The plug-in's."""
+    index: int
+    """Counts the guest's devices of this plug-in, from 0."""
+
+    @property
+    def backend(self) -> str | None:
+        """What its back-ends are called, as in "disk"; None if it has none to choose from."""
+        return self.plugin.backends.noun if self.plugin.backends is not None else None
+
+    def label(self) -> dict[str, Any]:
+        """Return what commands know it by, as JSON types."""
+        return {"plugin": self.name, "index": self.index, "backend": self.backend}
+
+
+async def make_devices(guest: str, setups: Sequence[DeviceSetup]) -> list[MadeDevice]:
+    """Make a guest's devices. Is a checkpoint.
+
+    Raises:
+        ConfigError: A back-end cannot be opened, and nothing stays open.
+    """
+    made: list[MadeDevice] = []
+    counts: dict[str, int] = {}
+    try:
+        for place, setup in enumerate(setups):
+            plugin = load_device(setup.plugin)
+            device = await plugin.from_specs(
+                [for_guest(spec, guest) for spec in setup.specs],
+                instance_id=uuid5(INSTANCE_NAMESPACE, f"{setup.plugin}/{place}"),
+                initiator=guest,
+                options=setup.options,
+            )
+            index = counts[setup.plugin] = counts.get(setup.plugin, -1) + 1
+            made.append(MadeDevice(device, plugin, setup.plugin, index))
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            for each in made:
+                await each.device.aclose()
+        raise
+    return made
+
+
+def pick_device(made: Iterable[MadeDevice], request: Mapping[str, Any]) -> MadeDevice:
+    """Return the device that a request means.
+
+    Args:
+        made: The guest's.
+        request: ``device`` is a plug-in's name, ``backend`` what its back-ends are called; either
+            or both may be missing. ``index`` counts the guest's devices of one plug-in.
+
+    Raises:
+        ConfigError: None is meant, or several are.
+    """
+    name, backend, index = request.get("device"), request.get("backend"), request.get("index", 0)
+    kind = [each for each in made if name in (None, each.name) and backend in (None, each.backend)]
+    what = repr(name) if name is not None else "device"
+    if backend is not None and name is None:
+        what = f"{backend} device"
+    found = [each for each in kind if each.index == index]
+    if not isinstance(index, int) or isinstance(index, bool) or not found:
+        number = f"{len(kind)}, counted from 0" if kind else "none"
+        raise ConfigError(f"the guest has no {what} number {index!r}; it has {number}")
+    if len(found) > 1:
+        names = ", ".join(sorted(each.name for each in found))
+        raise ConfigError(f"which {what} number {index}? the guest has: {names}")
+    return found[0]
+
+
+def for_guest(spec: str, guest: str) -> str:
+    """Put a guest's name into a specification. Raises ConfigError."""
+    if "{guest}" in spec and not _PLAIN_NAME.fullmatch(guest):
+        # The VMM chooses the name. It must not choose the directory, nor options.
+        raise ConfigError(
+            f"{spec}: {guest!r} cannot stand for {{guest}}; it may have letters, digits, "
+            "'_', '-' and '.', and not begin with '.' or '-'"
+        )
+    return spec.replace("{guest}", guest)

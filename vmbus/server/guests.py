@@ -1,0 +1,175 @@
+"""The server program: any number of attached guests, each with a bus and devices of its own.
+
+``vmbus serve`` is this with options; a program that wants to be such a server itself uses it as
+
+::
+
+    raise_descriptor_limit()
+    server = GuestServer([DeviceSetup(device_with("disk"), ("raw:disk.img",))])
+    await vmbus.attach.server.connections.serve(listener, server.handle, query=server.query,
+                                    command=server.command)
+
+Every guest gets its own back-ends: a specification is opened once per guest. ``{guest}`` in it
+stands for the guest's name, so that each can have its own file. A file that is opened for writing
+is locked, so two guests cannot ruin it together by mistake; the second one is turned away with a
+message that says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from vmbus import __version__
+from vmbus.errors import ConfigError
+from vmbus.host import Bus, BusConfig, open_bus
+from vmbus.partition.transport import Transport
+from vmbus.server.devices import DeviceSetup, MadeDevice, make_devices, pick_device
+from vmbus.server.process import resident_bytes
+
+_log = logging.getLogger("vmbus.server")
+
+
+@dataclasses.dataclass(slots=True)
+class _Guest:
+    """An attached guest."""
+
+    number: int
+    transport: Transport
+    devices: list[MadeDevice] = dataclasses.field(default_factory=list)
+    bus: Bus | None = None
+    """None until its devices are there."""
+
+    def snapshot(self, bus: Bus) -> dict[str, Any]:
+        """Describe its bus, with the names that commands have for its devices."""
+        found = bus.snapshot()
+        labels = {id(made.device): made.label() for made in self.devices}
+        devices = bus.devices
+        for each in found["devices"]:
+            each.update(labels.get(id(devices[each["key"]]), {}))
+        return found
+
+
+class GuestServer:
+    """Makes a bus for each guest, and answers operators.
+
+    Args:
+        setups: The devices each guest gets, in the order in which they are offered.
+        config: Budgets and limits of every bus.
+    """
+
+    def __init__(self, setups: Sequence[DeviceSetup], config: BusConfig | None = None) -> None:
+        self.setups = tuple(setups)
+        self.config = config or BusConfig()
+        self._guests: dict[str, _Guest] = {}
+        self._served = 0
+        self.faults = 0
+        """Rules that guests broke which have left."""
+
+    async def check(self) -> None:
+        """Open and close every back-end once, so that a mistake shows at start. A checkpoint.
+
+        Not those with ``{guest}`` in them: their files belong to guests we do not know yet.
+
+        Raises:
+            ConfigError: One of them cannot be opened.
+        """
+        fixed = [
+            dataclasses.replace(
+                setup, specs=tuple(spec for spec in setup.specs if "{guest}" not in spec)
+            )
+            for setup in self.setups
+        ]
+        for made in await make_devices("check", fixed):
+            await made.device.aclose()
+
+    async def handle(self, transport: Transport) -> None:
+        """Serve one guest until it is gone. Is a checkpoint.
+
+        Raises:
+            ConfigError: A back-end cannot be opened for this guest.
+        """
+        self._served += 1
+        name = self._unique(transport.name)
+        self._guests[name] = guest = _Guest(self._served, transport)
+        try:
+            guest.devices = await make_devices(name, self.setups)
+            devices = [made.device for made in guest.devices]
+            async with open_bus(transport, devices, config=self.config) as bus:
+                guest.bus = bus
+                _log.info("%s: attached with %d device(s)", name, len(devices))
+                try:
+                    await bus.wait_gone()
+                finally:
+                    guest.bus = None
+                    self.faults += bus.faults
+        finally:
+            del self._guests[name]
+        _log.info("%s: gone", name)
+
+    def _unique(self, wanted: str) -> str:
+        wanted = name = wanted or "guest"
+        suffix = 2
+        while name in self._guests:
+            name = f"{wanted}-{suffix}"
+            suffix += 1
+        return name
+
+    # -- operators -------------------------------------------------------------------------------
+
+    def query(self, kind: str) -> dict[str, Any]:
+        """Answer a QUERY: ``"status"`` or ``"guests"``. Cannot block.
+
+        Raises:
+            ConfigError: There is no such kind.
+        """
+        if kind not in {"status", "guests"}:
+            raise ConfigError(f"there is no query {kind!r}; there are 'status' and 'guests'")
+        status: dict[str, Any] = {
+            "server": f"vmbus {__version__}",
+            "pid": os.getpid(),
+            "guests_served": self._served,
+            "guests_attached": len(self._guests),
+            "rss": resident_bytes(),
+        }
+        if kind == "guests":
+            status["guests"] = [
+                {**guest.snapshot(guest.bus), "name": name, "number": guest.number}
+                for name, guest in self._guests.items()
+                if guest.bus is not None
+            ]
+        return status
+
+    async def command(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer a COMMAND: pass it on to a guest's device. Is a checkpoint.
+
+        ::
+
+            {"guest": "vm1", "backend": "disk", "index": 0, "action": ...}
+
+        ``guest`` may be left out if there is one only. Which device is meant is said by ``device``
+        (the plug-in's name), ``backend`` (what its back-ends are called) and ``index`` (counting
+        the guest's devices of one plug-in), as a QUERY lists them.
+
+        Raises:
+            ConfigError: There is no such guest or device, or it cannot do that.
+        """
+        made = pick_device(self._pick_guest(request.get("guest")).devices, request)
+        return await made.plugin.command(made.device, request)
+
+    def _pick_guest(self, name: object) -> _Guest:
+        guests = {name: guest for name, guest in self._guests.items() if guest.bus is not None}
+        attached = ", ".join(guests) or "none"
+        if name is None:
+            if len(guests) == 1:
+                return next(iter(guests.values()))
+            if not guests:
+                raise ConfigError("no guest is attached")
+            raise ConfigError(f"which guest? attached are: {attached}")
+        guest = guests.get(name) if isinstance(name, str) else None
+        if guest is None:
+            raise ConfigError(f"there is no guest {name!r}; attached are: {attached}")
+        return guest
