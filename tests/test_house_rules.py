@@ -21,11 +21,11 @@ TOP = ("vmbus", "devices", "tests", "docs", "captures", ".ci")
 ENGINE = "test_engine_machine.py: Bus"
 SERVER = "test_attach_hostile_bytes.py: test_the_server_survives_any_attached_vmm_and_leaks_nothing"
 PAYLOADS = "test_attach_hostile_bytes.py: test_arbitrary_payloads_raise_only_the_protocol_error"
-SCSI = "test_scsi_properties.py: test_every_command_has_one_outcome_within_its_bounds"
+SCSI = "test_scsi_commands.py: test_every_command_has_one_outcome_within_its_bounds"
 SESSION = (
-    "test_storvsp_any_packets.py: test_every_packet_is_answered_exactly_once_if_it_asks_for_it"
+    "test_session_any_packets.py: test_every_packet_is_answered_exactly_once_if_it_asks_for_it"
 )
-SERVING = "test_storvsp_fastpath.py: test_the_fast_path_does_what_the_long_way_does"
+SERVING = "test_requests_both_ways.py: test_the_fast_path_does_what_the_long_way_does"
 # Steps of a larger decoder. The property test of the whole, named here, gets into all of them:
 # looked up with a profiler, not guessed.
 REACHED_THROUGH = {
@@ -245,7 +245,7 @@ def test_the_list_of_detours_is_true():
     for name, detour in REACHED_THROUGH.items():
         assert name in functions, f"{name} is gone: take it off the list"
         file, test = detour.split(": ")
-        path = ROOT / "tests/property" / file
+        (path,) = (ROOT / "tests/property").rglob(file)
         defined = {
             node.name
             for node in tree(path).body

@@ -16,7 +16,7 @@ from typing import Any, Self
 import pytest
 import trio
 
-from tests.attach_support import (
+from tests.support.attach import (
     KINDS,
     RAM_SIZE,
     Bus,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.attach_support import (
+from tests.support.attach import (
     INFO,
     RAM_SIZE,
     TABLE,

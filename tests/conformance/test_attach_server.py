@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.attach_support import (
+from tests.support.attach import (
     HELLO,
     INFO,
     RAM_SIZE,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.attach_support import (
+from tests.support.attach import (
     RAM_SIZE,
     RawVmm,
     Recorder,
@@ -27,6 +27,7 @@ from tests.attach_support import (
     running_server,
     send_raw,
 )
+from tests.support.house import ROOT
 from vmbus.attach.client import Attachment
 from vmbus.attach.client.attachment import Feature, Region
 from vmbus.attach.client.operator import command, query
@@ -45,8 +46,8 @@ from vmbus.attach.server.transport import SocketTransport
 from vmbus.errors import VMBusError
 from vmbus.partition.transport import PartitionPaused, PartitionReset, PostedMessage
 
-FOLDER = Path(__file__).parents[1] / "reference" / "vmbus_user_transcripts"
-SPECIFICATION = Path(__file__).parents[2] / "docs" / "reference" / "vmbus-user.md"
+FOLDER = ROOT / "tests" / "reference" / "vmbus_user_transcripts"
+SPECIFICATION = ROOT / "docs" / "reference" / "vmbus-user.md"
 VM_ID = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff")
 
 INITIATE_CONTACT = bytes.fromhex(

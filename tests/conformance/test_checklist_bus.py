@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.integration_support import (
+from tests.support.worlds import (
     ALL,
     MONITOR_1,
     MONITOR_2,

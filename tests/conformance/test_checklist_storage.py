@@ -39,7 +39,7 @@ from storvsp.wire import (
     parse_properties_untrusted,
     parse_srb_reply_untrusted,
 )
-from tests.integration_support import (
+from tests.support.worlds import (
     ALL,
     SAFETY,
     controller,

@@ -13,7 +13,7 @@ from storvsp.disks.delay import DelayDisk
 from storvsp.disks.fault import Fault, FaultDisk, FaultKind
 from storvsp.disks.ram import RamDisk
 from storvsp.guest import attach, scan
-from tests.integration_support import (
+from tests.support.worlds import (
     ALL,
     DISK_SIZE,
     EchoDevice,

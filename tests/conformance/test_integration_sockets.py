@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from storvsp.guest import attach, scan
-from tests.integration_support import (
+from tests.support.worlds import (
     ALL,
     DISK_SIZE,
     SAFETY,

@@ -1,8 +1,8 @@
 """A VMM written from the document alone, the real server, and the Python guest between them.
 
 The server is another process, ``vmbus serve``, as a user would start it; the VMM is
-``tests/stranger_vmm.py``. Every test ends with the two of them in agreement: the VMM has seen no
-rule broken, the server no error, and it stops with exit code 0.
+``tests/support/stranger_vmm.py``. Every test ends with the two of them in agreement: the VMM has
+seen no rule broken, the server no error, and it stops with exit code 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 import trio
 
 from storvsp.guest import GuestDisk, StorvscAdapter, attach, scan
-from tests.stranger_vmm import (
+from tests.support.stranger_vmm import (
     ADD_MEM,
     CALL_FD,
     DIRECT,

@@ -240,7 +240,8 @@ def test_the_suite_cannot_write_to_a_read_only_disk(bench):
 
 
 def test_the_guests_driver_hides_that_an_inquiry_failed(bench):
-    """The target refuses a page code without EVPD; see ``tests/unit/test_scsi_target.py``."""
+    """The target refuses a page code without EVPD; see
+    ``tests/unit/storvsp/scsi/test_target.py``."""
     lun, name = bench.add("ram", "16M")
     out = bench.do(f"sg_raw -r 96 /dev/{name} 12 00 01 00 60 00 2>&1")
     # Status and sense data are gone, but so is the data that an INQUIRY always has.

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from hypothesis import given, settings, strategies as st
 
-from tests.ring_peer import IN_BAND, PENDING, READ, WRITE, packet
+from tests.support.ring_peer import IN_BAND, PENDING, READ, WRITE, packet
 from vmbus.errors import RingError
 from vmbus.memory import PAGE_SIZE, allocate_memory
 from vmbus.ring import MAX_BATCH_BYTES, Packet, RingMemory, RingReader, RingWriter

@@ -1,7 +1,7 @@
 """Both rings against plain lists, with an independent guest at the other end.
 
 The model knows which packets are in which ring and how much room that leaves; it says when a
-signal is due. The guest of tests/ring_peer.py checks indices and trailers on its way.
+signal is due. The guest of tests/support/ring_peer.py checks indices and trailers on its way.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.ring_peer import (
+from tests.support.ring_peer import (
     MASK,
     PENDING,
     READ,

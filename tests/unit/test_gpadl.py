@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine_support import make_memory
+from tests.support.engine import make_memory
 from vmbus.errors import GuestProtocolError
 from vmbus.gpadl import Gpadl, GpadlAssembly
 from vmbus.wire.gpa import GpaRange, build_range

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.ring_peer import (
+from tests.support.ring_peer import (
     FEATURES,
     IN_BAND,
     MASK,

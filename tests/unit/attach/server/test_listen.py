@@ -1,0 +1,219 @@
+"""Where the server's sockets come from."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.support.attach import Bus, count_fds, raw_vmm
+from vmbus.attach.protocol.sockets import from_fd
+from vmbus.attach.server import from_systemd, listen, listen_path, open_listener, serve
+from vmbus.attach.server.connections import _accept
+from vmbus.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _no_descriptor_is_leaked() -> Iterator[None]:
+    before = count_fds(collect=True)
+    yield
+    assert count_fds() == before
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("seqpacket", socket.SOCK_SEQPACKET), ("stream", socket.SOCK_STREAM)]
+)
+def test_a_listener_is_its_owners_alone_and_leaves_nothing(
+    tmp_path: Path, mode: str, kind: int
+) -> None:
+    with open_listener(tmp_path / "s", mode=mode) as sock:
+        assert sock.type == kind
+        assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o600
+    assert not (tmp_path / "s").exists()
+
+
+def test_permissions_can_be_wider(tmp_path: Path) -> None:
+    with open_listener(tmp_path / "s", permissions=0o660):
+        assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o660
+
+
+@pytest.mark.parametrize("old", ["seqpacket", "stream"])
+def test_a_stale_socket_file_is_replaced(tmp_path: Path, old: str) -> None:
+    listen_path(tmp_path / "s", mode=old).close()
+    assert (tmp_path / "s").exists()
+    with open_listener(tmp_path / "s"):
+        pass
+
+
+@pytest.mark.parametrize("mode", ["seqpacket", "stream"])
+def test_a_live_server_is_not_replaced(tmp_path: Path, mode: str) -> None:
+    with open_listener(tmp_path / "s"):
+        with pytest.raises(ConfigError, match="another server"):
+            listen_path(tmp_path / "s", mode=mode)
+        assert (tmp_path / "s").exists()
+
+
+def test_other_files_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "s").write_text("precious")
+    with pytest.raises(ConfigError, match="not a socket"):
+        listen_path(tmp_path / "s")
+
+
+def test_a_successors_socket_file_is_left_alone(tmp_path: Path) -> None:
+    with open_listener(tmp_path / "s"):
+        (tmp_path / "s").unlink()
+        other = listen_path(tmp_path / "s")
+    assert (tmp_path / "s").exists()
+    other.close()
+    with open_listener(tmp_path / "t"):
+        (tmp_path / "t").unlink()
+    assert not (tmp_path / "t").exists()
+
+
+def test_paths_and_modes_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="107"):
+        listen_path(tmp_path / ("x" * 120))
+    with pytest.raises(ConfigError, match="datagram"):
+        listen_path(tmp_path / "s", mode="datagram")
+    with pytest.raises(FileNotFoundError):
+        listen_path(tmp_path / "no" / "s")
+
+
+def test_a_descriptor_must_be_a_socket_we_speak_on(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    os.set_inheritable(theirs.fileno(), True)
+    adopted = from_fd(theirs.detach())
+    assert adopted.type == socket.SOCK_STREAM
+    assert not adopted.get_inheritable()
+    adopted.close()
+    ours.close()
+    with (tmp_path / "f").open("w") as file, pytest.raises(ConfigError, match="not a socket"):
+        from_fd(file.fileno())
+    with pytest.raises(ConfigError, match="descriptor -1"):
+        from_fd(-1)
+    for family, kind in (
+        (socket.AF_UNIX, socket.SOCK_DGRAM),
+        (socket.AF_INET, socket.SOCK_STREAM),
+    ):
+        with socket.socket(family, kind) as sock:
+            with pytest.raises(ConfigError, match="not an AF_UNIX"):
+                from_fd(sock.fileno())
+            assert sock.fileno() >= 0
+            os.fstat(sock.fileno())
+
+
+def activation(**changes: str) -> dict[str, str]:
+    return {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "2", "OTHER": "x", **changes}
+
+
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Two sockets with neighbouring numbers, as if systemd had passed them."""
+    numbers: list[int] = []
+    while len(numbers) < 2 or numbers[-1] != numbers[-2] + 1:
+        numbers.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).detach())
+    monkeypatch.setattr(listen, "_LISTEN_FDS_START", numbers[-2])
+    for number in numbers[:-2]:
+        os.close(number)
+    return numbers[-2:]
+
+
+def test_systemd_passes_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = passed(monkeypatch)
+    environ = activation(LISTEN_FDNAMES="guest:operator")
+    sockets = from_systemd(environ=environ)
+    assert [sock.fileno() for sock in sockets] == numbers
+    assert environ == {"OTHER": "x"}
+    for sock in sockets:
+        sock.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "index"),
+    [("guest", "guest:operator", 0), ("operator", "guest:operator", 1), ("unknown", "guest", 1)],
+)
+def test_systemd_sockets_have_names(
+    monkeypatch: pytest.MonkeyPatch, name: str, names: str, index: int
+) -> None:
+    numbers = passed(monkeypatch)
+    (sock,) = from_systemd(name, environ=activation(LISTEN_FDNAMES=names))
+    assert sock.fileno() == numbers[index]
+    sock.detach()
+    for number in numbers:
+        os.close(number)
+
+
+def test_sockets_for_another_process_are_not_ours() -> None:
+    assert from_systemd(environ=activation(LISTEN_PID="1")) == []
+    assert from_systemd(environ={}) == []
+    assert from_systemd(environ={"LISTEN_FDNAMES": "x"}) == []
+
+
+@pytest.mark.parametrize("change", [{"LISTEN_PID": "x"}, {"LISTEN_FDS": "-1"}])
+def test_nonsense_from_the_service_manager_is_said_so(change: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="socket activation"):
+        from_systemd(environ=activation(**change))
+
+
+def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_PID", "1")
+    monkeypatch.setenv("LISTEN_FDS", "1")
+    assert from_systemd() == []
+    assert "LISTEN_FDS" not in os.environ
+
+
+async def test_a_lack_of_descriptors_is_waited_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    import errno
+
+    class Exhausted:
+        def __init__(self, sock: socket.socket, failures: list[OSError]) -> None:
+            self._sock = sock
+            self.failures = failures
+
+        def fileno(self) -> int:
+            return self._sock.fileno()
+
+        def setblocking(self, _: object) -> None:
+            self._sock.setblocking(False)
+
+        def accept(self) -> tuple[socket.socket, object]:
+            if self.failures:
+                raise self.failures.pop(0)
+            return self._sock.accept()
+
+    with open_listener(tmp_path / "s") as listener, raw_vmm(tmp_path / "s"):
+        failing = Exhausted(
+            listener,
+            [OSError(errno.EMFILE, "too many"), ConnectionAbortedError(), BlockingIOError()],
+        )
+        sock = await _accept(failing)  # type: ignore[arg-type]
+        assert failing.failures == []
+        sock.close()
+        with raw_vmm(tmp_path / "s"):
+            failing.failures.append(OSError(errno.EINVAL, "broken"))
+            with pytest.raises(OSError, match="broken"):
+                await _accept(failing)  # type: ignore[arg-type]
+
+
+async def test_a_broken_listener_ends_the_server(tmp_path: Path) -> None:
+    # Neither listening nor connected: treated as a connection, which is dead.
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with trio.fail_after(10):
+        await serve(sock, Bus())
+    assert sock.fileno() == -1
+
+
+def test_the_client_needs_neither_trio_nor_construct() -> None:
+    code = "import sys, vmbus.attach.client; print({'trio', 'construct'} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "set()\n"

@@ -1,0 +1,257 @@
+"""The server of many guests: names, devices, operators, and guests that are gone at once."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from tests.support.worlds import FailingTransport, World, whole_life
+from vmbus.errors import ConfigError
+from vmbus.guest import LINUX_6_1
+from vmbus.memory import PAGE_SIZE, allocate_memory
+from vmbus.partition.soft_machine import SoftMachine
+from vmbus.server import DeviceSetup, GuestServer, raise_descriptor_limit
+from vmbus.server.process import resident_bytes
+
+DISK = 4 << 20
+SETUPS = (DeviceSetup("storvsp", (f"ram:{DISK}",)), DeviceSetup("storvsp", ("ram:1M", "ram:1M")))
+
+
+@pytest.fixture
+async def machines() -> AsyncIterator[list[SoftMachine]]:
+    made = [SoftMachine(((0, 32 << 20),), vp_count=2) for _ in range(3)]
+    with trio.fail_after(30):
+        yield made
+    for machine in made:
+        machine.close()
+
+
+def transport(machine: SoftMachine, name: str = "vm", **fails: Exception) -> FailingTransport:
+    made = FailingTransport(machine.synic, **fails)
+    made.name = name
+    return made
+
+
+async def test_a_guest_is_served_until_it_is_gone(machines):
+    server = GuestServer(SETUPS)
+    there = transport(machines[0])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.handle, there)
+        await trio.testing.wait_all_tasks_blocked()
+        bus = server._guests["vm"].bus
+        assert bus is not None
+        async with World(machines[0], there, bus).boot(LINUX_6_1) as guest:
+            await whole_life(guest)
+        there.close()
+    assert server.query("status")["guests_attached"] == 0
+    assert server.query("status")["guests_served"] == 1
+
+
+async def test_guests_of_one_name_are_told_apart(machines):
+    server = GuestServer(SETUPS)
+    links = [transport(machine) for machine in machines]
+    async with trio.open_nursery() as nursery:
+        for link in links:
+            nursery.start_soon(server.handle, link)
+        await trio.testing.wait_all_tasks_blocked()
+        names = [guest["name"] for guest in server.query("guests")["guests"]]
+        assert sorted(names) == ["vm", "vm-2", "vm-3"]
+        json.dumps(server.query("guests"))
+        for link in links:
+            link.close()
+    assert server.query("guests")["guests"] == []
+
+
+async def test_a_guest_without_a_name_gets_one(machines):
+    server = GuestServer(SETUPS)
+    links = [transport(machine, "") for machine in machines[:2]]
+    async with trio.open_nursery() as nursery:
+        for link in links:
+            nursery.start_soon(server.handle, link)
+        await trio.testing.wait_all_tasks_blocked()
+        assert sorted(server._guests) == ["guest", "guest-2"]
+        for link in links:
+            link.close()
+
+
+async def test_a_guest_that_is_gone_at_once_leaves_no_file_locked(machines, tmp_path):
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    server = GuestServer([DeviceSetup("storvsp", (f"raw:{image}",))])
+    with pytest.raises(trio.BrokenResourceError):
+        await server.handle(transport(machines[0], message_port=trio.BrokenResourceError("gone")))
+    await server.check()
+    link = transport(machines[1])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.handle, link)
+        while "vm" not in server._guests or server._guests["vm"].bus is None:
+            await trio.sleep(0.001)
+        with pytest.raises(ConfigError):
+            await server.check()
+        link.close()
+
+
+async def test_a_back_end_that_cannot_be_opened_turns_the_guest_away(machines, tmp_path):
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    setups = [
+        DeviceSetup("storvsp", (f"raw:{image}",)),
+        DeviceSetup("storvsp", (f"raw:{tmp_path}/missing",)),
+    ]
+    server = GuestServer(setups)
+    with pytest.raises(ConfigError):
+        await server.handle(transport(machines[0]))
+    assert server._guests == {}
+    # What was opened before is closed again.
+    await GuestServer(setups[:1]).check()
+
+
+async def test_the_check_finds_mistakes_and_leaves_files_of_guests_alone(tmp_path):
+    with pytest.raises(ConfigError):
+        await GuestServer([DeviceSetup("storvsp", ("ram:nonsense",))]).check()
+    with pytest.raises(ConfigError, match="unknown device 'toaster'"):
+        await GuestServer([DeviceSetup("toaster")]).check()
+    await GuestServer([DeviceSetup("storvsp", (f"raw:{tmp_path}/{{guest}}.img",))]).check()
+
+
+async def test_each_guest_has_files_of_its_own(machines, tmp_path):
+    for name in ("vm", "vm-2"):
+        (tmp_path / f"{name}.img").write_bytes(bytes(1 << 20))
+    server = GuestServer([DeviceSetup("storvsp", (f"raw:{tmp_path}/{{guest}}.img",))])
+    links = [transport(machine) for machine in machines[:2]]
+    async with trio.open_nursery() as nursery:
+        for link in links:
+            nursery.start_soon(server.handle, link)
+        while any(guest.bus is None for guest in server._guests.values()) or not server._guests:
+            await trio.sleep(0.001)
+        assert len(server.query("guests")["guests"]) == 2
+        for link in links:
+            link.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["../other", "/etc/passwd", "a/b", ".hidden", "-rf", "a b", "x,ro", "x]y", "é", "a\nb"]
+)
+async def test_a_guests_name_chooses_no_directory_and_no_option(machines, tmp_path, name):
+    folder = tmp_path / "disks"
+    folder.mkdir()
+    (tmp_path / "other.img").write_bytes(bytes(1 << 20))
+    server = GuestServer([DeviceSetup("storvsp", (f"raw:{folder}/{{guest}}.img",))])
+    with pytest.raises(ConfigError, match="cannot stand for"):
+        await server.handle(transport(machines[0], name))
+    # Where nothing is made of it, a name is just a name.
+    link = transport(machines[1], name)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(GuestServer(SETUPS).handle, link)
+        await trio.testing.wait_all_tasks_blocked()
+        link.close()
+
+
+async def test_operators_reach_the_devices_of_guests(machines):
+    server = GuestServer(SETUPS)
+    links = [transport(machines[0], "one"), transport(machines[1], "two")]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.handle, links[0])
+        await trio.testing.wait_all_tasks_blocked()
+        add = {"action": "add", "spec": "ram:1M"}
+        # The only guest, and the first device, need not be named.
+        assert await server.command(add) == {"address": "0:0:1"}
+        assert await server.command({**add, "index": 1}) == {"address": "0:0:2"}
+        nursery.start_soon(server.handle, links[1])
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(ConfigError, match="which guest"):
+            await server.command(add)
+        assert await server.command({**add, "guest": "two"}) == {"address": "0:0:1"}
+        for wrong, text in (
+            ({"guest": "three"}, "no guest 'three'; attached are: one, two"),
+            ({"guest": 7}, "no guest 7"),
+            ({"guest": "one", "index": 2}, "it has 2"),
+            ({"guest": "one", "index": -1}, "it has 2"),
+            ({"guest": "one", "index": "x"}, "it has 2"),
+            ({"guest": "one", "device": "netvsp"}, "it has none"),
+        ):
+            with pytest.raises(ConfigError, match=text):
+                await server.command({**add, **wrong})
+        for link in links:
+            link.close()
+    with pytest.raises(ConfigError, match="no guest is attached"):
+        await server.command(add)
+
+
+async def test_a_device_that_has_failed_and_is_back_can_be_operated(machines):
+    server = GuestServer(SETUPS)
+    link = transport(machines[0])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.handle, link)
+        await trio.testing.wait_all_tasks_blocked()
+        bus = server._guests["vm"].bus
+        assert bus is not None
+        async with World(machines[0], link, bus).boot(LINUX_6_1) as guest:
+            offers = await guest.connection.connect()
+            channel = await guest.connection.open_channel(offers[0], ring_pages=4)
+            (runner,) = bus.runners.values()
+            machines[0].memory.page(runner.event.gpadl.pages[0]).cast("I")[0] = 3
+            assert runner.channel is not None
+            runner.channel.poke()
+            await guest.connection.wait_gone(channel.relid)
+            assert await server.command({"action": "add", "spec": "ram:1M"}) == {"address": "0:0:1"}
+        link.close()
+
+
+async def test_a_guest_that_is_on_its_way_out_takes_no_commands(machines):
+    server = GuestServer(SETUPS)
+    link = transport(machines[0])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.handle, link)
+        await trio.testing.wait_all_tasks_blocked()
+        entry = server._guests["vm"]
+        link.close()
+        while entry.bus is not None:
+            await trio.lowlevel.checkpoint()
+        with pytest.raises(ConfigError):
+            await server.command({"action": "add", "spec": "ram:1M"})
+        assert server.query("guests")["guests"] == []
+
+
+def test_there_are_two_queries():
+    server = GuestServer(())
+    assert set(server.query("status")) == {
+        "server",
+        "pid",
+        "guests_served",
+        "guests_attached",
+        "rss",
+    }
+    with pytest.raises(ConfigError, match="no query"):
+        server.query("weather")
+
+
+def test_resident_memory_is_what_the_server_uses_itself():
+    size = 64 << 20
+    before = resident_bytes()
+    memory = allocate_memory(size)
+    for page in range(size // PAGE_SIZE):
+        memory.write(page * PAGE_SIZE, b"x")
+    assert resident_bytes() - before < size // 2, "guests' memory is not the server's"
+
+    own = bytearray(b"x") * size
+    assert resident_bytes() - before > size // 2
+    assert len(own) == size
+    memory.close()
+
+
+def test_the_limit_on_open_files_is_raised(monkeypatch: pytest.MonkeyPatch):
+    calls: list[Any] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (10, 20))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: calls.append(limits))
+    raise_descriptor_limit()
+    assert calls == [(20, 20)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (20, 20))
+    raise_descriptor_limit()
+    assert calls == [(20, 20)]
