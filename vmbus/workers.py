@@ -11,8 +11,8 @@ Rules of the pool
   them. A cancelled task therefore waits for its started call and gets its result; a call that has
   not started is taken off the queue and never runs.
 * Threads are started when there is work for them, and never keep the interpreter alive.
-* A pool belongs to the trio run it was made in. :func:`shared_pool` gives every disk of one run
-  the same threads; each user holds a lease of its own and closes that.
+* A pool belongs to the trio run it was made in. :func:`shared_pool` gives every user in one run
+  the same threads; each has a pool of its own and closes that.
 """
 
 from __future__ import annotations
@@ -43,112 +43,45 @@ class _Call(Generic[T]):
         self.error: BaseException | None = None
 
 
-class _Gate:
-    """Counts the calls under way, so that closing can refuse new ones and wait for the rest."""
+class _Threads:
+    """The threads of one trio run, or of one pool of it."""
 
-    __slots__ = ("_active", "_idle", "closed")
-
-    def __init__(self) -> None:
-        self.closed = False
-        self._active = 0
-        self._idle = trio.Event()
-
-    def enter(self) -> None:
-        if self.closed:
-            raise trio.ClosedResourceError("the worker pool is closed")
-        self._active += 1
-
-    def leave(self) -> None:
-        self._active -= 1
-        if self.closed and not self._active:
-            self._idle.set()
-
-    async def close(self) -> None:
-        """Refuse new calls and wait for those under way, even if the caller is cancelled."""
-        self.closed = True
-        if self._active:
-            # Shielded: the caller is about to close what the threads are still using.
-            with trio.CancelScope(shield=True):
-                await self._idle.wait()
-        else:
-            self._idle.set()
-
-
-class WorkerPool:
-    """A few threads that run blocking calls for the tasks of one trio run.
-
-    Must be made inside that run.
-
-    Args:
-        threads: Most threads to use; they are started as they are needed.
-        name: Prefix of the threads' names, for debuggers.
-    """
-
-    def __init__(self, threads: int = DEFAULT_THREADS, *, name: str = "disk worker") -> None:
-        if threads < 1:
-            raise ValueError("a worker pool needs at least one thread")
+    def __init__(self, limit: int, name: str) -> None:
+        self.users = 0
+        """Open pools on top of this."""
         self._name = name
-        self._limit = threads
+        self._limit = limit
         self._started = 0
         self._idle = 0
         self._stopping = False
-        self._wake = threading.Condition(threading.Lock())  # guards everything here but _gate
+        self._wake = threading.Condition(threading.Lock())  # guards everything here but users
         self._waiting: deque[_Call[object]] = deque()
         self._finished: list[_Call[object]] = []
         self._token = trio.lowlevel.current_trio_token()
-        self._gate = _Gate()
 
-    async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
-        """Run ``function(*args)`` in a worker and return what it returns. A checkpoint.
-
-        If the awaiting task is cancelled before a worker took the call, the call never runs and
-        Cancelled is raised; afterwards the call's own outcome is delivered instead.
-
-        Raises:
-            trio.ClosedResourceError: The pool is closed.
-            OSError: Not one worker thread could be started (EAGAIN).
-            BaseException: Whatever the call raised.
-        """
-        await trio.lowlevel.checkpoint_if_cancelled()
-        call = _Call(lambda: function(*args), trio.lowlevel.current_task())
-        self._gate.enter()
-        try:
-            self._submit(cast("_Call[object]", call))
-
-            def abort(_: object) -> trio.lowlevel.Abort:
-                with self._wake:
-                    try:
-                        self._waiting.remove(cast("_Call[object]", call))
-                    except ValueError:
-                        return trio.lowlevel.Abort.FAILED
-                return trio.lowlevel.Abort.SUCCEEDED
-
-            await trio.lowlevel.wait_task_rescheduled(abort)
-        finally:
-            self._gate.leave()
-        if call.error is not None:
-            try:
-                raise call.error
-            finally:
-                del call  # break the cycle traceback -> frame -> call -> error
-        return cast("T", call.value)
-
-    async def aclose(self) -> None:
-        """Refuse new calls, wait for those under way, end the threads.
-
-        Idempotent. Waits even if cancelled: see the module text.
-        """
-        await self._gate.close()
-        with self._wake:
-            self._stopping = True
-            self._wake.notify_all()
-
-    def _submit(self, call: _Call[object]) -> None:
+    async def run(self, call: _Call[object]) -> None:
+        """Have a thread make the call, and wait for it. Raises as :meth:`WorkerPool.run`."""
         with self._wake:
             if self._started < self._limit and self._idle <= len(self._waiting):
                 self._start_thread()
             self._waiting.append(call)
             self._wake.notify()
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            with self._wake:
+                try:
+                    self._waiting.remove(call)
+                except ValueError:
+                    return trio.lowlevel.Abort.FAILED
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    def stop(self) -> None:
+        """End the threads; no call is under way or will be made. Cannot block."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
 
     def _start_thread(self) -> None:
         number = self._started + 1
@@ -193,53 +126,92 @@ class WorkerPool:
             trio.lowlevel.reschedule(call.task)
 
 
-_shared: trio.lowlevel.RunVar[_Shared | None] = trio.lowlevel.RunVar("storvsp workers", None)
+class WorkerPool:
+    """Threads that run blocking calls for the tasks of one trio run.
 
+    Must be made inside that run. :func:`shared_pool` makes one on the run's common threads.
 
-class _Shared:
-    """The pool of one trio run and how many leases of it are open."""
+    Args:
+        threads: Most threads to use; they are started as they are needed.
+        name: Prefix of the threads' names, for debuggers.
+        on: Threads that there are already, instead of new ones.
+    """
 
-    __slots__ = ("leases", "pool")
-
-    def __init__(self) -> None:
-        self.pool = WorkerPool()
-        self.leases = 0
-
-
-class PoolLease:
-    """One user's share of the run's common pool; made by :func:`shared_pool`."""
-
-    def __init__(self, shared: _Shared) -> None:
-        self._shared = shared
-        self._gate = _Gate()
-        shared.leases += 1
+    def __init__(
+        self,
+        threads: int = DEFAULT_THREADS,
+        *,
+        name: str = "worker",
+        on: _Threads | None = None,
+    ) -> None:
+        if threads < 1:
+            raise ValueError("a worker pool needs at least one thread")
+        self._threads = on if on is not None else _Threads(threads, name)
+        self._threads.users += 1
+        self._closed = False
+        self._active = 0
+        self._idle = trio.Event()
 
     async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
-        """The same as :meth:`WorkerPool.run`, refused once this lease is closed."""
-        self._gate.enter()
+        """Run ``function(*args)`` in a worker and return what it returns. A checkpoint.
+
+        If the awaiting task is cancelled before a worker took the call, the call never runs and
+        Cancelled is raised; afterwards the call's own outcome is delivered instead.
+
+        Raises:
+            trio.ClosedResourceError: The pool is closed.
+            OSError: Not one worker thread could be started (EAGAIN).
+            BaseException: Whatever the call raised.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._closed:
+            raise trio.ClosedResourceError("the worker pool is closed")
+        call = _Call(lambda: function(*args), trio.lowlevel.current_task())
+        self._active += 1
         try:
-            return await self._shared.pool.run(function, *args)
+            await self._threads.run(cast("_Call[object]", call))
         finally:
-            self._gate.leave()
+            self._active -= 1
+            if self._closed and not self._active:
+                self._idle.set()
+        if call.error is not None:
+            try:
+                raise call.error
+            finally:
+                del call  # break the cycle traceback -> frame -> call -> error
+        return cast("T", call.value)
 
     async def aclose(self) -> None:
-        """Wait for this user's calls; the last lease to close ends the pool.
+        """Refuse new calls, wait for those under way; the last pool ends its threads.
 
         Idempotent. Waits even if cancelled, so that what the calls use can be closed afterwards.
         """
-        first = not self._gate.closed
-        await self._gate.close()
+        first, self._closed = not self._closed, True
+        if self._active:
+            # Shielded: the caller is about to close what the threads are still using.
+            with trio.CancelScope(shield=True):
+                await self._idle.wait()
+        else:
+            self._idle.set()
         if first:
-            self._shared.leases -= 1
-            if not self._shared.leases:
-                _shared.set(None)
-                await self._shared.pool.aclose()
+            threads = self._threads
+            threads.users -= 1
+            if not threads.users:
+                if _shared.get() is threads:
+                    _shared.set(None)
+                threads.stop()
 
 
-def shared_pool() -> PoolLease:
-    """Take a lease of the pool shared by all disks of this trio run; close it with ``aclose``."""
-    shared = _shared.get()
-    if shared is None:
-        shared = _Shared()
-        _shared.set(shared)
-    return PoolLease(shared)
+_shared: trio.lowlevel.RunVar[_Threads | None] = trio.lowlevel.RunVar("vmbus workers", None)
+
+
+def shared_pool() -> WorkerPool:
+    """Return a pool on the threads that all users in this trio run share.
+
+    It is the caller's, and closed with ``aclose`` as any other; that waits for its own calls only.
+    """
+    threads = _shared.get()
+    if threads is None:
+        threads = _Threads(DEFAULT_THREADS, "worker")
+        _shared.set(threads)
+    return WorkerPool(on=threads)

@@ -62,14 +62,14 @@ async def test_calls_run_side_by_side_in_as_many_threads_as_allowed_and_no_more(
     async with trio.open_nursery() as nursery:
         for _ in range(9):
             nursery.start_soon(pool.run, call)
-    assert names == {"disk worker 1", "disk worker 2", "disk worker 3"}
+    assert names == {"worker 1", "worker 2", "worker 3"}
     await pool.aclose()
 
 
 async def test_idle_threads_are_used_again_before_new_ones_are_started():
     pool = WorkerPool(4)
     names = {await pool.run(lambda: threading.current_thread().name)}
-    while pool._idle == 0:
+    while pool._threads._idle == 0:
         await trio.lowlevel.checkpoint()
     names.add(await pool.run(lambda: threading.current_thread().name))
     assert len(names) == 1
@@ -120,7 +120,7 @@ async def test_calls_that_end_while_the_loop_is_busy_come_back_in_one_batch():
     pool = WorkerPool(2)
     gate = Gate()
     wakeups = 0
-    token = pool._token
+    token = pool._threads._token
 
     class CountingToken:
         def run_sync_soon(self, function):
@@ -128,7 +128,7 @@ async def test_calls_that_end_while_the_loop_is_busy_come_back_in_one_batch():
             wakeups += 1
             token.run_sync_soon(function)
 
-    pool._token = CountingToken()  # type: ignore[assignment]
+    pool._threads._token = CountingToken()  # type: ignore[assignment]
     async with trio.open_nursery() as nursery:
         for _ in range(40):
             nursery.start_soon(pool.run, gate.block)
