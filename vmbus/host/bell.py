@@ -7,21 +7,31 @@ import os
 
 import trio
 
+from vmbus.partition.doorbell import EventfdDoorbell
+from vmbus.partition.transport import Doorbell
+
 
 class Bell:
-    """An eventfd that a guest rings.
+    """A doorbell that a guest rings.
 
     Args:
-        fd: Non-blocking and borrowed; None: one of its own. Guests of 0.13 have one doorbell
-            for all channels, and the bus rings theirs.
+        doorbell: Borrowed; None: one of its own. Guests of 0.13 have one doorbell for all
+            channels, and the bus rings theirs.
     """
 
-    __slots__ = ("_owned", "_rung", "fd")
+    __slots__ = ("_doorbell", "_own", "_rung")
 
-    def __init__(self, fd: int | None) -> None:
-        self._owned = fd is None
-        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) if fd is None else fd
+    def __init__(self, doorbell: Doorbell | None) -> None:
+        self._own: EventfdDoorbell | None = None
+        if doorbell is None:
+            doorbell = self._own = EventfdDoorbell()
+        self._doorbell = doorbell
         self._rung: trio.Event | None = None
+
+    @property
+    def fd(self) -> int:
+        """The eventfd; -1 once closed. Its number may be somebody else's then."""
+        return self._doorbell.fd
 
     async def wait(self) -> bool:
         """Wait until it rings. Is a checkpoint.
@@ -37,9 +47,10 @@ class Bell:
             return False
         self._rung = trio.Event()
         try:
-            await trio.lowlevel.wait_readable(self.fd)
+            fd = self._doorbell.fd
+            await trio.lowlevel.wait_readable(fd)
             with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self.fd)
+                os.eventfd_read(fd)
                 return True
             return False
         finally:
@@ -56,6 +67,5 @@ class Bell:
 
     def close(self) -> None:
         """Close the descriptor if it is not borrowed. Idempotent. Cannot block."""
-        if self._owned:
-            self._owned = False
-            os.close(self.fd)
+        if self._own is not None:
+            self._own.close()

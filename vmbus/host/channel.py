@@ -37,7 +37,7 @@ from vmbus.host.channel_host import ChannelHost
 from vmbus.host.lookout import Lookout
 from vmbus.host.outgoing import OutgoingHalf
 from vmbus.memory import GuestMemory, window
-from vmbus.partition.transport import Call
+from vmbus.partition.transport import Call, Doorbell
 from vmbus.ring import Packet, RingReader, RingWriter, completion
 from vmbus.wire.packets import (
     FLAG_COMPLETION_REQUESTED,
@@ -67,6 +67,7 @@ class Channel(OutgoingHalf):
 
     Args:
         host: The bus.
+        doorbell: Borrowed; None if the bus rings for the guest, with :meth:`poke`.
         longest_look: Seconds to look for packets before sleeping, at most; see
             :mod:`vmbus.host.lookout`.
     """
@@ -83,12 +84,12 @@ class Channel(OutgoingHalf):
         open_user_data: bytes,
         reader: RingReader,
         writer: RingWriter,
-        doorbell_fd: int | None,
+        doorbell: Doorbell | None,
         call: Call,
         max_outstanding: int = 4096,
         longest_look: float = 0.0,
     ) -> None:
-        super().__init__(writer, Bell(doorbell_fd), call)
+        super().__init__(writer, Bell(doorbell), call)
         self._host = host
         self.relid = relid
         self.offer = offer

@@ -211,7 +211,7 @@ class ChannelRunner:
             open_user_data=event.user_data,
             reader=RingReader(RingMemory(memory, incoming_pfns)),
             writer=RingWriter(RingMemory(memory, outgoing_pfns)),
-            doorbell_fd=port.fd if port is not None else None,
+            doorbell=port,
             call=self._make_call(),
             max_outstanding=self.bus.config.max_outstanding,
             longest_look=self.bus.config.longest_look,

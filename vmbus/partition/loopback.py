@@ -16,9 +16,7 @@ reach is safe for that. The transport's own methods belong to the trio thread.
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -28,6 +26,7 @@ import trio
 
 from vmbus.errors import AttachError, LocalProtocolError
 from vmbus.memory import GuestMemory, allocate_memory
+from vmbus.partition.doorbell import EventfdDoorbell
 from vmbus.partition.transport import (
     MemoryRemoval,
     PartitionEvent,
@@ -39,42 +38,12 @@ from vmbus.partition.transport import (
 from vmbus.synic.model import Delivery, Synic, check_message
 from vmbus.wire.synic import HvStatus
 
-__all__ = ["LoopbackCall", "LoopbackDoorbell", "LoopbackTransport", "allocate_memory"]
+__all__ = ["LoopbackCall", "LoopbackTransport", "allocate_memory"]
 
 POST_LIMIT: Final = 16
 """Messages of the guest that may wait for the bus; TLFS gives a port as many buffers."""
 POLL_INTERVAL: Final = 0.001
 """Seconds between looks at a busy slot, for guests that free it without writing EOM."""
-
-
-class LoopbackDoorbell:
-    """See :class:`vmbus.partition.transport.Doorbell`."""
-
-    __slots__ = ("__weakref__", "_fd", "_finalizer")
-
-    def __init__(self) -> None:
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        # A bus that ended without removing its ports must not leak their descriptors.
-        self._finalizer = weakref.finalize(self, os.close, self._fd)
-
-    @property
-    def fd(self) -> int:
-        """A non-blocking eventfd, owned by the port; -1 once that is removed."""
-        return self._fd
-
-    def ring(self) -> None:
-        """Signal on the guest's behalf. Cannot block."""
-        try:
-            os.eventfd_write(self._fd, 1)
-        except BlockingIOError:
-            # The counter is full: the doorbell has been ringing for a while.
-            return
-
-    def close(self) -> None:
-        """Close the descriptor; tasks that wait for it get ``trio.ClosedResourceError``."""
-        trio.lowlevel.notify_closing(self._fd)
-        self._fd = -1
-        self._finalizer()
 
 
 class LoopbackCall:
@@ -157,7 +126,7 @@ class LoopbackTransport:
         # Guests in other threads get at what this lock guards.
         self._lock = threading.Lock()
         self._message_ports: set[int] = set()
-        self._event_ports: dict[tuple[int, int], LoopbackDoorbell] = {}
+        self._event_ports: dict[tuple[int, int], EventfdDoorbell] = {}
         self._events: deque[PartitionEvent] = deque()
         self._posts = 0
         self._closed = False
@@ -301,7 +270,7 @@ class LoopbackTransport:
                 raise AttachError(f"connection id {connection_id:#x} is an event port")
             self._message_ports.add(connection_id)
 
-    async def add_event_port(self, connection_id: int, flag: int) -> LoopbackDoorbell:
+    async def add_event_port(self, connection_id: int, flag: int) -> EventfdDoorbell:
         """Let the guest signal ``connection_id`` with ``flag``. Is a checkpoint.
 
         Raises:
@@ -313,7 +282,7 @@ class LoopbackTransport:
         with self._lock:
             if connection_id in self._message_ports or (connection_id, flag) in self._event_ports:
                 raise AttachError(f"connection id {connection_id:#x}, flag {flag} is in use")
-            doorbell = self._event_ports[connection_id, flag] = LoopbackDoorbell()
+            doorbell = self._event_ports[connection_id, flag] = EventfdDoorbell()
         return doorbell
 
     async def remove_event_port(self, connection_id: int, flag: int) -> None:

@@ -218,7 +218,7 @@ def channel_pair(
         open_user_data=bytes(120),
         reader=RingReader(RingMemory(memory, outgoing)),
         writer=RingWriter(RingMemory(memory, incoming)),
-        doorbell_fd=None,
+        doorbell=None,
         call=call,
         max_outstanding=max_outstanding,
         longest_look=longest_look,

@@ -6,7 +6,7 @@
 `transport`      a :class:`vmbus.partition.transport.Transport` over a link
 `events`         what the VMM tells the bus, in order and bounded by credits
 `calls`          raising event flags: the three tiers
-`doorbell`       event ports, and messages that wait for their answer
+`delivery`       a message on its way into a slot, with the VMM
 `guest_memory`   the memory table
 `management`     QUERY and COMMAND
 `listen`         sockets from paths, descriptors, systemd

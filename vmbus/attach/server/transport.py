@@ -38,13 +38,14 @@ from vmbus.attach.protocol.to_vmm import (
     SignalFlag,
 )
 from vmbus.attach.server.calls import FLAGS_PER_SINT_BYTES, SocketCall, VpSynic
-from vmbus.attach.server.doorbell import Delivery, EventPort
+from vmbus.attach.server.delivery import Delivery
 from vmbus.attach.server.events import EventQueue
 from vmbus.attach.server.guest_memory import MemoryTable
 from vmbus.attach.server.link import Answer, Link
 from vmbus.attach.server.management import Management
 from vmbus.errors import AttachError, GuestProtocolError, PeerProtocolError
 from vmbus.memory import GuestMemory
+from vmbus.partition.doorbell import EventfdDoorbell
 from vmbus.partition.transport import (
     PartitionEvent,
     PartitionPaused,
@@ -106,7 +107,7 @@ class SocketTransport:
         self._attach_request: tuple[int, int] | None = None
         self._lifecycle_busy = False
         self._goodbye: tuple[int, int] | None = None
-        self._ports: dict[tuple[int, int], EventPort] = {}
+        self._ports: dict[tuple[int, int], EventfdDoorbell] = {}
         self._deliveries: dict[tuple[int, int], Delivery] = {}
         self._next_port = 0
         self._handlers: dict[int, Callable[[Frame], None]] = {
@@ -181,13 +182,13 @@ class SocketTransport:
         """Let the guest post to ``connection_id``. Is a checkpoint. Raises AttachError."""
         await self._ask(Number.ADD_MSG_PORT, AddMsgPort(connection_id).encode())
 
-    async def add_event_port(self, connection_id: int, flag: int) -> EventPort:
+    async def add_event_port(self, connection_id: int, flag: int) -> EventfdDoorbell:
         """Let the guest signal ``connection_id``. Is a checkpoint. Raises AttachError."""
         key = (connection_id, flag)
         if key in self._ports:
             raise AttachError(f"event port {connection_id:#x}/{flag} exists already")
         request = AddEventPort(connection_id, flag).encode()
-        port = self._ports[key] = EventPort()
+        port = self._ports[key] = EventfdDoorbell()
         try:
             await self._ask(Number.ADD_EVENT_PORT, request, [os.dup(port.fd)])
         except BaseException as error:
