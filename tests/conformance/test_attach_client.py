@@ -65,7 +65,7 @@ from vmbus.attach.protocol.to_vmm import (
 from vmbus.attach.server import ServerLimits
 from vmbus.attach.server.transport import SocketTransport
 from vmbus.errors import AttachError, ConfigError, LocalProtocolError
-from vmbus.partition.transport import PartitionReset, PostedMessage
+from vmbus.partition.events import PartitionReset, PostedMessage
 
 VM_ID = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff")
 

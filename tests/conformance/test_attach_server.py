@@ -58,7 +58,7 @@ from vmbus.attach.protocol.to_vmm import (
 from vmbus.attach.server import ServerLimits, serve
 from vmbus.attach.server.transport import SocketTransport
 from vmbus.errors import AttachError, ConfigError, VMBusError
-from vmbus.partition.transport import (
+from vmbus.partition.events import (
     MemoryRemoval,
     PartitionPaused,
     PartitionReset,

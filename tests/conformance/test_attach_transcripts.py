@@ -44,7 +44,7 @@ from vmbus.attach.protocol.messages import MESSAGES, Direction
 from vmbus.attach.protocol.to_vmm import ErrorReply
 from vmbus.attach.server.transport import SocketTransport
 from vmbus.errors import VMBusError
-from vmbus.partition.transport import PartitionPaused, PartitionReset, PostedMessage
+from vmbus.partition.events import PartitionPaused, PartitionReset, PostedMessage
 
 FOLDER = ROOT / "tests" / "reference" / "vmbus_user_transcripts"
 SPECIFICATION = ROOT / "docs" / "reference" / "vmbus-user.md"

@@ -20,7 +20,7 @@ from vmbus.host import BusConfig
 from vmbus.kvm.life import MAX_PANICS, SynicMode
 from vmbus.kvm.machine import Machine
 from vmbus.kvm.outcome import End, Outcome
-from vmbus.partition.transport import PostedMessage
+from vmbus.partition.events import PostedMessage
 from vmbus.server import DeviceSetup, GuestServer
 
 pytestmark = [needs_kvm, needs_assembler]

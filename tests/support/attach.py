@@ -30,7 +30,7 @@ from vmbus.attach.protocol.to_server import Hello, MemoryRegion, SetMemTable, Vm
 from vmbus.attach.protocol.to_vmm import ErrorReply
 from vmbus.attach.server import Handler, ServerLimits, open_listener, serve
 from vmbus.attach.server.transport import SocketTransport
-from vmbus.partition.transport import (
+from vmbus.partition.events import (
     MemoryRemoval,
     PartitionEvent,
     PartitionPaused,

@@ -39,14 +39,14 @@ from vmbus.host.log_budget import LogBudget
 from vmbus.host.observer import Observer, Observers
 from vmbus.host.roster import Roster
 from vmbus.host.runner import ChannelRunner
-from vmbus.partition.transport import (
+from vmbus.partition.events import (
     MemoryRemoval,
     PartitionPaused,
     PartitionReset,
     PartitionResumed,
     PostedMessage,
-    Transport,
 )
+from vmbus.partition.transport import Transport
 from vmbus.wire.guids import class_name
 from vmbus.wire.messages import (
     CONNECTION_MESSAGES,

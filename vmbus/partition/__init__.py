@@ -2,6 +2,7 @@
 
 ================ ===========================================================================
 `transport`      the contract between a bus and whatever carries its partition
+`events`         what a partition does: posts, life cycle, memory
 `doorbell`       the eventfd behind a doorbell
 `loopback`       a partition in this very process
 `soft_machine`   a machine without processors, for guests written in Python

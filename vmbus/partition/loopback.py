@@ -27,8 +27,9 @@ import trio
 from vmbus.errors import AttachError, LocalProtocolError
 from vmbus.memory import GuestMemory, allocate_memory
 from vmbus.partition.doorbell import EventfdDoorbell
-from vmbus.partition.transport import (
+from vmbus.partition.events import (
     MemoryRemoval,
+    Once,
     PartitionEvent,
     PartitionPaused,
     PartitionReset,
@@ -429,16 +430,13 @@ class LoopbackTransport:
         self, make: Callable[[Callable[[], None]], PartitionEvent], then: Callable[[], None]
     ) -> None:
         """Send an event with a ``done`` and wait until that has been called."""
-        answered = False
         finished = trio.Event()
 
-        def done() -> None:
-            nonlocal answered
-            if not answered:
-                answered = True
-                then()
-                finished.set()
+        def answered() -> None:
+            then()
+            finished.set()
 
+        done = Once(answered)
         with self._lock:
             self._events.append(make(done))
         self._arrived()
@@ -447,7 +445,7 @@ class LoopbackTransport:
             await finished.wait()
         finally:
             self._asking.discard(finished)
-        if not answered:
+        if not done.called:
             raise trio.ClosedResourceError(f"{self.name}: closed")
 
     def _check_owner(self) -> None:

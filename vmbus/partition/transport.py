@@ -8,11 +8,11 @@ connection ids, message slots and event flags, but nothing of offers, channels o
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Protocol
 
 from vmbus.memory import GuestMemory
+from vmbus.partition.events import PartitionEvent
 
 
 class Call(Protocol):
@@ -34,72 +34,6 @@ class Doorbell(Protocol):
     @property
     def fd(self) -> int:
         """A non-blocking eventfd, readable when the guest has signalled. Owned by the port."""
-
-
-def _nothing() -> None:
-    """Nobody counts."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PostedMessage:
-    """The guest called HvPostMessage."""
-
-    connection_id: int
-    message_type: int
-    """SynIC message type; 1 for VMBus."""
-    vp: int
-    """VP that made the call."""
-    payload: bytes
-    """At most 240 bytes, chosen by the guest."""
-    done: Callable[[], None] = dataclasses.field(default=_nothing, repr=False, compare=False)
-    """Called by the bus, once, when it needs no more room for this message.
-
-    A transport lets only so many messages be under way, counting those that are not done: that is
-    how a guest is held up that does not take the replies to what it has posted. The bus takes
-    events out of :meth:`Transport.incoming` at any time, so life-cycle events are never held up.
-    """
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PartitionReset:
-    """The VM was reset without the guest having unloaded; memory will be rewritten."""
-
-    done: Callable[[], None]
-    """Called by the bus once nothing of the old guest life touches memory any more."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PartitionPaused:
-    """All VPs are stopped. Nothing may be written to guest memory after ``done``."""
-
-    done: Callable[[], None]
-    """Called by the bus when it is quiet: no transfer in flight, no message or signal to come."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PartitionResumed:
-    """The VPs run again."""
-
-    done: Callable[[], None]
-    """Called by the bus once it serves its channels again."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class MemoryRemoval:
-    """The VMM wants memory back: the region is out of the map already, but may still be in use.
-
-    The transport has called :meth:`GuestMemory.remove_region`; the bus drops what it holds there
-    (it rescinds nothing: a VMM must not take away memory of open rings) and calls ``done``.
-    """
-
-    gpa: int
-    """First byte of the region."""
-    size: int
-    """Bytes."""
-    done: Callable[[], None]
-
-
-PartitionEvent = PostedMessage | PartitionReset | PartitionPaused | PartitionResumed | MemoryRemoval
 
 
 class Transport(Protocol):

@@ -26,8 +26,8 @@ from vmbus.engine.channels import connection_id_of
 from vmbus.errors import AttachError, BudgetError, ConfigError, GuestProtocolError
 from vmbus.guest import LINUX_6_1
 from vmbus.host import BusConfig, open_bus
+from vmbus.partition.events import PartitionEvent
 from vmbus.partition.soft_machine import SoftMachine
-from vmbus.partition.transport import PartitionEvent
 from vmbus.wire import messages as m
 from vmbus.wire.packets import IN_BAND, build_packet
 from vmbus.wire.versions import Version

@@ -20,7 +20,7 @@ from vmbus.host.channel import Channel
 from vmbus.host.device import Offer
 from vmbus.host.roster import MAX_FAULTY_LIVES
 from vmbus.memory import PAGE_SIZE
-from vmbus.partition.transport import (
+from vmbus.partition.events import (
     PartitionEvent,
     PartitionPaused,
     PartitionReset,

@@ -14,16 +14,16 @@ import trio.testing
 from tests.support.synic import VECTOR, Guest, Partition
 from vmbus.errors import AttachError, ConfigError, LocalProtocolError
 from vmbus.memory import create_memfd
-from vmbus.partition.loopback import LoopbackTransport
-from vmbus.partition.transport import (
+from vmbus.partition.events import (
     MemoryRemoval,
     PartitionEvent,
     PartitionPaused,
     PartitionReset,
     PartitionResumed,
     PostedMessage,
-    Transport,
 )
+from vmbus.partition.loopback import LoopbackTransport
+from vmbus.partition.transport import Transport
 from vmbus.wire.synic import HvStatus, Msr
 
 

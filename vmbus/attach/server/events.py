@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import trio
 
 from vmbus.errors import PeerProtocolError
-from vmbus.partition.transport import PartitionEvent, PostedMessage
+from vmbus.partition.events import PartitionEvent, PostedMessage
 
 
 class EventQueue:

@@ -15,7 +15,7 @@ from vmbus.attach.protocol.to_server import MemoryRegion, RemMem, SetMemTable
 from vmbus.attach.server.link import Link
 from vmbus.errors import PeerProtocolError
 from vmbus.memory import GuestMemory, Region
-from vmbus.partition.transport import MemoryRemoval
+from vmbus.partition.events import MemoryRemoval
 
 _DRAIN_POLL = 0.002
 """Seconds between two looks at memory that is still in use."""

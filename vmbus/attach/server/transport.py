@@ -46,7 +46,8 @@ from vmbus.attach.server.management import Management
 from vmbus.errors import AttachError, GuestProtocolError, PeerProtocolError
 from vmbus.memory import GuestMemory
 from vmbus.partition.doorbell import EventfdDoorbell
-from vmbus.partition.transport import (
+from vmbus.partition.events import (
+    Once,
     PartitionEvent,
     PartitionPaused,
     PartitionReset,
@@ -462,10 +463,8 @@ class SocketTransport:
             call.signal()
         self._events.put(PartitionResumed(done))
 
-    def _lifecycle(
-        self, frame: Frame, then: Callable[[], None] = lambda: None
-    ) -> Callable[[], None]:
-        """Check the request; return the event's ``done``, of which only the first call counts."""
+    def _lifecycle(self, frame: Frame, then: Callable[[], None] = lambda: None) -> Once:
+        """Check the request; return the event's ``done``."""
         MESSAGES[frame.kind].request.decode_untrusted(frame.payload)
         require(
             not self._lifecycle_busy,
@@ -474,17 +473,13 @@ class SocketTransport:
         )
         self._lifecycle_busy = True
         kind, seq = frame.kind, frame.seq
-        finished = False
 
         def done() -> None:
-            nonlocal finished
-            if not finished:
-                finished = True
-                self._lifecycle_busy = False
-                then()
-                self._link.reply(kind, seq)
+            self._lifecycle_busy = False
+            then()
+            self._link.reply(kind, seq)
 
-        return done
+        return Once(done)
 
     def _on_query(self, frame: Frame) -> None:
         self._management.begin(self._link, frame)

@@ -23,7 +23,7 @@ from vmbus.attach.server.events import EventQueue
 from vmbus.attach.server.link import Link
 from vmbus.errors import PeerProtocolError
 from vmbus.memory import GuestMemory
-from vmbus.partition.transport import PartitionReset, PostedMessage
+from vmbus.partition.events import PartitionReset, PostedMessage
 
 REGION = MemoryRegion(0, 4096, 0, 0, 0)
 
