@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import abc
 import logging
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Awaitable, Callable, Hashable, Iterable
+from functools import partial
 
 import trio
 
@@ -138,19 +139,26 @@ class DispatchUnit(LogicalUnit):
                 outcome = spec.quick(self, command)
                 assert outcome is not None
                 return outcome
-            with trio.CancelScope() as scope:
-                self._running[scope] = command.initiator
-                try:
-                    await self.gate.acquire(exclusive=spec.exclusive)
-                    try:
-                        return await spec.slow(self, command)
-                    finally:
-                        self.gate.release(exclusive=spec.exclusive)
-                finally:
-                    del self._running[scope]
-            return TASK_ABORTED
+            work = partial(spec.slow, self, command)
+            return await self.in_turn(command, work, exclusive=spec.exclusive)
         except Exception as error:
             return self.failed(command, error, writing=_writes(spec))
+
+    async def in_turn(
+        self, command: Command, work: Callable[[], Awaitable[Outcome]], *, exclusive: bool
+    ) -> Outcome:
+        """Let a command that waits for the disk do so, unless it is aborted. A checkpoint."""
+        with trio.CancelScope() as scope:
+            self._running[scope] = command.initiator
+            try:
+                await self.gate.acquire(exclusive=exclusive)
+                try:
+                    return await work()
+                finally:
+                    self.gate.release(exclusive=exclusive)
+            finally:
+                del self._running[scope]
+        return TASK_ABORTED
 
     def _admit(self, command: Command) -> Spec:
         """Find a command's entry, or raise why it must not run now."""

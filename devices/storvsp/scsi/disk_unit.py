@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from storvsp.disk import Disk
 from storvsp.scsi import disk_blocks, disk_provision, disk_verify, reserve_commands
@@ -88,6 +89,7 @@ class DiskUnit(DiskCore):
                     return super().try_execute(command)
                 fua = self.write_through or flags & 0x08 != 0
                 if not self._try_writev(lba * self._sector_size, command.data, fua=fua):
+                    command.plan = lba, count, flags & 0x08 != 0
                     return None
             else:
                 if (
@@ -97,8 +99,39 @@ class DiskUnit(DiskCore):
                 ):
                     return super().try_execute(command)
                 if not self._try_readv(lba * self._sector_size, command.data):
+                    command.plan = lba, count, False
                     return None
         except Exception as error:
             return self.failed(command, error, writing=writing)
         good = self._good
         return good[count] if count < len(good) else Outcome(STATUS_GOOD, b"", size)
+
+    async def execute(self, command: Command) -> Outcome:
+        """Run any command; see :meth:`LogicalUnit.execute`.
+
+        What :meth:`try_execute` has decoded and only found not at hand goes on from there, if
+        nothing that was true then has changed: readers and writers are those initiators for whom
+        no reservation, attention or lack of a medium is in the way.
+        """
+        if command.plan is None or self._closed:
+            return await super().execute(command)
+        lba, count, fua = command.plan
+        writing = command.direction == _TO_DISK
+        allowed = self.writers if writing else self.readers
+        if command.initiator not in allowed or lba + count > self.blocks:
+            return await super().execute(command)
+        try:
+            return await self.in_turn(
+                command, partial(self._move, command, fua=fua), exclusive=False
+            )
+        except Exception as error:
+            return self.failed(command, error, writing=writing)
+
+    async def _move(self, command: Command, *, fua: bool) -> Outcome:
+        assert command.plan is not None
+        offset = command.plan[0] * self._sector_size
+        if command.direction == _TO_DISK:
+            await self.disk.writev(offset, command.data, fua=fua or self.write_through)
+        else:
+            await self.disk.readv(offset, command.data)
+        return Outcome(STATUS_GOOD, b"", command.length)

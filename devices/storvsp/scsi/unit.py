@@ -53,9 +53,13 @@ class Command:
         direction: Which way the data goes.
         initiator: Who sent it. The same value for all channels of one guest; reservations and
             unit attentions are kept per initiator.
+
+    Attributes:
+        plan: What :meth:`LogicalUnit.try_execute` has found out and :meth:`LogicalUnit.execute`
+            need not find out again; the unit's own business.
     """
 
-    __slots__ = ("cdb", "data", "direction", "initiator", "length")
+    __slots__ = ("cdb", "data", "direction", "initiator", "length", "plan")
 
     def __init__(
         self,
@@ -70,6 +74,7 @@ class Command:
         self.length = length
         self.direction = direction
         self.initiator = initiator
+        self.plan: tuple[int, int, bool] | None = None
 
     def __repr__(self) -> str:
         return (
