@@ -151,6 +151,14 @@ class ScsiController:
             for unit in self.units:
                 unit.detach(self.units.initiator)
 
+    def save(self) -> dict[str, Any]:
+        """See :meth:`vmbus.host.Saveable.save`."""
+        return self.units.save()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See :meth:`vmbus.host.Saveable.restore`."""
+        self.units.restore(state)
+
     def snapshot(self) -> dict[str, Any]:
         """See :meth:`vmbus.host.Device.snapshot`."""
         session = self._session

@@ -144,6 +144,19 @@ class Units:
             for address, unit in sorted(self.by_address.items())
         ]
 
+    def save(self) -> dict[str, Any]:
+        """See :meth:`vmbus.host.Saveable.save`."""
+        saved = {address_text(address): unit.save() for address, unit in self.by_address.items()}
+        return {address: state for address, state in saved.items() if state}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See :meth:`vmbus.host.Saveable.restore`."""
+        found = {address_text(address): unit for address, unit in self.by_address.items()}
+        for text, saved in state.items():
+            if text not in found or not isinstance(saved, dict):
+                raise ConfigError(f"saved state: nothing is at {text}")
+            found[text].restore(saved)
+
     def _luns_changed(self, address: Address) -> None:
         for other, unit in self.by_address.items():
             if other[:2] == address[:2] and other != address:

@@ -26,7 +26,7 @@ from typing import Any
 import trio
 
 from vmbus.engine import Engine, events
-from vmbus.errors import BudgetError, ConfigError, GuestProtocolError
+from vmbus.errors import BudgetError, ConfigError, GuestProtocolError, LocalProtocolError
 from vmbus.gpadl import Gpadl
 from vmbus.host.account import Account
 from vmbus.host.buffer import Leases
@@ -47,7 +47,6 @@ from vmbus.partition.events import (
     PostedMessage,
 )
 from vmbus.partition.transport import Transport
-from vmbus.wire.guids import class_name
 from vmbus.wire.messages import (
     CONNECTION_MESSAGES,
     CONNECTION_MESSAGES_5,
@@ -166,6 +165,27 @@ class Bus:
         """Whether the VMM has paused the partition: guest memory is to be left alone."""
         return not self._running.is_set()
 
+    def save(self) -> dict[str, Any]:
+        """Return what the devices have to keep beyond this process, as JSON types. Cannot block.
+
+        Raises:
+            LocalProtocolError: The partition is not paused.
+        """
+        if not self.paused:
+            raise LocalProtocolError("a bus is saved while its partition is paused")
+        return self._roster.save()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Give devices the state that :meth:`save` returned; before a guest comes. Cannot block.
+
+        Raises:
+            LocalProtocolError: A guest is there.
+            ConfigError: It is no such state, or not of these devices.
+        """
+        if self._version is not None:
+            raise LocalProtocolError("a bus is restored before its guest makes contact")
+        self._roster.restore(state)
+
     async def wait_gone(self) -> None:
         """Wait until the partition is gone. Is a checkpoint."""
         await self._gone.wait()
@@ -178,18 +198,6 @@ class Bus:
 
     def snapshot(self) -> dict[str, Any]:
         """Describe the bus for people, as JSON types. Cannot block, never raises."""
-        devices = []
-        for entry in self._roster:
-            offer = entry.device.offer
-            devices.append(
-                {
-                    "key": entry.number,
-                    "class": class_name(offer.class_id),
-                    "instance": str(offer.instance_id),
-                    "faulty_lives": entry.faulty_lives,
-                    **entry.device.snapshot(),
-                }
-            )
         return {
             "name": self.transport.name,
             "version": str(self._version) if self._version is not None else None,
@@ -199,7 +207,7 @@ class Bus:
             "gpadls": self.engine.gpadl_table.count,
             "messages_waiting": len(self.deliveries),
             "monitor_polls": self.monitor.polls,
-            "devices": devices,
+            "devices": self._roster.describe(),
             "channels": [
                 {
                     "device": owner.number if owner is not None else None,

@@ -60,6 +60,7 @@ class Channel(OutgoingHalf):
         version: VMBus version in force.
         memory: The guest's memory, for GPA-direct transfers.
         open_user_data: 120 bytes that came with OPENCHANNEL.
+        target_vp: VP that is interrupted for it; None: none is.
         statistics: Counters.
         observer: Hears of packets and signals; None, which costs nothing, if nobody listens.
         max_outstanding: Requests that may be unanswered before reading stops; a budget, since
@@ -82,6 +83,7 @@ class Channel(OutgoingHalf):
         version: Version,
         memory: GuestMemory,
         open_user_data: bytes,
+        target_vp: int | None = None,
         reader: RingReader,
         writer: RingWriter,
         doorbell: Doorbell | None,
@@ -97,6 +99,7 @@ class Channel(OutgoingHalf):
         self.version = version
         self.memory = memory
         self.open_user_data = open_user_data
+        self.target_vp = target_vp
         self.max_outstanding = max_outstanding
         self._reader = reader
         self._lookout = Lookout(longest_look)
@@ -356,6 +359,7 @@ class Channel(OutgoingHalf):
 
     def retarget(self, vp: int) -> None:
         """Interrupt another VP from now on. Cannot block."""
+        self.target_vp = vp
         self._call.retarget(vp)
 
     def hold(self) -> None:

@@ -19,6 +19,9 @@ What a device may rely on:
   the guest learns of it, and made again when the guest has let go of the old one.
 * ``run`` is cancelled if it does not return within the bus's grace period after the channel ended.
 
+A device may have more to it, which the bus looks for by itself: :class:`Retargetable`,
+:class:`Saveable`.
+
 What the bus relies on:
 
 * When ``run`` returns, nothing of that life touches guest memory any more. A transfer handed to
@@ -28,12 +31,12 @@ What the bus relies on:
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from vmbus.engine.offers import Offer
 from vmbus.host.channel import Channel
 
-__all__ = ["Device", "Offer"]
+__all__ = ["Device", "Offer", "Retargetable", "Saveable"]
 
 
 class Device(Protocol):
@@ -56,3 +59,34 @@ class Device(Protocol):
 
     async def aclose(self) -> None:
         """The device leaves the bus for good; release back-ends. Idempotent. Is a checkpoint."""
+
+
+@runtime_checkable
+class Retargetable(Protocol):
+    """A device that wants to know which VP serves which of its channels.
+
+    A channel says so in :attr:`vmbus.host.Channel.target_vp`; this hook tells of changes.
+    """
+
+    def retarget(self, channel: Channel) -> None:
+        """The guest has moved a channel's interrupts (MODIFYCHANNEL). Cannot block."""
+
+
+@runtime_checkable
+class Saveable(Protocol):
+    """A device with a state that outlives the process: what a guest has set and expects to find.
+
+    Not in it are rings, channels and requests: those are the guest's own memory and the bus's.
+    """
+
+    def save(self) -> dict[str, Any]:
+        """Return the state as JSON types. Cannot block; nothing is in flight."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a state that :meth:`save` has returned. Cannot block.
+
+        Called before the guest opens the device.
+
+        Raises:
+            ConfigError: It is not such a state, or belongs to a device that is set up otherwise.
+        """

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
+from typing import Any
 from uuid import UUID
 
 import trio
 
 from vmbus.errors import BudgetError, ConfigError
-from vmbus.host.device import Device
+from vmbus.host.device import Device, Saveable
 from vmbus.host.runner import ChannelRunner
 from vmbus.host.services import Services
+from vmbus.wire.guids import class_name
 
 _log = logging.getLogger("vmbus.bus")
 
@@ -138,6 +140,38 @@ class Roster:
             return
         entry.offered = True
         self._owners[entry.key] = entry
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Describe the devices for people, as JSON types. Cannot block, never raises."""
+        return [
+            {
+                "key": entry.number,
+                "class": class_name(entry.device.offer.class_id),
+                "instance": str(entry.instance),
+                "faulty_lives": entry.faulty_lives,
+                **entry.device.snapshot(),
+            }
+            for entry in self
+        ]
+
+    def save(self) -> dict[str, Any]:
+        """See :meth:`vmbus.host.Bus.save`."""
+        return {
+            str(entry.instance): entry.device.save()
+            for entry in self
+            if isinstance(entry.device, Saveable)
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See :meth:`vmbus.host.Bus.restore`."""
+        found = {str(entry.instance): entry.device for entry in self}
+        if not isinstance(state, dict):
+            raise ConfigError("saved state: not an object")
+        for instance, saved in state.items():
+            device = found.get(instance)
+            if not isinstance(device, Saveable) or not isinstance(saved, dict):
+                raise ConfigError(f"saved state: no device {instance} here has a state")
+            device.restore(saved)
 
     async def aclose(self) -> None:
         """Close all devices; their channels have ended. Is a checkpoint."""

@@ -22,7 +22,7 @@ from vmbus.engine import events
 from vmbus.errors import AttachError, GuestProtocolError, leaves
 from vmbus.host.buffer import GpadlLease
 from vmbus.host.channel import Channel
-from vmbus.host.device import Device
+from vmbus.host.device import Device, Retargetable
 from vmbus.host.doorbells import InterruptPageCall, SilentCall
 from vmbus.host.services import Services
 from vmbus.partition.transport import Call, Doorbell
@@ -99,6 +99,8 @@ class ChannelRunner:
         """Interrupt another VP. Cannot block."""
         if self.channel is not None:
             self.channel.retarget(vp)
+            if isinstance(self.device, Retargetable):
+                self.device.retarget(self.channel)
 
     def hold(self) -> None:
         """Begin nothing any more; :meth:`pause` waits for what has begun. Cannot block."""
@@ -209,6 +211,7 @@ class ChannelRunner:
             version=event.version,
             memory=memory,
             open_user_data=event.user_data,
+            target_vp=event.target_vp,
             reader=RingReader(RingMemory(memory, incoming_pfns)),
             writer=RingWriter(RingMemory(memory, outgoing_pfns)),
             doorbell=port,

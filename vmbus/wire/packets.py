@@ -12,6 +12,7 @@ readers skip unseen. Lengths count from the start of the descriptor, in units of
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 from vmbus.errors import GuestProtocolError
 from vmbus.wire.gpa import RANGE, GpaRange, parse_range_untrusted
@@ -163,3 +164,33 @@ def build_packet(
         raise ValueError(f"a packet of {length} bytes is too long; {MAX_PACKET} are possible")
     descriptor = DESCRIPTOR.pack(kind, offset >> 3, length >> 3, flags, transaction_id)
     return b"".join((descriptor, header, payload, bytes(length - offset - len(payload))))
+
+
+def build_transfer_pages(
+    payload: bytes,
+    ranges: Sequence[tuple[int, int]],
+    *,
+    set_id: int,
+    transaction_id: int,
+    flags: int = FLAG_COMPLETION_REQUESTED,
+) -> bytes:
+    """Return a transfer-page packet: data that lies in a buffer shared before. Cannot block.
+
+    Args:
+        payload: What stands behind the ranges.
+        ranges: ``(byte_count, byte_offset)`` of each piece of the buffer, in order.
+        set_id: Which buffer; netvsc's receive buffer is 0xCAFE (NETVSC_RECEIVE_BUFFER_ID).
+        transaction_id: The completion, by which the buffer's pieces come back, repeats it.
+        flags: :data:`FLAG_COMPLETION_REQUESTED` or 0.
+
+    Raises:
+        ValueError: Too long for a packet.
+    """
+    header = TRANSFER_PAGES_HEADER.pack(set_id, 0, 0, len(ranges))
+    return build_packet(
+        TRANSFER_PAGES,
+        payload,
+        transaction_id=transaction_id,
+        flags=flags,
+        header=header + b"".join(RANGE.pack(*each) for each in ranges),
+    )

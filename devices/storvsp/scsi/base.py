@@ -14,6 +14,7 @@ import abc
 import logging
 from collections.abc import Awaitable, Callable, Hashable, Iterable
 from functools import partial
+from typing import Any
 
 import trio
 
@@ -57,6 +58,7 @@ from storvsp.scsi.unit import (
     fill,
     take,
 )
+from vmbus.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -240,6 +242,18 @@ class DispatchUnit(LogicalUnit):
     def raise_attention(self, code: int, *, but: Hashable | None = None) -> None:
         """Queue a unit attention for every known initiator; see the base class."""
         self.attentions.add_all(code, but=but)
+        self.refresh()
+
+    def save(self) -> dict[str, Any]:
+        """Return the mode parameters; see :meth:`LogicalUnit.save`."""
+        return {"modes": self.modes.save()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take mode parameters over; see :meth:`LogicalUnit.restore`."""
+        modes = state.get("modes")
+        if not isinstance(modes, dict):
+            raise ConfigError("saved state: no mode pages")
+        self.modes.restore(modes)
         self.refresh()
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ Pages live in memory only: nothing is saved, and a logical unit reset restores t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from storvsp.scsi.cdb import MODE_SENSE_6
@@ -19,6 +19,7 @@ from storvsp.scsi.sense import (
     invalid_parameter,
     parameter_list_length_error,
 )
+from vmbus.errors import ConfigError
 
 ERROR_RECOVERY: Final = 0x01
 CACHING: Final = 0x08
@@ -135,6 +136,28 @@ class ModePages:
         """Set one byte of a page's current values, for a state that the page shows."""
         page = self._current[code]
         self._current[code] = page[:index] + bytes((value,)) + page[index + 1 :]
+
+    def save(self) -> dict[str, str]:
+        """Return the pages that differ from their defaults: hexadecimal, by page code."""
+        return {
+            f"{code:02x}": value.hex()
+            for code, value in self._current.items()
+            if value != self._pages[code].default
+        }
+
+    def restore(self, saved: Mapping[str, str]) -> None:
+        """Take over what :meth:`save` has returned. Raises ConfigError."""
+        values = dict(self._current)
+        for text, value in saved.items():
+            try:
+                code, page = int(text, 16), bytes.fromhex(value)
+            except ValueError:
+                raise ConfigError(f"saved mode page {text!r}: not hexadecimal") from None
+            known = self._pages.get(code)
+            if known is None or len(page) != len(known.default) or page[:2] != known.default[:2]:
+                raise ConfigError(f"saved mode page {text!r}: this unit has none like it")
+            values[code] = page
+        self._current = values
 
     def sense_untrusted(
         self, cdb: bytes, *, specific: int, descriptor: bytes, medium_type: int = 0

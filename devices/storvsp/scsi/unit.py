@@ -21,9 +21,10 @@ import abc
 import enum
 import functools
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from storvsp.scsi.sense import Sense, invalid_cdb_field, parameter_list_length_error
+from vmbus.errors import ConfigError
 from vmbus.memory import window
 
 # Status codes, SAM-5 table 41.
@@ -156,6 +157,15 @@ class LogicalUnit(abc.ABC):
             code: ASC << 8 | ASCQ, for example ``sense.REPORTED_LUNS_DATA_HAS_CHANGED``.
             but: An initiator that needs no telling.
         """
+
+    def save(self) -> dict[str, Any]:
+        """Return what a guest has set and expects to find, as JSON types. Cannot block."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`save` has returned. Raises ConfigError. Cannot block."""
+        if state:
+            raise ConfigError("saved state: this unit keeps none")
 
     @abc.abstractmethod
     def close(self) -> None:

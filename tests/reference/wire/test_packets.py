@@ -134,6 +134,18 @@ def test_a_transfer_page_header_of_the_twin_is_read(set_id, ranges, payload, own
     )
 
 
+@given(u16, st.lists(st.tuples(u32, u32), max_size=8), st.binary(max_size=64), u64)
+def test_a_built_transfer_page_packet_reads_in_the_twin(set_id, ranges, payload, transaction_id):
+    data = p.build_transfer_pages(payload, ranges, set_id=set_id, transaction_id=transaction_id)
+    twin = PACKET.parse(data)
+    assert (twin.descriptor.type, twin.descriptor.flags) == (p.TRANSFER_PAGES, 1)
+    assert twin.descriptor.transaction_id == transaction_id
+    assert twin.payload == payload + bytes(-len(payload) % 8)
+    header = TRANSFER_HEADER.parse(twin.header)
+    assert (header.set_id, header.sender_owns) == (set_id, 0)
+    assert [(each.byte_count, each.byte_offset) for each in header.ranges] == ranges
+
+
 @given(st.binary(min_size=24, max_size=200), st.integers(1, 8))
 def test_both_declarations_accept_the_same_gpa_direct_bytes(data, limit):
     try:

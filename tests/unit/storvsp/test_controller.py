@@ -232,3 +232,42 @@ async def test_the_end_of_a_life_is_told_to_the_units(monkeypatch: pytest.Monkey
         channel.end()
     assert left == ["vm"]
     channel.close_doorbell()
+
+
+async def test_mode_pages_that_a_guest_has_set_are_kept_beyond_the_process():
+    one, other = ScsiController(), ScsiController()
+    for controller in (one, other):
+        controller.add_disk(RamDisk(1 << 20))
+        controller.add_disk(RamDisk(1 << 20), path=1)
+    unit = one.units.by_address[1, 0, 0]
+    assert isinstance(unit, DiskUnit)
+    assert unit.write_protection() is None
+    unit.modes.store(0x0A, 4, 0x08)  # SWP
+    saved = json.loads(json.dumps(one.save()))
+    assert list(saved) == ["0:0:0", "1:0:0"]
+    assert saved["0:0:0"] == {"modes": {}}
+    other.restore(saved)
+    first, second = other.units
+    assert isinstance(first, DiskUnit)
+    assert isinstance(second, DiskUnit)
+    assert first.write_protection() is None
+    assert second.write_protection() is not None
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"0:0:7": {"modes": {}}},
+        {"0:0:0": []},
+        {"0:0:0": {}},
+        {"0:0:0": {"modes": {"08": "zz"}}},
+        {"0:0:0": {"modes": {"3e": "3e00"}}},
+        {"0:0:0": {"modes": {"08": "0812"}}},
+    ],
+    ids=str,
+)
+def test_a_state_that_fits_no_unit_is_refused(state):
+    controller = ScsiController()
+    controller.add_disk(RamDisk(1 << 20))
+    with pytest.raises(ConfigError, match="saved"):
+        controller.restore(state)

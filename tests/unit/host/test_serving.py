@@ -1,0 +1,137 @@
+"""The loop of a device that answers requests: batches, sub-channels, and their ends."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+
+from vmbus.errors import RingError, leaves
+from vmbus.host.serving import Life
+from vmbus.memory import GuestMemory
+from vmbus.testing import LoneHost, channel_pair
+from vmbus.wire.packets import IN_BAND, build_packet
+
+
+def request(transaction_id: int) -> bytes:
+    return build_packet(IN_BAND, bytes(8), transaction_id=transaction_id, flags=1)
+
+
+class Answers:
+    """Answers odd requests at once and even ones when told to."""
+
+    def __init__(self) -> None:
+        self.go = trio.Event()
+        self.batches: list[int] = []
+        self.late = 0
+
+    def serve(self, channel, packets, nursery):
+        self.batches.append(len(packets))
+        for packet in packets:
+            if packet.transaction_id % 2:
+                channel.complete(packet.transaction_id, b"now")
+            else:
+                nursery.start_soon(self.later, channel, packet.transaction_id)
+
+    async def later(self, channel, transaction_id):
+        await self.go.wait()
+        self.late += 1
+        channel.complete(transaction_id, b"later")
+        await channel.flush()
+
+
+async def test_what_came_together_is_served_together_and_answered_with_one_signal():
+    channel, guest = channel_pair()
+    answers = Answers()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Life(channel, answers.serve).run)
+        guest.send(*(request(number) for number in (1, 3, 5)))
+        await trio.testing.wait_all_tasks_blocked()
+        assert answers.batches == [3]
+        assert [packet.transaction_id for packet in guest.receive_nowait()] == [1, 3, 5]
+        assert guest.interrupts == 1
+        channel.end()
+    channel.close_doorbell()
+
+
+async def test_a_life_ends_when_the_requests_that_wait_have_ended():
+    channel, guest = channel_pair()
+    answers = Answers()
+    over = trio.Event()
+
+    async def run():
+        await Life(channel, answers.serve).run()
+        over.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        guest.send(request(2), request(4))
+        await trio.testing.wait_all_tasks_blocked()
+        channel.end()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not over.is_set(), "tasks of this life may still use guest memory"
+        answers.go.set()
+        await over.wait()
+    assert answers.late == 2
+    channel.close_doorbell()
+
+
+async def test_sub_channels_are_served_and_given_back_when_they_end():
+    primary, _ = channel_pair()
+    branch, guest = channel_pair()
+    answers = Answers()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Life(primary, answers.serve).run)
+        primary.deliver_subchannel(branch)
+        guest.send(request(7))
+        assert [packet.transaction_id for packet in await guest.receive()] == [7]
+        branch.end()
+        await branch.wait_released()
+        primary.end()
+    for each in (primary, branch):
+        each.close_doorbell()
+
+
+async def test_a_corrupt_sub_channel_ends_alone_and_the_bus_hears_of_it():
+    primary, guest = channel_pair()
+    host = LoneHost(GuestMemory())
+    branch, branch_guest = channel_pair(host=host)
+    answers = Answers()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Life(primary, answers.serve).run)
+        primary.deliver_subchannel(branch)
+        branch_guest.memory.page(0)[:4] = b"\xff" * 4  # write index
+        branch_guest.ring_doorbell()
+        await branch.wait_released()
+        assert len(host.complaints) == 1
+        guest.send(request(1))
+        assert [packet.transaction_id for packet in await guest.receive()] == [1]
+        primary.end()
+    for each in (primary, branch):
+        each.close_doorbell()
+
+
+async def test_a_corrupt_primary_ends_the_life():
+    primary, guest = channel_pair()
+    guest.memory.page(0)[:4] = b"\xff" * 4
+    guest.ring_doorbell()
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await Life(primary, Answers().serve).run()
+    assert [type(each) for each in leaves(caught.value)] == [RingError]
+    primary.close_doorbell()
+
+
+async def test_what_nobody_asked_for_is_flushed_in_a_task_of_the_life():
+    channel, guest = channel_pair()
+    life = Life(channel, Answers().serve)
+    channel.send(b"too early")
+    life.flush_soon()
+    assert channel.pending == 1, "there is no life yet"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(life.run)
+        await trio.testing.wait_all_tasks_blocked()
+        life.flush_soon()
+        assert channel.pending == 1, "not in the caller's own turn"
+        assert len(await guest.receive()) == 1
+        channel.end()
+    channel.close_doorbell()
