@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
 import trio
 
 from vmbus.errors import ConfigError
-from vmbus.host.channel import Channel
-from vmbus.host.device import Device, Offer
+from vmbus.host import Channel, Device, Life, Offer
+from vmbus.plugins.registry import Registry
+from vmbus.ring import Packet
 
 CLASS_MIRROR = UUID("8a1f0d52-6f0e-4c42-9d4b-3c1f9a6f0c11")
 
@@ -29,15 +30,15 @@ class MirrorDevice:
 
     async def run(self, primary: Channel) -> None:
         """Serve one life: from the guest's OPEN to its CLOSE."""
-        try:
-            while True:
-                for packet in await primary.receive_batch():
-                    if packet.wants_completion:
-                        primary.complete(packet.transaction_id, packet.payload[::-1])
-                        self.answered += 1
-                await primary.flush()
-        except trio.EndOfChannel:
-            return  # nothing is in flight here, so there is nothing to wait for
+        await Life(primary, self._serve).run()
+
+    def _serve(self, channel: Channel, packets: list[Packet], nursery: trio.Nursery) -> None:
+        for packet in packets:
+            if packet.wants_completion:
+                channel.complete(packet.transaction_id, packet.payload[::-1])
+                self.answered += 1
+            else:
+                channel.complain("nothing to mirror it to", packet.transaction_id)
 
     def snapshot(self) -> dict[str, Any]:
         """For ``vmbus top`` and other eyes."""
@@ -46,6 +47,11 @@ class MirrorDevice:
     async def aclose(self) -> None:
         """Nothing to close."""
 
+    # -- as a plug-in (vmbus.plugins.devices.DevicePlugin), which the class itself is -------------
+
+    backends: Registry | None = None
+    demo: str | None = None
+
     @classmethod
     async def from_specs(
         cls,
@@ -53,7 +59,7 @@ class MirrorDevice:
         *,
         instance_id: UUID,
         initiator: Hashable,
-        options: dict[str, Any],
+        options: Mapping[str, Any],
     ) -> MirrorDevice:
         """Make one for a guest of ``vmbus serve --device mirror``."""
         if specs or options:
@@ -61,6 +67,6 @@ class MirrorDevice:
         return cls(instance_id)
 
     @classmethod
-    async def command(cls, device: Device, request: dict[str, Any]) -> dict[str, Any]:
+    async def command(cls, device: Device, request: Mapping[str, Any]) -> dict[str, Any]:
         """There is nothing to operate."""
         raise ConfigError("a mirror can do nothing but mirror")

@@ -8,25 +8,24 @@ from typing import Any, TypeVar
 
 import click
 
+from vmbus.errors import ConfigError
+from vmbus.plugins import specs
+
 F = TypeVar("F", bound=Callable[..., Any])
 
-_SIZE = re.compile(r"([0-9]+)([KMGT]?)", re.ASCII)
 _OCTAL = re.compile(r"[0-7]{3}", re.ASCII)
-_SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 def parse_size(text: str) -> int:
-    """Bytes from a number, or a number with K, M, G or T (powers of 1024).
+    """Bytes, as in back-ends' options; see :func:`vmbus.plugins.specs.parse_size`.
 
     Raises:
         click.BadParameter: The text is not a size.
     """
-    match = _SIZE.fullmatch(text.upper())
-    if match is None:
-        raise click.BadParameter(
-            f"{text!r} is not a size; write bytes, or a number with K, M, G or T"
-        )
-    return int(match[1]) << _SHIFT[match[2]]
+    try:
+        return specs.parse_size(text)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def parse_permissions(text: str) -> int:
