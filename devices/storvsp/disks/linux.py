@@ -175,6 +175,18 @@ def read_fully(fd: int, buffers: Buffers, offset: int) -> int:
     return done
 
 
+class SyncError(OSError):
+    """Data was written, but could not be made to last."""
+
+
+def sync(fd: int) -> None:
+    """Make everything that was written last. Raises SyncError."""
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        raise SyncError(error.errno, error.strerror) from error
+
+
 def write_fully(fd: int, buffers: Buffers, offset: int, durable: bool) -> None:
     """Write a scatter list of any length.
 
@@ -183,8 +195,23 @@ def write_fully(fd: int, buffers: Buffers, offset: int, durable: bool) -> None:
         buffers: What to write.
         offset: Bytes.
         durable: Return only when the data is on the medium (RWF_DSYNC).
+
+    Raises:
+        OSError: It could not be written.
+        SyncError: It could, but not be made to last. One system call does both and does not say
+            which of them failed; writing once more without the second tells.
     """
-    flags = os.RWF_DSYNC if durable else 0
+    if not durable:
+        _write(fd, buffers, offset, 0)
+        return
+    try:
+        _write(fd, buffers, offset, os.RWF_DSYNC)
+    except OSError as error:
+        _write(fd, buffers, offset, 0)
+        raise SyncError(error.errno, error.strerror) from error
+
+
+def _write(fd: int, buffers: Buffers, offset: int, flags: int) -> None:
     for batch in _batches(buffers):
         while batch:
             put = os.pwritev(fd, batch, offset, flags)

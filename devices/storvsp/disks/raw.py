@@ -60,6 +60,7 @@ from storvsp.disk import (
 )
 from storvsp.disks import direct as direct_io, linux
 from storvsp.disks.buffers import check_range, merge_extents
+from storvsp.disks.durability import Durability
 from storvsp.disks.inline import InlineWrites
 from storvsp.disks.opening import measure, open_file
 from storvsp.disks.specs import DiskSpec
@@ -117,6 +118,7 @@ class RawDisk(Disk):
         self._write_flags: int | None = None if direct or self._device else os.RWF_NOWAIT
         if self._memory:
             self._write_flags = 0
+        self._durability = Durability(cached=not direct)
         self._inline = InlineWrites()
         self._watchers = Watchers()
         self._closed = False
@@ -273,8 +275,10 @@ class RawDisk(Disk):
         write = direct_io.write_fully if self._direct else linux.write_fully
         key = object()
         self._ends[key] = offset + length
+        put = functools.partial(self._workers.run, write, self._fd, buffers, offset, fua)
         try:
-            await self._call("write", offset, write, self._fd, buffers, offset, fua)
+            with disk_errors("write", offset=offset):
+                await (self._durability.promise(put) if fua else put())
         finally:
             del self._ends[key]
             self._written.unpark_all()
@@ -282,7 +286,10 @@ class RawDisk(Disk):
     async def flush(self) -> None:
         self._check_open()
         if not self._info.read_only:
-            await self._call("flush", None, os.fdatasync, self._fd)
+            with disk_errors("flush"):
+                await self._durability.promise(
+                    functools.partial(self._workers.run, linux.sync, self._fd)
+                )
         if not self._closed:
             self.check_resize()
 
