@@ -114,21 +114,24 @@ class ScsiController:
         """
         await self.units.remove(address)
 
-    async def resize_disk(self, address: Address, size: int) -> int:
+    async def resize_disk(self, address: Address, size: int | None, *, shrink: bool = False) -> int:
         """Give a disk another size; a running guest is told at once. Is a checkpoint.
 
         Args:
             address: Path, target, LUN.
-            size: New capacity in bytes.
+            size: New capacity in bytes; None: whatever the back-end has now, which may have grown
+                outside.
+            shrink: Cut off what is behind a smaller size.
 
         Returns:
             The size it has now.
 
         Raises:
-            ConfigError: There is no disk there, or its back-end cannot be resized.
+            ConfigError: There is no disk there, its back-end cannot be resized, or it would
+                become smaller without ``shrink``.
             DiskError: The back-end tried and failed.
         """
-        return await self.units.resize(address, size)
+        return await self.units.resize(address, size, shrink=shrink)
 
     def _notify(self) -> None:
         if self._session is not None:

@@ -200,14 +200,17 @@ class Disk(abc.ABC):
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
         """Make ``length`` bytes at ``offset`` read as zeros. May be a checkpoint; raises DiskError.
 
-        The default writes zeros in pieces of at most 1 MiB.
+        The default writes zeros in pieces of at most 1 MiB, or ``info.max_transfer`` if that is
+        less.
 
         Args:
             offset: Bytes.
             length: Bytes.
             may_unmap: Space may be freed where zeros are read back all the same.
         """
-        zeros = memoryview(bytes(min(length, 1 << 20)))
+        info = self.info
+        largest = info.max_transfer // info.sector_size * info.sector_size or 1 << 20
+        zeros = memoryview(bytes(min(length, largest, 1 << 20)))
         while length:
             piece = zeros[: min(length, len(zeros))]
             await self.writev(offset, [piece])

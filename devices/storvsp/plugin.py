@@ -73,6 +73,9 @@ class ScsiPlugin:
             {"action": "remove", "address": "0:0:1"}           -> {}
             {"action": "resize", "address": "0", "size": "2G"} -> {"size": 2147483648}
 
+        ``resize`` without ``size`` looks again at a back-end that has grown outside; to make a disk
+        smaller it needs ``"shrink": true``.
+
         Raises:
             ConfigError: The request is unknown, incomplete or cannot be honoured.
         """
@@ -83,11 +86,18 @@ class ScsiPlugin:
             case {"action": "remove", "address": str(text)}:
                 await device.remove_disk(parse_address(text))
                 return {}
-            case {"action": "resize", "address": str(text), "size": str(size)}:
-                return {"size": await device.resize_disk(parse_address(text), parse_size(size))}
+            case {"action": "resize", "address": str(text)}:
+                size, shrink = request.get("size"), request.get("shrink", False)
+                if not isinstance(size, str | None) or not isinstance(shrink, bool):
+                    raise ConfigError("resize: size is a text such as 2G, shrink true or false")
+                size = await device.resize_disk(
+                    parse_address(text), parse_size(size) if size else None, shrink=shrink
+                )
+                return {"size": size}
             case _:
                 raise ConfigError(
-                    "a SCSI controller can: add (spec), remove (address), resize (address, size)"
+                    "a SCSI controller can: add (spec), remove (address), resize (address, size, "
+                    "shrink)"
                 )
 
 

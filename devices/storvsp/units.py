@@ -113,16 +113,21 @@ class Units:
             if medium.owned:
                 await medium.disk.aclose()
 
-    async def resize(self, address: Address, size: int) -> int:
+    async def resize(self, address: Address, size: int | None, *, shrink: bool = False) -> int:
         """See :meth:`storvsp.controller.ScsiController.resize_disk`."""
-        disk = self.disk(address)
-        resize = getattr(disk, "resize", None)
         if address not in self.by_address:
             raise ConfigError("nothing is at path {}, target {}, LUN {}".format(*address))
-        if disk is None or resize is None:
+        disk = self.disk(address)
+        action = getattr(disk, "look_again" if size is None else "resize", None)
+        if disk is None or action is None:
             kind = type(disk or self.by_address[address]).__name__
             raise ConfigError(f"{address_text(address)} is {kind}, which cannot be resized")
-        done = resize(size)
+        if size is not None and size < disk.info.size and not shrink:
+            raise ConfigError(
+                f"{address_text(address)} has {disk.info.size} bytes; {size} would cut off what is "
+                "behind, which has to be asked for (--shrink)"
+            )
+        done = action() if size is None else action(size)
         if inspect.isawaitable(done):
             await done
         return disk.info.size

@@ -121,19 +121,27 @@ def remove_disk(
 @guest_option
 @controller_option
 @json_option
+@click.option("--shrink", is_flag=True, help="Make it smaller; what is behind is lost.")
 @click.argument("address")
-@click.argument("size")
+@click.argument("size", required=False)
 def resize_disk(
     *,
     socket_path: str,
     guest: str | None,
     controller: int,
     as_json: bool,
+    shrink: bool,
     address: str,
-    size: str,
+    size: str | None,
 ) -> None:
-    """Give the disk at ADDRESS another SIZE, for example 20G."""
-    result = _operate(socket_path, guest, controller, action="resize", address=address, size=size)
+    """Give the disk at ADDRESS another SIZE, for example 20G.
+
+    Without SIZE: look at a file or block device that has grown outside, and tell the guest.
+    """
+    wanted: dict[str, Any] = {"shrink": True} if shrink else {}
+    if size is not None:
+        wanted["size"] = size
+    result = _operate(socket_path, guest, controller, action="resize", address=address, **wanted)
     if as_json:
         print_json(result)
     else:
@@ -146,7 +154,7 @@ def _controllers(guest: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda device: device["index"])
 
 
-def _operate(path: str, guest: str | None, controller: int, **request: str) -> dict[str, Any]:
+def _operate(path: str, guest: str | None, controller: int, **request: object) -> dict[str, Any]:
     """Have the server carry out a request on a guest's controller."""
     full: dict[str, Any] = {"backend": BACKEND, "index": controller, **request}
     if guest is not None:

@@ -36,7 +36,14 @@ _MEMORY_FILE_SYSTEMS = {0x01021994, 0x858458F6}  # tmpfs, ramfs
 
 _FLOCK = struct.Struct("=hh4xqqi4x")  # struct flock: type, whence, start, length, pid
 
-_NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY, errno.EINVAL}
+_NOT_SUPPORTED = {
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.ENODEV,
+    errno.ENOTTY,
+    errno.EINVAL,  # among others: not aligned to the sectors of the device
+    errno.EFBIG,  # beyond the largest file that the file system has
+}
 
 
 @functools.cache
@@ -88,9 +95,19 @@ def _try_fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
     return True
 
 
-def discard(fd: int, offset: int, length: int) -> None:
-    """BLKDISCARD: tell a block device that a range is not needed. What it reads is undefined."""
-    fcntl.ioctl(fd, BLKDISCARD, struct.pack("=QQ", offset, length))
+def discard(fd: int, offset: int, length: int) -> bool:
+    """BLKDISCARD: tell a block device that a range is not needed. What it reads is undefined.
+
+    Returns:
+        False if the device cannot, or cannot any more, or not with this range.
+    """
+    try:
+        fcntl.ioctl(fd, BLKDISCARD, struct.pack("=QQ", offset, length))
+    except OSError as error:
+        if error.errno in _NOT_SUPPORTED:
+            return False
+        raise
+    return True
 
 
 def in_memory(fd: int) -> bool:

@@ -17,6 +17,39 @@ def measure(fd: int, sector_size: int) -> int:
     return size - size % sector_size
 
 
+# Where the formats of images have their names: offset from the start, or from the end.
+_FORMATS = (
+    ("qcow2", 0, b"QFI\xfb"),
+    ("VHDX", 0, b"vhdxfile"),
+    ("VHD", 0, b"conectix"),
+    ("VHD", -512, b"conectix"),
+    ("VMDK", 0, b"KDMV"),
+    ("VMDK", 0, b"# Disk DescriptorFile"),
+    ("VDI", 64, b"\x7f\x10\xda\xbe"),
+    ("Parallels", 0, b"WithoutFreeSpace"),
+    ("Parallels", 0, b"WithouFreSpacExt"),
+)
+
+
+def oddities(fd: int, sector_size: int) -> list[str]:
+    """Return what somebody who opens this as a raw image should know. Blocks; raises OSError."""
+    found = []
+    size = measure(fd, 1)
+    if rest := size % sector_size:
+        found.append(
+            f"the last {rest} of its {size} bytes are no whole sector of {sector_size} bytes, and "
+            "not part of the disk"
+        )
+    for name, offset, magic in _FORMATS:
+        at = offset if offset >= 0 else size + offset
+        if at >= 0 and os.pread(fd, len(magic), at) == magic:
+            found.append(
+                f"it looks like a {name} image; as a raw one, the guest sees the format's own bytes"
+            )
+            break
+    return found
+
+
 def open_file(
     name: str, *, read_only: bool, sector_size: int, direct: bool, create: int | None, share: bool
 ) -> int:

@@ -40,6 +40,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import logging
 import os
 import stat
 import time
@@ -62,12 +63,14 @@ from storvsp.disks import direct as direct_io, linux
 from storvsp.disks.buffers import check_range, merge_extents
 from storvsp.disks.durability import Durability
 from storvsp.disks.inline import InlineWrites
-from storvsp.disks.opening import measure, open_file
+from storvsp.disks.opening import measure, oddities, open_file
 from storvsp.disks.specs import DiskSpec
 from vmbus.errors import ConfigError
 from vmbus.memory import total_length
 from vmbus.watchers import Watchers
 from vmbus.workers import shared_pool
+
+_log = logging.getLogger("storvsp")
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -201,6 +204,9 @@ class RawDisk(Disk):
                 )
             )
             try:
+                if not direct:  # which would have to read whole sectors to know
+                    for oddity in await pool.run(oddities, fd, sector_size or 512):
+                        _log.warning("%s: %s", name, oddity)
                 return cls(
                     fd,
                     read_only=read_only,
@@ -298,9 +304,10 @@ class RawDisk(Disk):
         if not length or not self._info.supports_unmap:
             return
         if self._device is not None:
+            # A hint: what a device that cannot follow it reads afterwards was never promised.
             await self._call("unmap", offset, linux.discard, self._fd, offset, length)
-        else:
-            await self._call("unmap", offset, linux.punch_hole, self._fd, offset, length)
+        elif not await self._call("unmap", offset, linux.punch_hole, self._fd, offset, length):
+            await self.write_zeroes(offset, length)  # as unmapped_reads_zero has promised
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
         self._check_write(offset, length)
@@ -339,6 +346,14 @@ class RawDisk(Disk):
         self._info = dataclasses.replace(self._info, size=size)
         self._watchers.notify()
         return True
+
+    async def look_again(self) -> None:
+        """Find out whether the file or device has grown or shrunk outside. Cannot block.
+
+        Raises:
+            DiskError: The kernel refuses to say, or the disk is closed.
+        """
+        self.check_resize()
 
     async def resize(self, size: int) -> None:
         """Grow or cut off the image file. A checkpoint.

@@ -140,3 +140,31 @@ async def test_commands_are_for_controllers_of_this_kind():
 
     with pytest.raises(AssertionError):
         await PLUGIN.command(Other(), {})  # type: ignore[arg-type]
+
+
+async def test_a_disk_becomes_smaller_only_if_that_is_asked_for():
+    controller = await make("ram:4M")
+    smaller = {"action": "resize", "address": "0", "size": "1M"}
+    with pytest.raises(
+        ConfigError, match=r"0:0:0 has 4194304 bytes; 1048576 would cut off .*shrink"
+    ):
+        await PLUGIN.command(controller, smaller)
+    assert await PLUGIN.command(controller, {**smaller, "shrink": True}) == {"size": 1 << 20}
+    for nonsense in ({"shrink": 1}, {"size": 5}, {"size": "1M", "shrink": "yes"}):
+        with pytest.raises(ConfigError):
+            await PLUGIN.command(controller, {"action": "resize", "address": "0", **nonsense})
+    await controller.aclose()
+
+
+async def test_without_a_size_the_back_end_is_looked_at_again(tmp_path: Path):
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    controller = await make(f"raw:[ro]{image}", "ram:1M")
+    with image.open("r+b") as file:
+        file.truncate(2 << 20)
+    assert await PLUGIN.command(controller, {"action": "resize", "address": "0"}) == {
+        "size": 2 << 20
+    }
+    with pytest.raises(ConfigError, match="RamDisk, which cannot be resized"):
+        await PLUGIN.command(controller, {"action": "resize", "address": "1"})
+    await controller.aclose()
