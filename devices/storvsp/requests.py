@@ -10,12 +10,14 @@ turns out to be wrong, goes the long way, :meth:`Requests.execute`.
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable
 
 import trio
 
 from storvsp.scsi import Command, DataDirection, LogicalUnit, Outcome, absent_unit
+from storvsp.scsi.unit import TASK_ABORTED
 from storvsp.units import Units
 from storvsp.wire import (
     COMPLETE_IO,
@@ -62,6 +64,18 @@ Complain = Callable[[Channel, Packet, str], None]
 """Told of a rule that a packet broke. Cannot block."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Execution:
+    """A command that waits for its disk, from before its task begins."""
+
+    packet: Packet
+    srb: Srb
+    command: Command
+    unit: LogicalUnit
+    resets: int
+    """Resets of the unit before the command came."""
+
+
 class Requests:
     """Executes SRBs and answers them.
 
@@ -81,6 +95,8 @@ class Requests:
         self.max_sense = SHORT_MAX_SENSE
         self.inline = 0
         self.waited = 0
+        self._under_way: dict[object, None] = {}
+        self._ended = trio.lowlevel.ParkingLot()
 
     def serve_batch_untrusted(
         self,
@@ -241,15 +257,35 @@ class Requests:
             return
         self.waited += 1
         # The unit that is there now: another one may take its place before the task begins.
-        nursery.start_soon(self._execute_slowly, channel, packet, srb, command, unit)
+        execution = _Execution(packet, srb, command, unit, unit.resets)
+        self._under_way[execution] = None
+        nursery.start_soon(self._execute_slowly, channel, execution)
 
-    async def _execute_slowly(
-        self, channel: Channel, packet: Packet, srb: Srb, command: Command, unit: LogicalUnit
-    ) -> None:
-        self._finish(channel, packet, srb, await unit.execute(command))
+    async def _execute_slowly(self, channel: Channel, execution: _Execution) -> None:
+        unit = execution.unit
+        try:
+            if unit.resets == execution.resets:
+                outcome = await unit.execute(execution.command)
+            else:  # it came in time, but the reset was quicker than its task
+                outcome = TASK_ABORTED
+        finally:
+            del self._under_way[execution]
+            self._ended.unpark_all()
+        self._finish(channel, execution.packet, execution.srb, outcome)
         # Tasks that end in the same turn of the loop share one flush only by luck; the ring's
         # signalling rule keeps the price of a flush low.
         await channel.flush()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any command is under way."""
+        return bool(self._under_way)
+
+    async def ended(self) -> None:
+        """Wait until all commands that are under way now have ended. A checkpoint if any is."""
+        waited = list(self._under_way)
+        while any(each in self._under_way for each in waited):
+            await self._ended.park()
 
     # -- answers ---------------------------------------------------------------------------------
 

@@ -113,6 +113,10 @@ TRANSITIONS: dict[int, tuple[frozenset[Stage], Stage]] = {
 }
 
 
+RESETS = frozenset({RESET_LUN, RESET_ADAPTER, RESET_BUS})
+"""Operations that abort every command of every unit."""
+
+
 class Session:
     """State of one life; all channels of the life share it.
 
@@ -171,7 +175,9 @@ class Session:
             self._answer(channel, packet, None, STATUS_INVALID_PARAMETER)
             return
         request = unpack_packet(whole)
-        if request.operation != EXECUTE_SRB:
+        if request.operation in RESETS and channel is self.primary:
+            self._reset(packet, request, nursery)
+        elif request.operation != EXECUTE_SRB:
             self._control(channel, packet, request)
         elif self.stage is Stage.READY:
             self.requests.execute(channel, packet, unpack_srb(whole), nursery)
@@ -209,8 +215,6 @@ class Session:
                 self.stage = following
             elif operation == CREATE_SUB_CHANNELS:
                 self._create_subchannels_untrusted(request.body)
-            elif operation in {RESET_LUN, RESET_ADAPTER, RESET_BUS}:
-                self._reset()
             else:
                 raise GuestProtocolError(
                     f"vstor operation {operation} is not a request",
@@ -258,11 +262,26 @@ class Session:
             self.primary.offer_subchannels(count)
         self.subchannels = count
 
-    def _reset(self) -> None:
-        # Commands under way are aborted by their units and answered one by one, after this
-        # answer; Linux waits for them (storvsc_host_reset_handler).
+    def _reset(self, packet: Packet, request: VstorPacket, nursery: trio.Nursery) -> None:
+        """Abort all commands; the reset is answered when the last of them has ended.
+
+        Who has the answer may use the pages of all its requests for something else: Linux returns
+        from storvsc_host_reset_handler then.
+        """
         for unit in self._units:
             unit.reset()
+        if self.requests.busy or any(unit.busy for unit in self._units):
+            if packet.wants_completion:
+                nursery.start_soon(self._answer_reset, packet, request)
+        else:
+            self._answer(self.primary, packet, request, STATUS_SUCCESS)
+
+    async def _answer_reset(self, packet: Packet, request: VstorPacket) -> None:
+        await self.requests.ended()
+        for unit in self._units:
+            await unit.ended()
+        self._answer(self.primary, packet, request, STATUS_SUCCESS)
+        await self.primary.flush()
 
     # -- answers ---------------------------------------------------------------------------------
 

@@ -107,6 +107,7 @@ class Units:
             raise ConfigError("nothing is at path {}, target {}, LUN {}".format(*address))
         unit.close()
         self._luns_changed(address)
+        await unit.ended()
         medium = self._media.pop(address, None)
         if medium is not None:
             medium.unwatch()

@@ -401,7 +401,7 @@ async def test_row_23_nobody_is_notified_before_the_handshake_is_over(stage):
 
 
 @pytest.mark.parametrize("operation", [RESET_BUS, RESET_ADAPTER, RESET_LUN])
-async def test_row_24_a_reset_answers_itself_and_then_all_that_waited(operation):
+async def test_row_24_a_reset_answers_all_that_waited_and_then_itself(operation):
     # fuzz scenario G32
     store = controller(disks=0)
     store.add_disk(DelayDisk(RamDisk(1 << 20), read=3600.0))
@@ -411,8 +411,8 @@ async def test_row_24_a_reset_answers_itself_and_then_all_that_waited(operation)
         assert await wire.replies() == []
         identity = wire.send(build_packet(operation))
         packets = await wire.replies()
-        assert packets[0].transaction_id == identity
-        assert {packet.transaction_id for packet in packets[1:]} == waiting
+        assert packets[-1].transaction_id == identity
+        assert {packet.transaction_id for packet in packets[:-1]} == waiting
         assert len(packets) == 101
 
 

@@ -79,7 +79,8 @@ class DispatchUnit(LogicalUnit):
         self.modes = modes
         self.attentions = Attentions()
         self.gate = Gate(self.refresh)
-        self._running: dict[trio.CancelScope, Hashable] = {}
+        self._running: dict[trio.CancelScope, Command] = {}
+        self._ended = trio.lowlevel.ParkingLot()
         self._closed = False
 
     # What the kinds of units differ in.
@@ -142,6 +143,8 @@ class DispatchUnit(LogicalUnit):
                 assert outcome is not None
                 return outcome
             work = partial(spec.slow, self, command)
+            if not spec.gated:
+                return await work()
             return await self.in_turn(command, work, exclusive=spec.exclusive)
         except Exception as error:
             return self.failed(command, error, writing=_writes(spec))
@@ -151,7 +154,7 @@ class DispatchUnit(LogicalUnit):
     ) -> Outcome:
         """Let a command that waits for the disk do so, unless it is aborted. A checkpoint."""
         with trio.CancelScope() as scope:
-            self._running[scope] = command.initiator
+            self._running[scope] = command
             try:
                 await self.gate.acquire(exclusive=exclusive)
                 try:
@@ -160,6 +163,7 @@ class DispatchUnit(LogicalUnit):
                     self.gate.release(exclusive=exclusive)
             finally:
                 del self._running[scope]
+                self._ended.unpark_all()
         return TASK_ABORTED
 
     def _admit(self, command: Command) -> Spec:
@@ -224,12 +228,32 @@ class DispatchUnit(LogicalUnit):
             initiator: Whose commands; None for everybody's. A command whose work cannot be
                 interrupted any more ends with its own outcome.
         """
-        for scope, owner in list(self._running.items()):
-            if initiator is None or owner == initiator:
+        for scope, command in list(self._running.items()):
+            if initiator is None or command.initiator == initiator:
                 scope.cancel()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any command is in progress; see :attr:`LogicalUnit.busy`."""
+        return bool(self._running)
+
+    async def ended(self, initiator: Hashable | None = None) -> None:
+        """Wait until what is in progress has ended; see :meth:`LogicalUnit.ended`.
+
+        Args:
+            initiator: Whose commands; None for everybody's.
+        """
+        waited = [
+            scope
+            for scope, command in self._running.items()
+            if initiator is None or command.initiator == initiator
+        ]
+        while any(scope in self._running for scope in waited):
+            await self._ended.park()
 
     def reset(self) -> None:
         """Do a logical unit reset; see :meth:`LogicalUnit.reset`."""
+        self.resets += 1
         self.abort()
         self.modes.reset()
         self.raise_attention(sense.DEVICE_RESET)

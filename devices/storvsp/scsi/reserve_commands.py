@@ -81,7 +81,26 @@ def read_full_status(unit: DiskCore, command: Command) -> Outcome:
 
 
 def persistent_reserve_out(unit: DiskCore, command: Command) -> Outcome:
-    """PERSISTENT RESERVE OUT, every service action but REGISTER AND MOVE."""
+    """PERSISTENT RESERVE OUT, the service actions that wait for nobody."""
+    _change(unit, command)
+    return Outcome(GOOD.status, b"", _PARAMETERS.size)
+
+
+async def preempt_and_abort(unit: DiskCore, command: Command) -> Outcome:
+    """PREEMPT AND ABORT, SPC-4 5.12.11.5: GOOD when nothing of the preempted moves any more.
+
+    Whoever takes over a disk writes to it as soon as this has succeeded: a write of the old holder
+    that was still in a worker then would land on top (SPC-4: "all commands from the preempted
+    I_T nexus shall be terminated").
+    """
+    aborted = _change(unit, command)
+    for initiator in aborted:
+        await unit.ended(initiator)
+    return Outcome(GOOD.status, b"", _PARAMETERS.size)
+
+
+def _change(unit: DiskCore, command: Command) -> list[Hashable]:
+    """Do what PERSISTENT RESERVE OUT says; returns the initiators whose commands are aborted."""
     cdb = command.cdb
     action = cdb[1] & 0x1F
     size = int.from_bytes(cdb[5:9], "big")
@@ -97,10 +116,10 @@ def persistent_reserve_out(unit: DiskCore, command: Command) -> Outcome:
     effect = unit.reservations.change(command.initiator, action, cdb[2], key, new_key)
     for initiator, code in effect.attentions:
         unit.attentions.add(initiator, code)
+    unit.refresh()
     for initiator in effect.aborted:
         unit.abort(initiator)
-    unit.refresh()
-    return Outcome(GOOD.status, b"", size)
+    return effect.aborted
 
 
 def reserve(unit: DiskCore, command: Command) -> Outcome:
@@ -152,6 +171,15 @@ COMMANDS: Final = (
             service_action=action,
         )
         for action in range(op.PR_REGISTER_AND_IGNORE + 1)
+        if action != op.PR_PREEMPT_AND_ABORT
+    ),
+    Spec(
+        op.PERSISTENT_RESERVE_OUT,
+        usage("5f 1f ff 0000 ffffffff 04"),
+        Access.FREE,
+        slow=preempt_and_abort,
+        service_action=op.PR_PREEMPT_AND_ABORT,
+        gated=False,
     ),
 )
 """Rows of the dispatch table."""

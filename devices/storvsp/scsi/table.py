@@ -56,6 +56,8 @@ class Spec:
         service_action: The service action, if the operation code has any.
         polite: False for the few commands that do not report unit attentions.
         exclusive: ``slow`` needs the medium for itself.
+        gated: ``slow`` moves data, so it waits for its turn and can be aborted. False for the one
+            that waits for others to end.
     """
 
     opcode: int
@@ -66,6 +68,7 @@ class Spec:
     service_action: int | None = None
     polite: bool = True
     exclusive: bool = False
+    gated: bool = True
 
 
 Table = Mapping[int, Spec | Mapping[int, Spec]]

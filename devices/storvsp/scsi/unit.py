@@ -117,6 +117,10 @@ def good_outcomes(sector_size: int) -> tuple[Outcome, ...]:
 class LogicalUnit(abc.ABC):
     """A SCSI logical unit. One instance may serve several initiators at once."""
 
+    resets = 0
+    """How often :meth:`reset` was called. A command that came in before a reset must not begin
+    after it."""
+
     @abc.abstractmethod
     def try_execute(self, command: Command) -> Outcome | None:
         """Run a command that needs no waiting. Cannot block.
@@ -138,8 +142,18 @@ class LogicalUnit(abc.ABC):
         """Do a logical unit reset (SAM-5 6.3.3). Cannot block.
 
         Commands in progress end with TASK ABORTED, volatile state goes back to its defaults and
-        every initiator is told by a unit attention.
+        every initiator is told by a unit attention. What cannot be interrupted any more may still
+        move data: a reset is over when :meth:`ended` returns.
         """
+
+    @property
+    @abc.abstractmethod
+    def busy(self) -> bool:
+        """Whether any command is in progress."""
+
+    @abc.abstractmethod
+    async def ended(self) -> None:
+        """Wait until all commands that are in progress now have ended. A checkpoint if any is."""
 
     @abc.abstractmethod
     def detach(self, initiator: Hashable) -> None:

@@ -171,11 +171,13 @@ async def test_a_bus_reset_ends_every_command_once():
             guest.send(*(request(guest, number) for number in range(1, 6)))
             await until(lambda: disk.asked == 5 and disk.begun == 2)
             guest.send(build_packet(IN_BAND, vstor(RESET_BUS), transaction_id=99, flags=1))
-            first, *aborted = await answers(guest, 4)
-            assert first[0] == 99
+            aborted = await answers(guest, 3)
             assert {each[1:] for each in aborted} == {(SRB_SUCCESS, STATUS_TASK_ABORTED)}
+            await trio.testing.wait_all_tasks_blocked()
+            assert not guest.receive_nowait(), "the reset is not over: two threads write still"
             disk.go.set()
-            ended = await answers(guest, 2)
+            *ended, last = await answers(guest, 3)
+            assert last[0] == 99
             assert {each[1:] for each in ended} == {(SRB_SUCCESS, 0)}
             assert sorted(each[0] for each in aborted + ended) == [1, 2, 3, 4, 5]
             assert disk.begun == 2
