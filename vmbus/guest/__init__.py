@@ -14,6 +14,7 @@ raises :class:`GuestPanic` with the reason.
 
 from __future__ import annotations
 
+from vmbus.guest.buffers import Buffer, BufferPool
 from vmbus.guest.channel import GuestChannel
 from vmbus.guest.connection import Connection
 from vmbus.guest.gpadl import Gpadl
@@ -43,6 +44,8 @@ __all__ = [
     "GuestChannel",
     "Incoming",
     "Gpadl",
+    "Buffer",
+    "BufferPool",
     "GuestPanic",
     "HostRefusedError",
     "Machine",

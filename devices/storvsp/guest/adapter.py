@@ -11,7 +11,6 @@ from functools import partial
 
 import trio
 
-from storvsp.guest.buffers import Buffer, BufferPool
 from storvsp.guest.replies import Result, check_answer, check_srb_reply, checked_payload
 from storvsp.wire import (
     BEGIN_INITIALIZATION,
@@ -50,7 +49,7 @@ from storvsp.wire import (
     parse_protocol_version_untrusted,
 )
 from vmbus.errors import STATUS_REVISION_MISMATCH, VMBusError
-from vmbus.guest import Guest, GuestChannel, Incoming
+from vmbus.guest import Buffer, BufferPool, Guest, GuestChannel, Incoming
 from vmbus.wire.gpa import PAGE_SIZE
 from vmbus.wire.guids import CLASS_FIBRE_CHANNEL
 from vmbus.wire.messages import OfferChannel

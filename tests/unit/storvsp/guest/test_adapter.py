@@ -10,7 +10,6 @@ import pytest
 import trio
 
 from storvsp.guest import AttachError, ScsiError, attach, scan
-from storvsp.guest.buffers import BufferPool
 from tests.support.fake_host import Machine, cancelled, offer, poll_monitor
 from tests.support.fake_storage import BLOCK, INSTANCE, Storage, answer, sense
 from vmbus.guest import (
@@ -25,7 +24,6 @@ from vmbus.guest import (
     GuestPanic,
     boot,
 )
-from vmbus.guest.ram import Ram
 from vmbus.wire.guids import CLASS_FIBRE_CHANNEL, CLASS_IDE
 
 ALL = pytest.mark.parametrize("personality", PERSONALITIES.values(), ids=str)
@@ -507,15 +505,3 @@ async def test_a_removal_without_anybody_watching_is_fine():
     async with attached() as (adapter, storage):
         storage.host.send(struct.pack("<III", 2, 0, 1))
         await adapter.guest.connection.wait_gone(1)
-
-
-def test_buffers_are_reused_by_size():
-    pool = BufferPool(Ram(Machine(pages=64)), contiguous=False)
-    first = pool.take(5000)
-    assert first.pages == 2
-    first.write(4000, b"across pages" * 20)
-    assert first.read(4000, 240) == b"across pages" * 20
-    first.release()
-    assert pool.take(8192) is first
-    assert pool.take(8192) is not first
-    assert pool.take(1).pages == 1

@@ -1,4 +1,4 @@
-"""Data buffers of storage requests: pages of guest RAM, kept between requests."""
+"""Data buffers of requests: pages of guest RAM that stay with the driver between requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ _ONE_RANGE = RANGES_HEADER.pack(0, 1)
 
 
 class Buffer:
-    """Some pages; contents and ownership are the taker's until given back to the pool."""
+    """Some pages; contents and ownership are the taker's until given back to the pool.
+
+    Made by :meth:`BufferPool.take`.
+
+    Args:
+        pfns: The pages, in the order of the buffer's bytes.
+        views: Their bytes (format ``"B"``), pages in a row as one view; kept, not copied.
+        give_back: Takes the buffer when it is released.
+    """
 
     __slots__ = ("_page_numbers", "give_back", "pages", "views")
 
@@ -26,18 +34,21 @@ class Buffer:
         self._page_numbers = struct.pack(f"<{len(pfns)}Q", *pfns)
 
     def header(self, offset: int, length: int) -> bytes:
-        """Return the GPA-direct header of one range of ``length`` bytes from ``offset`` on."""
+        """Return the GPA-direct header of one range of ``length`` bytes from ``offset`` on.
+
+        Cannot block.
+        """
         numbers = self._page_numbers[: 8 * page_count(offset, length)]
         return _ONE_RANGE + RANGE.pack(length, offset) + numbers
 
     def read(self, offset: int, length: int) -> bytes:
-        """Copy bytes out of the pages."""
+        """Copy ``length`` bytes out of the pages, from ``offset`` on. Cannot block."""
         if len(self.views) == 1:
             return bytes(self.views[0][offset : offset + length])
         return b"".join(self._pieces(offset, length))
 
     def write(self, offset: int, data: bytes) -> None:
-        """Copy bytes into the pages."""
+        """Copy ``data`` into the pages, from ``offset`` on. Cannot block."""
         if len(self.views) == 1:
             self.views[0][offset : offset + len(data)] = data
             return
@@ -56,7 +67,7 @@ class Buffer:
         return pieces
 
     def release(self) -> None:
-        """Give the buffer back to its pool."""
+        """Give the buffer back to its pool, once, when the host is done with it. Cannot block."""
         self.give_back(self)
 
 
@@ -74,7 +85,7 @@ class BufferPool:
         self._free: dict[int, list[Buffer]] = {}
 
     def take(self, size: int) -> Buffer:
-        """Return a buffer of at least ``size`` bytes, with anything in it.
+        """Return a buffer of ``size`` bytes or more, with anything in it. Cannot block.
 
         Raises:
             MemoryError: The guest has no pages left.
