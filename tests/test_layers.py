@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 
@@ -142,6 +143,14 @@ def test_the_bus_never_imports_a_device():
     for name in MODULES:
         if is_below(name, "vmbus"):
             assert not {each for each in imports(name) if each.startswith("storvsp")}, name
+
+
+def test_the_guest_half_of_the_bus_has_no_word_of_a_device():
+    """What one kind of driver does is in the device's own room, not in the bus's."""
+    for name in MODULES:
+        if is_below(name, "vmbus.guest"):
+            found = re.findall(r"(?i)vstor|scsi|storvsp|netvsp", modules()[name].read_text())
+            assert not found, name
 
 
 def test_the_guests_share_nothing_with_the_host_but_the_wire():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from storvsp.guest import attach, scan
+from storvsp.guest import HABITS, attach, scan
 from tests.support.worlds import (
     ALL,
     controller,
@@ -32,7 +32,7 @@ async def test_a_whole_life_leaves_nothing_behind(personality):
             adapter = await whole_life(guest)
         assert there.bus.snapshot()["faults"] == 0
         assert not there.bus.runners
-        wanted = 3 if personality.scsi_sub_channels is not None else 0
+        wanted = 3 if HABITS[personality.key].vps_per_sub_channel is not None else 0
         assert len(adapter.channels) == 1 + wanted
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from storvsp.guest import HABITS
 from tests.support.cli import COMMAND, PATIENCE, child_environment, install_plugin, run_child
 from tests.support.house import ROOT
 from vmbus.guest import PERSONALITIES
@@ -58,7 +59,7 @@ def test_every_guest_passes_the_demo(place, tmp_path, name):
     assert document["exit_codes"] == {"server": 0, "guest": 0}
     assert document["guest"]["guest"] == personality.name
     assert document["bus"]["version"] == str(personality.versions[0])
-    assert len(document["channels"]) == (4 if personality.scsi_sub_channels else 1)
+    assert len(document["channels"]) == (4 if HABITS[name].vps_per_sub_channel else 1)
     disks = document["disks"]
     assert [(disk["backend"], disk["kind"]) for disk in disks] == [
         ("RamDisk", "disk"),

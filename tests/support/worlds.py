@@ -196,7 +196,7 @@ async def exercise(
             data = bytes([number * 7 + turn & 0xFF]) * (size - 8) + struct.pack("<II", number, turn)
             channel = adapter.channels[(number + turn) % len(adapter.channels)]
             at = (number * rounds + turn) * blocks
-            if channel.outstanding >= adapter.personality.scsi_queue_depth:
+            if channel.outstanding >= adapter.habits.queue_depth:
                 channel = None  # type: ignore[assignment]
             where: dict[str, Any] = {"path": disk.path, "target": disk.target, "lun": disk.lun}
             where["channel"] = channel

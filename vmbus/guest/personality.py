@@ -1,10 +1,11 @@
 """How guest operating systems differ, as one table row each.
 
 A :class:`Personality` holds what one family of drivers does where others do something else. The
-facts come from reading the open drivers: linux/drivers/{hv,scsi,net}, freebsd/sys/dev/hyperv,
-illumos uts/intel/io/hyperv, openbsd/sys/dev/pv, netbsd/sys/dev/hyperv, dpdk/drivers/{bus,net},
+facts come from reading the open drivers: linux/drivers/hv, freebsd/sys/dev/hyperv/vmbus, illumos
+uts/intel/io/hyperv, openbsd/sys/dev/pv/hyperv.c, netbsd/sys/dev/hyperv, dpdk/drivers/bus,
 MacHyperVSupport, mu_msvm/MsvmPkg, haiku/src/add-ons/kernel. Where the source of one says nothing
-the row says what its relatives do.
+the row says what its relatives do. What the drivers of one kind of device do is told apart by the
+device: its guest half has a table of its own, with the same keys.
 
 Time limits are left out: a guest here waits as long as it takes, and a test never depends on a
 clock. What a driver would do when a limit passes is a hung or failed device all the same.
@@ -108,28 +109,18 @@ class TransactionIds(Enum):
     """Slot number << 32."""
 
 
-class Scan(Enum):
-    """How a storage driver looks for disks."""
-
-    LINUX = auto()
-    """INQUIRY of LUN 0 on 8 paths of 2 targets, REPORT LUNS, INQUIRY of each LUN listed."""
-    CAM = auto()
-    """The same on targets 0 to 2 of path 0."""
-    INQUIRY_ALL = auto()
-    """INQUIRY on 2 targets of 64 LUNs each."""
-    TEST_UNIT_READY = auto()
-    """TEST UNIT READY on 64 LUNs of target 0; srb_status 0x20 alone means absent."""
-    REPORT_LUNS = auto()
-    """REPORT LUNS with an allocation length of 0 on targets 0, 1, 2; all have to succeed."""
-    ONE_TARGET = auto()
-    """INQUIRY on the 64 LUNs of target 0."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Personality:
-    """One family of drivers. Defaults are what most of them do."""
+    """One family of drivers. Defaults are what most of them do.
 
+    It says nothing of devices: what a family's driver of one kind of device does stands in that
+    device's own table, where :attr:`key` finds it.
+    """
+
+    key: str
+    """What it is called on command lines, and in the tables of the devices' drivers."""
     name: str
+    """What it is called in texts."""
 
     # Processor: CPUID, MSRs, hypercalls.
     guest_os_id: int
@@ -213,31 +204,6 @@ class Personality:
     """Largest incoming ring packet in bytes, of a channel without a limit of its own."""
     transaction_ids: TransactionIds = TransactionIds.POINTER
 
-    # Storage.
-    vstor_versions: tuple[int, ...] = (0x602, 0x600, 0x501, 0x402, 0x200)
-    vstor_init_size: int = 64
-    """Bytes of vstor packets before a version is agreed on."""
-    vstor_exact_refusal: bool = False
-    """Crashes on a version refusal other than 0xC0000059, and checks the version's echo."""
-    vstor_exact_reply: bool = True
-    """A reply has to have 64 bytes exactly, else at least 48."""
-    scsi_ring_pages: int = 32
-    """Pages of each ring of a storage channel, control page included."""
-    scsi_init_id: int | None = None
-    """Transaction id of the handshake's requests, if it is a fixed one."""
-    scsi_reset_id: int | None = None
-    scsi_max_transfer: int = 128 << 20
-    """Bytes per request; the driver sends no larger ones whatever the host allows."""
-    scsi_queue_depth: int = 128
-    """Requests in flight per channel."""
-    scsi_sub_channels: int | None = 1
-    """It wants (VPs - 1) // this many sub-channels; None: it never asks for any."""
-    scsi_rescans_on_remove: bool = False
-    scsi_rescans_on_enumerate: bool = True
-    scsi_address_from_properties: bool = False
-    """The first word of the properties is taken as path and target."""
-    scan: Scan = Scan.LINUX
-
     def __str__(self) -> str:
         return self.name
 
@@ -247,6 +213,7 @@ _LADDER_4 = (_V.V4_0, _V.V3_0, _V.V2_4, _V.V1_1, _V.V0_13)
 _LADDER_3 = _LADDER_4[1:]
 
 LINUX_6_1 = Personality(
+    key="linux-6.1",
     name="Linux 6.1",
     guest_os_id=0x8100 << 48 | 0x060100 << 16,
     privileges=Privilege.HYPERCALL | Privilege.VP_INDEX,
@@ -262,23 +229,18 @@ LINUX_6_1 = Personality(
     unload_since=_V.V3_0,  # vmbus_initiate_unload
     feature_bits=FeatureBits.BOTH,
     transaction_ids=TransactionIds.TAG,
-    vstor_versions=(0x602, 0x600, 0x501),
-    scsi_ring_pages=32,
-    scsi_init_id=0xFFFF_FFFF_FFFF_FFFD,  # VMBUS_RQST_INIT
-    scsi_reset_id=0xFFFF_FFFF_FFFF_FFFC,  # VMBUS_RQST_RESET
-    scsi_queue_depth=352,
-    scsi_sub_channels=4,  # storvsc_vcpus_per_sub_channel
-    scan=Scan.LINUX,
 )
 
 LINUX_NEW = dataclasses.replace(
     LINUX_6_1,
+    key="linux-new",
     name="Linux with VMBus 6.0",
     versions=(_V.V6_0, *_LADDER_5),
     drops_confidential=True,
 )
 
 FREEBSD = Personality(
+    key="freebsd",
     name="FreeBSD",
     guest_os_id=0x8200 << 48 | 0x0E0000 << 16,
     privileges=Privilege.HYPERCALL | Privilege.SYNIC,
@@ -291,23 +253,18 @@ FREEBSD = Personality(
     spreads_vps=True,
     numbers_bodies=False,  # vmbus_chan_gpadl_connect
     unload=Unload.SENDS,  # vmbus_disconnect
-    vstor_init_size=48,
-    scsi_ring_pages=64,
-    scsi_max_transfer=128 << 10,
-    scan=Scan.CAM,
 )
 
 ILLUMOS = dataclasses.replace(
     FREEBSD,
+    key="illumos",
     name="illumos",
     guest_os_id=0x8400 << 48 | 0x050B << 16,
     versions=_LADDER_3,
-    scsi_max_transfer=512 << 10,
-    scsi_rescans_on_enumerate=False,
-    scan=Scan.INQUIRY_ALL,
 )
 
 OPENBSD = Personality(
+    key="openbsd",
     name="OpenBSD",
     guest_os_id=0x8300 << 48 | 0x0706 << 16,
     every_vp=False,  # hv_boot_cpu only
@@ -321,16 +278,11 @@ OPENBSD = Personality(
     unload=Unload.NEVER,
     signals_free_space=False,
     transaction_ids=TransactionIds.HIGH_INDEX,
-    scsi_ring_pages=21,
-    scsi_init_id=0,  # hvs_init_cmd, and it wants the answer
-    scsi_sub_channels=None,
-    scsi_rescans_on_enumerate=False,
-    scsi_address_from_properties=True,
-    scan=Scan.INQUIRY_ALL,
 )
 
 NETBSD = dataclasses.replace(
     OPENBSD,
+    key="netbsd",
     name="NetBSD",
     guest_os_id=0x8300 << 48 | 0x0A00 << 16,
     every_vp=True,
@@ -339,18 +291,18 @@ NETBSD = dataclasses.replace(
     spreads_vps=True,
     frees_before_teardown=False,
     rescind=Rescind.RELEASE,
-    scsi_sub_channels=1,
 )
 
 DPDK = dataclasses.replace(
     LINUX_6_1,
+    key="dpdk",
     name="DPDK on Linux",
     needs_monitor=True,  # uio_hv_generic refuses the device
     masking=Masking.ALWAYS,
-    scsi_ring_pages=512,
 )
 
 MACOS = Personality(
+    key="macos",
     name="macOS",
     guest_os_id=0x8500 << 48 | 0x0A0F << 16,
     checks_interface=True,
@@ -371,15 +323,10 @@ MACOS = Personality(
     signals_free_space=False,
     full_ring=FullRing.SIGNAL_AGAIN,
     transaction_ids=TransactionIds.COUNTER,  # 0 is forbidden
-    vstor_init_size=48,
-    scsi_ring_pages=513,
-    scsi_queue_depth=1,
-    scsi_sub_channels=None,
-    scsi_rescans_on_remove=True,
-    scan=Scan.TEST_UNIT_READY,
 )
 
 UEFI = Personality(
+    key="uefi",
     name="UEFI",
     guest_os_id=0x0001_0000_0000_0001,
     privileges=Privilege.TIME_REF_COUNT
@@ -410,16 +357,10 @@ UEFI = Personality(
     feature_bits=FeatureBits.OUTGOING,
     full_ring=FullRing.PENDING_SIZE,
     transaction_ids=TransactionIds.COUNTER,
-    vstor_versions=(0x600,),
-    vstor_exact_refusal=True,
-    vstor_exact_reply=False,
-    scsi_ring_pages=11,
-    scsi_sub_channels=None,
-    scsi_rescans_on_enumerate=False,
-    scan=Scan.REPORT_LUNS,
 )
 
 HAIKU = Personality(
+    key="haiku",
     name="Haiku",
     guest_os_id=0x8600 << 48 | 0x0005 << 16,
     vector=0x45,  # ACPI IRQ + base
@@ -431,27 +372,21 @@ HAIKU = Personality(
     max_relid=31,  # its word pointer lags by one from 32 on
     first_gpadl=1,
     counts_signals=True,
-    vstor_versions=(0x601, 0x600, 0x501, 0x402, 0x200),
-    vstor_init_size=48,
-    vstor_exact_reply=False,
-    scsi_ring_pages=513,
-    scsi_max_transfer=256 << 10,
-    scsi_queue_depth=2,
-    scsi_sub_channels=None,
-    scsi_rescans_on_remove=True,
-    scan=Scan.ONE_TARGET,
 )
 
 PERSONALITIES: dict[str, Personality] = {
-    "linux-6.1": LINUX_6_1,
-    "linux-new": LINUX_NEW,
-    "freebsd": FREEBSD,
-    "illumos": ILLUMOS,
-    "openbsd": OPENBSD,
-    "netbsd": NETBSD,
-    "dpdk": DPDK,
-    "macos": MACOS,
-    "uefi": UEFI,
-    "haiku": HAIKU,
+    each.key: each
+    for each in (
+        LINUX_6_1,
+        LINUX_NEW,
+        FREEBSD,
+        ILLUMOS,
+        OPENBSD,
+        NETBSD,
+        DPDK,
+        MACOS,
+        UEFI,
+        HAIKU,
+    )
 }
-"""All rows, by the names used on command lines."""
+"""All rows, by their keys."""

@@ -49,7 +49,7 @@ from collections.abc import Sequence
 import trio
 
 from storvsp.demo.trial import LARGE, CorruptionError, DiskTrial, Meter
-from storvsp.guest import GuestDisk, ScsiError, StorvscAdapter, attach, scan
+from storvsp.guest import HABITS, GuestDisk, ScsiError, StorvscAdapter, attach, scan
 from storvsp.wire import OPERATION_NAMES
 from vmbus.attach.client.machine import MachineDelegate, attach_machine
 from vmbus.errors import AttachError, ConfigError, VMBusError, leaves
@@ -89,6 +89,7 @@ class Demo:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.personality = PERSONALITIES[options.guest]
+        self.habits = HABITS[options.guest]
         self.failed = False
 
     def emit(self, event: str, **members: object) -> None:
@@ -104,7 +105,7 @@ class Demo:
     async def run(self) -> bool:
         """Live; returns whether all went well."""
         options = self.options
-        rings = 2 * options.channels * self.personality.scsi_ring_pages * PAGE_SIZE
+        rings = 2 * options.channels * self.habits.ring_pages * PAGE_SIZE
         ram = -(-(BASE_RAM + rings + 2 * options.depth * LARGE) >> 20) << 20
         machine = SoftMachine(((0, ram),), vp_count=options.channels)
         name = self.personality.name
@@ -160,7 +161,7 @@ class Demo:
             max_subchannels=adapter.properties.max_channel_count,
         )
         for channel in adapter.channels:
-            pages = self.personality.scsi_ring_pages
+            pages = self.habits.ring_pages
             self.emit(
                 "channel",
                 relid=channel.relid,
@@ -280,7 +281,7 @@ class Demo:
         if waiting.cancelled_caught:
             raise VMBusError(f"no notification within {NOTICE_SECONDS:g} s of: {action}")
         operation = adapter.notifications[count]
-        heeded = self.personality.scsi_rescans_on_enumerate
+        heeded = self.habits.rescans_on_enumerate
         self.emit("notice", operation=OPERATION_NAMES[operation], heeded=heeded)
         return await scan(adapter)
 

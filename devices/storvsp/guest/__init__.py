@@ -13,7 +13,18 @@ from __future__ import annotations
 
 from storvsp.guest.adapter import AttachError, StorvscAdapter, attach
 from storvsp.guest.disk import GuestDisk
+from storvsp.guest.habits import HABITS, StorageHabits
 from storvsp.guest.replies import Result, ScsiError
 from storvsp.guest.scan import scan
 
-__all__ = ["attach", "scan", "StorvscAdapter", "GuestDisk", "Result", "ScsiError", "AttachError"]
+__all__ = [
+    "attach",
+    "scan",
+    "StorvscAdapter",
+    "GuestDisk",
+    "Result",
+    "ScsiError",
+    "AttachError",
+    "StorageHabits",
+    "HABITS",
+]

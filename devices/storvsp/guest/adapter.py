@@ -11,6 +11,7 @@ from functools import partial
 
 import trio
 
+from storvsp.guest.habits import HABITS, StorageHabits
 from storvsp.guest.replies import Result, check_answer, check_srb_reply, checked_payload
 from storvsp.wire import (
     BEGIN_INITIALIZATION,
@@ -72,16 +73,23 @@ class StorvscAdapter:
     Args:
         guest: Whose driver this is.
         offer: The controller's primary channel.
+        habits: What the driver does in its own way.
         contiguous: False scatters the pages of rings and data over the RAM.
-        queue_depth: Requests in flight per channel; None: the personality's.
+        queue_depth: Requests in flight per channel; None: as the habits say.
     """
 
     def __init__(
-        self, guest: Guest, offer: OfferChannel, *, contiguous: bool, queue_depth: int | None
+        self,
+        guest: Guest,
+        offer: OfferChannel,
+        habits: StorageHabits,
+        *,
+        contiguous: bool,
+        queue_depth: int | None,
     ) -> None:
         self.guest = guest
         self.offer = offer
-        self.personality = guest.personality
+        self.habits = habits
         self.channels: list[GuestChannel] = []
         """The primary channel, then its sub-channels."""
         self.version = 0
@@ -100,9 +108,9 @@ class StorvscAdapter:
         self._panic = guest.panic
         self._contiguous = contiguous
         self._pool = BufferPool(guest.ram, contiguous=contiguous)
-        self._size = self.personality.vstor_init_size
+        self._size = habits.init_size
         self._sense_room = MAX_SENSE
-        self._depth = queue_depth or self.personality.scsi_queue_depth
+        self._depth = queue_depth or habits.queue_depth
         self._next = 0
         self._tag = 0
         self._room = trio.lowlevel.ParkingLot()
@@ -115,12 +123,12 @@ class StorvscAdapter:
     # ----------------------------------------------------------------------------- handshake
 
     async def _open(self, offer: OfferChannel) -> None:
-        personality = self.personality
+        habits = self.habits
         channel = await self.guest.connection.open_channel(
             offer,
-            ring_pages=personality.scsi_ring_pages,
+            ring_pages=habits.ring_pages,
             contiguous=self._contiguous,
-            max_packet=16 + PACKET_SIZE if personality.vstor_exact_reply else None,
+            max_packet=16 + PACKET_SIZE if habits.exact_reply else None,
             on_packet=self._notification,
         )
         channel.on_removed = self._removed
@@ -142,10 +150,8 @@ class StorvscAdapter:
 
     async def _command(self, operation: int, body: bytes = b"") -> Packet:
         payload = build_packet(operation, body, size=self._size)
-        packet = await self.channels[0].request(
-            payload, transaction_id=self.personality.scsi_init_id
-        )
-        return check_answer(packet, self.personality, self._panic)
+        packet = await self.channels[0].request(payload, transaction_id=self.habits.init_id)
+        return check_answer(packet, self.habits, self._panic)
 
     @staticmethod
     def _demand(answer: Packet, what: str) -> Packet:
@@ -154,8 +160,8 @@ class StorvscAdapter:
         return answer
 
     async def _agree(self) -> None:
-        exact = self.personality.vstor_exact_refusal
-        for version in self.personality.vstor_versions:
+        exact = self.habits.exact_refusal
+        for version in self.habits.versions:
             answer = await self._command(QUERY_PROTOCOL_VERSION, build_protocol_version(version))
             if answer.status:
                 if exact and answer.status != STATUS_REVISION_MISMATCH:
@@ -176,15 +182,15 @@ class StorvscAdapter:
     async def _query_properties(self) -> None:
         answer = self._demand(await self._command(QUERY_PROPERTIES), "QUERY_PROPERTIES")
         properties = self.properties = parse_properties_untrusted(answer.body)
-        if self.personality.scsi_address_from_properties and any(answer.body[:4]):
+        if self.habits.address_from_properties and any(answer.body[:4]):
             self._panic(f"properties: first word {answer.body[:4].hex()}, read as bus and target")
         largest = properties.max_transfer_bytes
         if not _MIN_SANE_TRANSFER <= largest <= _MAX_SANE_TRANSFER or largest % PAGE_SIZE:
             self._panic(f"properties: max_transfer_bytes {largest}")
-        self.max_transfer = min(largest, self.personality.scsi_max_transfer)
+        self.max_transfer = min(largest, self.habits.max_transfer)
 
     def _wanted_sub_channels(self, limit: int | None) -> int:
-        divisor = self.personality.scsi_sub_channels
+        divisor = self.habits.vps_per_sub_channel
         if divisor is None or not self.properties.flags & PROPERTY_MULTI_CHANNEL:
             return 0
         wanted = (self.guest.machine.vp_count - 1) // divisor if limit is None else limit
@@ -288,7 +294,7 @@ class StorvscAdapter:
         self._finished()
         reply = check_srb_reply(
             packet,
-            self.personality,
+            self.habits,
             self._panic,
             requested=length,
             sense_room=self._sense_room,
@@ -335,10 +341,8 @@ class StorvscAdapter:
             GuestPanic: It answers wrongly.
         """
         payload = build_packet(RESET_BUS, size=self._size)
-        packet = await self.channels[0].request(
-            payload, transaction_id=self.personality.scsi_reset_id
-        )
-        self._demand(check_answer(packet, self.personality, self._panic), "RESET_BUS")
+        packet = await self.channels[0].request(payload, transaction_id=self.habits.reset_id)
+        self._demand(check_answer(packet, self.habits, self._panic), "RESET_BUS")
         while any(channel.outstanding for channel in self.channels):
             await self._drained.park()
 
@@ -346,17 +350,17 @@ class StorvscAdapter:
 
     def _notification(self, packet: Incoming) -> None:
         """Handle a packet that is no completion, in the interrupt."""
-        notice = parse_packet_untrusted(checked_payload(packet, self.personality, self._panic))
+        notice = parse_packet_untrusted(checked_payload(packet, self.habits, self._panic))
         name = OPERATION_NAMES.get(notice.operation, str(notice.operation))
         if notice.operation not in _NOTIFICATIONS or packet.kind != IN_BAND:
             self._panic(f"vstor: {name} in a packet of type {packet.kind} that nobody asked for")
         if packet.transaction_id or packet.flags & FLAG_COMPLETION_REQUESTED:
             self._panic(f"vstor: {name} with a transaction id or a completion wanted")
         self.notifications.append(notice.operation)
-        personality = self.personality
+        habits = self.habits
         if self.on_rescan is not None and (
-            (notice.operation == ENUMERATE_BUS and personality.scsi_rescans_on_enumerate)
-            or (notice.operation == REMOVE_DEVICE and personality.scsi_rescans_on_remove)
+            (notice.operation == ENUMERATE_BUS and habits.rescans_on_enumerate)
+            or (notice.operation == REMOVE_DEVICE and habits.rescans_on_remove)
         ):
             self.on_rescan()
         self._notified.unpark_all()
@@ -389,6 +393,7 @@ async def attach(
     guest: Guest,
     offer: OfferChannel,
     *,
+    habits: StorageHabits | None = None,
     sub_channels: int | None = None,
     contiguous: bool = True,
     queue_depth: int | None = None,
@@ -398,15 +403,20 @@ async def attach(
     Args:
         guest: A connected guest.
         offer: Class SCSI, IDE or Fibre Channel.
-        sub_channels: How many to ask for; None: as many as the personality does.
+        habits: How the driver behaves; None: as that of the guest's personality.
+        sub_channels: How many to ask for; None: as many as the habits say.
         contiguous: False scatters the pages of rings and data over the RAM.
-        queue_depth: Requests in flight per channel; None: the personality's.
+        queue_depth: Requests in flight per channel; None: as the habits say.
 
     Raises:
+        KeyError: No ``habits`` are given, and :data:`storvsp.guest.habits.HABITS` has none for the
+            personality.
         AttachError: No version in common, or a step of the handshake was refused.
         HostRefusedError: The channel cannot be opened.
         GuestPanic: The host broke a rule.
     """
-    adapter = StorvscAdapter(guest, offer, contiguous=contiguous, queue_depth=queue_depth)
+    if habits is None:
+        habits = HABITS[guest.personality.key]
+    adapter = StorvscAdapter(guest, offer, habits, contiguous=contiguous, queue_depth=queue_depth)
     await adapter.start(sub_channels)
     return adapter

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from storvsp.guest.habits import StorageHabits
 from storvsp.wire import (
     COMPLETE_IO,
     PACKET_SIZE,
@@ -27,7 +28,7 @@ from storvsp.wire import (
     parse_srb_reply_untrusted,
 )
 from vmbus.errors import VMBusError
-from vmbus.guest import Incoming, Personality
+from vmbus.guest import Incoming
 from vmbus.guest.machine import Panic
 
 CHECK_CONDITION = 0x02
@@ -87,10 +88,10 @@ class ScsiError(VMBusError):
         self.result = result
 
 
-def checked_payload(packet: Incoming, personality: Personality, panic: Panic) -> bytes:
+def checked_payload(packet: Incoming, habits: StorageHabits, panic: Panic) -> bytes:
     """Return the vstor packet of an answer, after a check of its size."""
     payload = packet.payload
-    if personality.vstor_exact_reply:
+    if habits.exact_reply:
         if len(payload) != PACKET_SIZE:
             panic(f"vstor: answer of {len(payload)} bytes instead of 64")
     elif not SHORT_PACKET_SIZE <= len(payload) <= _MAX_REPLY:
@@ -98,27 +99,27 @@ def checked_payload(packet: Incoming, personality: Personality, panic: Panic) ->
     return payload[:PACKET_SIZE]
 
 
-def check_answer(packet: Incoming, personality: Personality, panic: Panic) -> Packet:
+def check_answer(packet: Incoming, habits: StorageHabits, panic: Panic) -> Packet:
     """Check an answer to anything but EXECUTE_SRB; its status is the caller's matter."""
-    answer = parse_packet_untrusted(checked_payload(packet, personality, panic))
+    answer = parse_packet_untrusted(checked_payload(packet, habits, panic))
     if answer.operation != COMPLETE_IO:
         panic(f"vstor: answer with operation {answer.operation} instead of COMPLETE_IO")
     return answer
 
 
 def check_srb_reply(
-    packet: Incoming, personality: Personality, panic: Panic, *, requested: int, sense_room: int
+    packet: Incoming, habits: StorageHabits, panic: Panic, *, requested: int, sense_room: int
 ) -> SrbReply:
     """Check an answer to EXECUTE_SRB.
 
     Args:
         packet: The completion.
-        personality: Whose sizes to demand.
+        habits: What sizes to demand.
         panic: Called when the host breaks a rule.
         requested: Bytes of data asked for.
         sense_room: Bytes of sense data asked for.
     """
-    reply = parse_srb_reply_untrusted(checked_payload(packet, personality, panic))
+    reply = parse_srb_reply_untrusted(checked_payload(packet, habits, panic))
     srb_status = reply.srb_status
     scsi_status = reply.scsi_status
     if reply.operation != COMPLETE_IO:

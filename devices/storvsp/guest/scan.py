@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 from storvsp.guest.adapter import StorvscAdapter
 from storvsp.guest.disk import GuestDisk
+from storvsp.guest.habits import Scan
 from storvsp.guest.replies import Result, ScsiError
-from vmbus.guest.personality import Scan
 from vmbus.wire.guids import CLASS_IDE
 
 INQUIRY = 0x12
@@ -46,7 +46,7 @@ async def scan(adapter: StorvscAdapter) -> list[GuestDisk]:
         GuestPanic: The host's answers would make this operating system see a ghost or stop.
     """
     scanner = _Scanner(adapter)
-    style = adapter.personality.scan
+    style = adapter.habits.scan
     if adapter.offer.class_id == CLASS_IDE:  # the target stands in the second field of its GUID
         found = [(0, adapter.offer.instance_id.fields[1] & 0xFF, 0)]
     elif style is Scan.LINUX:
@@ -139,11 +139,11 @@ class _Scanner:
         for address in addresses:
             inquiry = await self._standard(address)
             if inquiry is None:
-                if self._adapter.personality.scan in (Scan.TEST_UNIT_READY, Scan.REPORT_LUNS):
+                if self._adapter.habits.scan in (Scan.TEST_UNIT_READY, Scan.REPORT_LUNS):
                     self._panic(f"INQUIRY {address}: absent, but found before: a ghost")
                 continue
             disk = GuestDisk(self._adapter, *address, inquiry)
-            if self._adapter.personality.scan is Scan.LINUX:
+            if self._adapter.habits.scan is Scan.LINUX:
                 await self._linux_probe(disk, address)
             await self._capacity(disk)
             disks.append(disk)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import trio
 
@@ -249,7 +247,7 @@ async def test_dpdk_polls_and_keeps_interrupts_masked():
     machine = Machine()
     host = machine.host
     host.offers = [offer(1, monitor_allocated=True)]
-    async with boot(machine, dataclasses.replace(DPDK, scsi_ring_pages=4)) as guest:
+    async with boot(machine, DPDK) as guest:
         (found,) = await guest.connection.connect()
         channel = await guest.connection.open_channel(found, ring_pages=4)
         assert channel.polled

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from storvsp.guest import AttachError, ScsiError, attach, scan
+from storvsp.guest import HABITS, AttachError, ScsiError, attach, scan
 from tests.support.fake_host import Machine, cancelled, offer, poll_monitor
 from tests.support.fake_storage import BLOCK, INSTANCE, Storage, answer, sense
 from vmbus.guest import (
@@ -63,8 +63,9 @@ async def test_every_personality_finds_the_disks_and_uses_them(personality):
         await guest.connection.unload()
         nursery.cancel_scope.cancel()
     first = storage.log[0]
-    assert len(first) == personality.vstor_init_size
-    version = max(v for v in personality.vstor_versions if v in storage.versions)
+    habits = HABITS[personality.key]
+    assert len(first) == habits.init_size
+    version = max(v for v in habits.versions if v in storage.versions)
     assert adapter.version == version
     assert repr(adapter).startswith("<StorvscAdapter")
     assert repr(disks[0]) == "<GuestDisk 0:0:0, 32768 bytes>"
