@@ -299,6 +299,24 @@ class Host:
     def names(self) -> list[str]:
         return [item.NAME for item in self.log]
 
+    def offer_sub_channels(
+        self, primary: OfferChannel, count: int, *, first: int = 1, class_id: UUID | None = None
+    ) -> None:
+        """Offer sub-channels of a device; number 1 has relid 10."""
+        for index in range(first, first + count):
+            new = offer(
+                9 + index,
+                class_id=class_id or primary.class_id,
+                instance_id=primary.instance_id,
+                subchannel_index=index,
+            )
+            self.offers.append(new)
+            self.send(new)
+
+    def rescind(self, relid: int) -> None:
+        """Take an offer away."""
+        self.send(message(2, relid))
+
     def posted(self, connection: int, raw: bytes) -> None:
         assert connection in self.ports
         self.raw.append((connection, raw))

@@ -74,15 +74,9 @@ class Storage:
             body = struct.pack("<B3x8s8s8s8s", 1, b"port....", b"node....", b"", b"")
         elif operation == 13:
             (count,) = struct.unpack_from("<H", payload, 12)
-            for index in range(count + self.extra_sub_channels):
-                new = offer(
-                    10 + index,
-                    class_id=self.class_id,
-                    instance_id=INSTANCE,
-                    subchannel_index=index + self.first_sub_channel,
-                )
-                self.host.offers.append(new)
-                self.host.send(new)
+            self.host.offer_sub_channels(
+                channel.offer, count + self.extra_sub_channels, first=self.first_sub_channel
+            )
         elif operation == 3:
             pages = packet[16 : offset8 * 8] if kind == 9 else b""
             self.complete(channel, tid, self.srb(payload.ljust(64, b"\0"), pages))

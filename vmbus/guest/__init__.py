@@ -17,6 +17,7 @@ from __future__ import annotations
 from vmbus.guest.buffers import Buffer, BufferPool
 from vmbus.guest.channel import GuestChannel
 from vmbus.guest.connection import Connection
+from vmbus.guest.driver import Driver
 from vmbus.guest.gpadl import Gpadl
 from vmbus.guest.kernel import Guest, boot
 from vmbus.guest.machine import GuestPanic, Interrupt, Machine, Region
@@ -43,6 +44,7 @@ __all__ = [
     "Connection",
     "GuestChannel",
     "Incoming",
+    "Driver",
     "Gpadl",
     "Buffer",
     "BufferPool",

@@ -182,12 +182,24 @@ class Connection(Channels):
         return await self.request_offers()
 
     async def wait_offers(
-        self, wanted: Callable[[OfferChannel], bool], count: int = 1
+        self,
+        wanted: Callable[[OfferChannel], bool],
+        count: int = 1,
+        *,
+        primary: OfferChannel | None = None,
     ) -> list[OfferChannel]:
         """Wait until at least ``count`` live offers are ``wanted``; return them by sub-channel.
 
+        A checkpoint.
+
+        Args:
+            wanted: Which offers.
+            count: How many of them.
+            primary: A live offer without which there will be none of the wanted ones.
+
         Raises:
-            trio.BrokenResourceError: The connection has ended.
+            trio.BrokenResourceError: The connection has ended, or the host has taken ``primary``
+                away (which drivers that ignore this never get to know).
         """
         await trio.lowlevel.checkpoint()
         while True:
@@ -196,6 +208,8 @@ class Connection(Channels):
                 return sorted(found, key=lambda offer: (offer.subchannel_index, offer.relid))
             if self.version is None:
                 raise trio.BrokenResourceError("the connection to the bus is gone")
+            if primary is not None and self.offers.get(primary.relid) is not primary:
+                raise gone()
             await self._changed.park()
 
     async def wait_gone(self, relid: int) -> None:

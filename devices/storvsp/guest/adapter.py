@@ -50,7 +50,7 @@ from storvsp.wire import (
     parse_protocol_version_untrusted,
 )
 from vmbus.errors import STATUS_REVISION_MISMATCH, VMBusError
-from vmbus.guest import Buffer, BufferPool, Guest, GuestChannel, Incoming
+from vmbus.guest import Buffer, BufferPool, Driver, Guest, GuestChannel, Incoming
 from vmbus.wire.gpa import PAGE_SIZE
 from vmbus.wire.guids import CLASS_FIBRE_CHANNEL
 from vmbus.wire.messages import OfferChannel
@@ -67,7 +67,7 @@ class AttachError(VMBusError):
     """The driver and the controller have no protocol version in common, or it refuses a step."""
 
 
-class StorvscAdapter:
+class StorvscAdapter(Driver):
     """A storage controller as its driver sees it; made by :func:`attach`.
 
     Args:
@@ -87,11 +87,16 @@ class StorvscAdapter:
         contiguous: bool,
         queue_depth: int | None,
     ) -> None:
-        self.guest = guest
-        self.offer = offer
+        super().__init__(
+            guest,
+            offer,
+            ring_pages=habits.ring_pages,
+            queue_depth=queue_depth or habits.queue_depth,
+            contiguous=contiguous,
+            max_packet=16 + PACKET_SIZE if habits.exact_reply else None,
+            on_packet=self._notification,
+        )
         self.habits = habits
-        self.channels: list[GuestChannel] = []
-        """The primary channel, then its sub-channels."""
         self.version = 0
         """Protocol version, major << 8 | minor."""
         self.properties = Properties(0, 0, 0)
@@ -101,42 +106,20 @@ class StorvscAdapter:
         """Bytes per request that the driver will ask for."""
         self.on_rescan: Callable[[], None] | None = None
         """Called in the interrupt when the host wants the bus to be scanned again."""
-        self.on_removed: Callable[[], None] | None = None
-        """Called when the host has taken the controller away."""
         self.notifications: list[int] = []
         """Operations of all notifications, in order."""
         self._panic = guest.panic
-        self._contiguous = contiguous
         self._pool = BufferPool(guest.ram, contiguous=contiguous)
         self._size = habits.init_size
         self._sense_room = MAX_SENSE
-        self._depth = queue_depth or habits.queue_depth
-        self._next = 0
         self._tag = 0
-        self._room = trio.lowlevel.ParkingLot()
-        self._drained = trio.lowlevel.ParkingLot()
         self._notified = trio.lowlevel.ParkingLot()
-
-    def __repr__(self) -> str:
-        return f"<StorvscAdapter {self.offer.instance_id}, {len(self.channels)} channels>"
 
     # ----------------------------------------------------------------------------- handshake
 
-    async def _open(self, offer: OfferChannel) -> None:
-        habits = self.habits
-        channel = await self.guest.connection.open_channel(
-            offer,
-            ring_pages=habits.ring_pages,
-            contiguous=self._contiguous,
-            max_packet=16 + PACKET_SIZE if habits.exact_reply else None,
-            on_packet=self._notification,
-        )
-        channel.on_removed = self._removed
-        self.channels.append(channel)
-
     async def start(self, sub_channels: int | None) -> None:
         """Open the channel, shake hands, open the sub-channels. A checkpoint."""
-        await self._open(self.offer)
+        await self.open()
         self._demand(await self._command(BEGIN_INITIALIZATION), "BEGIN_INITIALIZATION")
         await self._agree()
         await self._query_properties()
@@ -196,32 +179,10 @@ class StorvscAdapter:
         wanted = (self.guest.machine.vp_count - 1) // divisor if limit is None else limit
         return min(wanted, self.properties.max_channel_count)
 
-    def _is_sub_channel(self, offer: OfferChannel) -> bool:
-        return offer.instance_id == self.offer.instance_id and offer.subchannel_index > 0
-
     async def _create_sub_channels(self, count: int) -> None:
         answer = await self._command(CREATE_SUB_CHANNELS, build_sub_channels(count))
         self._demand(answer, "CREATE_SUB_CHANNELS")
-        offers = await self.guest.connection.wait_offers(self._is_sub_channel, count)
-        self._no_more_than(count)
-        for index, offer in enumerate(offers, 1):
-            if offer.class_id != self.offer.class_id or offer.subchannel_index != index:
-                self._panic(f"sub-channel {offer.subchannel_index} where {index} was due")
-            await self._open(offer)
-        self.check_sub_channels()
-
-    def check_sub_channels(self) -> None:
-        """See that the host has offered as many sub-channels as were asked for, no more.
-
-        Raises:
-            GuestPanic: It has not.
-        """
-        self._no_more_than(len(self.channels) - 1)
-
-    def _no_more_than(self, count: int) -> None:
-        offers = [o for o in self.guest.connection.offers.values() if self._is_sub_channel(o)]
-        if len(offers) > count:
-            self._panic(f"{len(offers)} sub-channels offered, {count} wanted")
+        await self.open_sub_channels(count)
 
     # ------------------------------------------------------------------------------ commands
 
@@ -264,7 +225,7 @@ class StorvscAdapter:
             length = len(write)
             direction = DATA_OUT
         if channel is None:
-            channel = await self._choose()
+            channel = await self.next_channel()
         self._tag = (self._tag + 1) & 0xFF
         srb = build_srb(
             cdb,
@@ -290,8 +251,8 @@ class StorvscAdapter:
                 release=partial(self._given_up, buffer),
             )
         else:
-            packet = await channel.request(srb, kind=IN_BAND, release=self._given_up)
-        self._finished()
+            packet = await channel.request(srb, kind=IN_BAND, release=self.finished)
+        self.finished()
         reply = check_srb_reply(
             packet,
             self.habits,
@@ -309,29 +270,10 @@ class StorvscAdapter:
             sense = reply.sense[: reply.sense_length]
         return Result(reply.srb_status, reply.scsi_status, sense, reply.transfer_length, data)
 
-    def _finished(self) -> None:
-        """A request is no longer in flight: somebody may be waiting for that."""
-        if self._room:
-            self._room.unpark()
-        if self._drained:
-            self._drained.unpark_all()
-
-    def _given_up(self, buffer: Buffer | None = None) -> None:
+    def _given_up(self, buffer: Buffer) -> None:
         """The host is done with a request whose caller was cancelled."""
-        if buffer is not None:
-            buffer.release()
-        self._finished()
-
-    async def _choose(self) -> GuestChannel:
-        """Return the next channel in turn whose queue has room."""
-        channels = self.channels
-        while True:
-            for _ in channels:
-                self._next = (self._next + 1) % len(channels)
-                channel = channels[self._next]
-                if channel.outstanding < self._depth:
-                    return channel
-            await self._room.park()
+        buffer.release()
+        self.finished()
 
     async def reset_bus(self) -> None:
         """Send RESET_BUS and wait for its answer and for all that was in flight. A checkpoint.
@@ -343,8 +285,7 @@ class StorvscAdapter:
         payload = build_packet(RESET_BUS, size=self._size)
         packet = await self.channels[0].request(payload, transaction_id=self.habits.reset_id)
         self._demand(check_answer(packet, self.habits, self._panic), "RESET_BUS")
-        while any(channel.outstanding for channel in self.channels):
-            await self._drained.park()
+        await self.wait_idle()
 
     # ------------------------------------------------------------------------- notifications
 
@@ -371,22 +312,6 @@ class StorvscAdapter:
         while len(self.notifications) < count:
             await self._notified.park()
         return self.notifications
-
-    def _removed(self) -> None:
-        self._wake_all()
-        if self.on_removed is not None:
-            self.on_removed()
-
-    async def close(self) -> None:
-        """Close all channels, sub-channels first. A checkpoint."""
-        self.check_sub_channels()
-        for channel in reversed(self.channels):
-            await self.guest.connection.close_channel(channel)
-        self._wake_all()
-
-    def _wake_all(self) -> None:
-        self._room.unpark_all()
-        self._drained.unpark_all()
 
 
 async def attach(

@@ -254,6 +254,30 @@ async def test_waiting_for_an_offer_ends_with_the_connection():
             await guest.connection.unload()
 
 
+async def test_waiting_for_an_offer_ends_when_the_channel_goes_that_it_would_belong_to():
+    machine = Machine()
+    machine.host.offers = [offer(1), offer(2)]
+    async with boot(machine, LINUX_6_1) as guest:
+        primary, _ = await guest.connection.connect()
+        async with trio.open_nursery() as nursery:
+            ended = []
+
+            async def wait() -> None:
+                with pytest.raises(trio.BrokenResourceError, match="rescinded"):
+                    await guest.connection.wait_offers(lambda o: o.relid == 3, primary=primary)
+                ended.append(True)
+
+            nursery.start_soon(wait)
+            machine.host.rescind(2)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not ended
+            machine.host.rescind(1)
+            await guest.connection.wait_gone(1)
+            # Another device may have come with the same relid: it is not the same channel.
+            machine.host.send(offer(1))
+        assert ended
+
+
 @ALL
 async def test_gpadls_of_all_sizes_arrive_whole(personality):
     """Checklist row 31."""

@@ -497,12 +497,12 @@ async def test_a_rescinded_controller_ends_all_requests():
                 nursery.start_soon(read)
             await trio.testing.wait_all_tasks_blocked()
             adapter.on_removed = lambda: ended.append("removed")
-            storage.host.send(struct.pack("<III", 2, 0, 1))
+            storage.host.rescind(1)
         assert sorted(map(str, ended)) == ["True", "True", "True", "removed"]
         await adapter.guest.connection.wait_gone(1)
 
 
 async def test_a_removal_without_anybody_watching_is_fine():
     async with attached() as (adapter, storage):
-        storage.host.send(struct.pack("<III", 2, 0, 1))
+        storage.host.rescind(1)
         await adapter.guest.connection.wait_gone(1)
