@@ -32,6 +32,7 @@ ROOMS: dict[str, str] = {
     "vmbus.attach.server": "`vmbus-user`: the server's end",
     "vmbus.host": "the runtime of one bus: channels, tasks, delivery, devices' contract",
     "vmbus.plugins": "devices and back-ends by name; the grammar of specifications",
+    "vmbus.demo": "a demo's guest as far as it knows no device, and the seam for those",
     "vmbus.testing": "checks and scenery for authors of devices and back-ends",
     "vmbus.server": "the guest server program",
     "vmbus.kvm": "the reference VMM",
@@ -42,7 +43,7 @@ ROOMS: dict[str, str] = {
     "storvsp": "the SCSI controller: handshake, requests, units, plug-in",
     "storvsp.guest": "the storage driver, for guests in Python",
     "storvsp.testing": "what every disk owes the controller",
-    "storvsp.demo": "the storage half of the demo's guest",
+    "storvsp.demo": "the storage half of a demo's guest",
     "vmbus.cli": "the command line",
     "vmbus": "public names, taken from anywhere below",
 }

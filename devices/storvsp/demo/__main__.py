@@ -2,7 +2,7 @@
 
 import sys
 
-from storvsp.demo.guest import main
+from storvsp.demo.half import PROGRAM
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(PROGRAM.main())

@@ -1,0 +1,201 @@
+"""The storage half of a demo's guest: finds its disks and checks every byte of them.
+
+Its lines among those of :mod:`vmbus.demo`:
+
+==========  ====================================================================================
+event       further members (sizes in bytes, times in seconds)
+==========  ====================================================================================
+vstor       ``version``, ``max_transfer``, ``max_subchannels``
+disk        ``address``, ``kind`` ("disk", "cd" or the number of the device type), ``vendor``,
+            ``product``, ``block_size``, ``size``, ``used`` (how much of it is tried), ``writable``,
+            ``unmaps`` (gives space back, then reads as zeros), ``label`` of the ISO 9660 volume or
+            null
+progress    ``address``, ``phase``, ``block`` (per request), ``requests``, ``bytes``, ``seconds``:
+            a phase so far
+phase       the same for a phase that is over: "survey", "write", "read", "mixed" or "check"
+contents    ``address``, ``when`` ("before" or "after"), ``digest`` of the bytes that are used
+verified    ``address``, ``unmapped``: every byte was as it had to be
+gone        ``address`` of the removed disk
+==========  ====================================================================================
+
+A digest is BLAKE2b-128 over the BLAKE2b-128 of each 4 KiB. The ``where`` of a problem with a disk
+is its address. With ``--hotplug`` the operator is asked to "add" a disk and to "remove" it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+from storvsp.demo.trial import LARGE, CorruptionError, DiskTrial, Meter
+from storvsp.guest import HABITS, GuestDisk, ScsiError, StorvscAdapter, attach, scan
+from storvsp.wire import OPERATION_NAMES
+from vmbus.demo import Half, Options, Program, Story
+from vmbus.errors import ConfigError, VMBusError
+from vmbus.guest import Guest
+from vmbus.plugins.specs import parse_size
+from vmbus.wire.gpa import PAGE_SIZE
+from vmbus.wire.guids import CLASS_SCSI
+from vmbus.wire.messages import OfferChannel
+
+_KINDS = {0: "disk", 5: "cd"}
+
+
+class StorageHalf(Half[StorvscAdapter]):
+    """What the guest does with a SCSI controller; see :class:`vmbus.demo.Half`."""
+
+    def __init__(self, options: Options, arguments: argparse.Namespace, story: Story) -> None:
+        super().__init__(options, arguments, story)
+        self.habits = HABITS[options.personality.key]
+        self.depth: int = arguments.depth
+        """Requests in flight."""
+        self.size: int = arguments.size
+        """Bytes used of each disk, at most."""
+        self.hotplug: bool = arguments.hotplug
+        """Whether to have a disk come and go."""
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """See :meth:`vmbus.demo.Half.add_options`."""
+        parser.add_argument("--depth", type=int, default=32, help="requests in flight")
+        parser.add_argument(
+            "--size", type=_size, default=32 << 20, help="used of each disk, as in 8M"
+        )
+        parser.add_argument("--hotplug", action="store_true", help="ask for a disk to come and go")
+
+    @property
+    def ram(self) -> int:
+        """See :attr:`vmbus.demo.Half.ram`."""
+        rings = 2 * self.options.channels * self.habits.ring_pages * PAGE_SIZE
+        return rings + 2 * self.depth * LARGE
+
+    async def attach(self, guest: Guest, offers: Sequence[OfferChannel]) -> StorvscAdapter:
+        """See :meth:`vmbus.demo.Half.attach`; the first controller is taken."""
+        controllers = [offer for offer in offers if offer.class_id == CLASS_SCSI]
+        if not controllers:
+            raise VMBusError("the bus offers no SCSI controller that this driver serves")
+        adapter = await attach(
+            guest, controllers[0], sub_channels=self.options.channels - 1, contiguous=False
+        )
+        self.story.emit(
+            "vstor",
+            version=f"{adapter.version >> 8}.{adapter.version & 0xFF}",
+            max_transfer=adapter.max_transfer,
+            max_subchannels=adapter.properties.max_channel_count,
+        )
+        return adapter
+
+    async def use(self, driver: StorvscAdapter) -> None:
+        """Try all disks, then one that comes and goes; see :meth:`vmbus.demo.Half.use`."""
+        trials = [await self._found(disk) for disk in await scan(driver)]
+        if not trials:
+            raise VMBusError("there are no disks behind the controller")
+        writable = sum(trial.writable for trial in trials) + self.hotplug
+        seconds = self.options.seconds / max(writable, 1)
+        for trial in trials:
+            await self._try(trial, seconds)
+        if self.hotplug:
+            await self._hotplug(driver, {_address(trial.disk) for trial in trials}, seconds)
+
+    async def _found(self, disk: GuestDisk) -> DiskTrial:
+        address = _address(disk)
+
+        def progress(meter: Meter) -> None:
+            members = dataclasses.asdict(meter)
+            event = "phase" if members.pop("over") else "progress"
+            self.story.emit(event, address=address, **members)
+
+        trial = DiskTrial(disk, depth=self.depth, limit=self.size, progress=progress)
+        if disk.size:
+            await trial.look()
+        inquiry = disk.inquiry
+        self.story.emit(
+            "disk",
+            address=address,
+            kind=_KINDS.get(disk.device_type, str(disk.device_type)),
+            vendor=_text(inquiry[8:16]),
+            product=_text(inquiry[16:32]),
+            block_size=disk.block_size,
+            size=disk.size,
+            used=trial.used,
+            writable=trial.writable,
+            unmaps=trial.unmaps,
+            label=trial.label,
+        )
+        return trial
+
+    async def _try(self, trial: DiskTrial, seconds: float) -> None:
+        """Try a disk for so long, or as long as it takes; a problem is reported, not raised."""
+        address = _address(trial.disk)
+        try:
+            await trial.survey()
+            self.story.emit("contents", address=address, when="before", digest=trial.digest)
+            if trial.writable:
+                await trial.write(seconds / 3)
+                await trial.read(seconds / 3)
+                await trial.mix(seconds / 3)
+                if trial.unmaps:
+                    await trial.unmap()
+            await trial.check()
+        except (ScsiError, CorruptionError) as error:
+            self.story.problem(address, error)
+            return
+        self.story.emit("contents", address=address, when="after", digest=trial.digest)
+        self.story.emit("verified", address=address, unmapped=trial.unmapped)
+
+    async def _hotplug(self, adapter: StorvscAdapter, known: set[str], seconds: float) -> None:
+        """Have a disk added, find it, use it, have it removed, see it gone."""
+        disks = await self._change(adapter, "add")
+        added = [disk for disk in disks if _address(disk) not in known]
+        if not added:
+            raise VMBusError("a disk was added, but the scan finds no new one")
+        for disk in added:
+            await self._try(await self._found(disk), seconds)
+        disks = await self._change(adapter, "remove")
+        left = {_address(disk) for disk in disks}
+        for disk in added:
+            address = _address(disk)
+            if address in left:
+                self.story.problem(address, "removed, but the scan still finds it")
+            elif not (await disk.execute(bytes(6))).absent:
+                self.story.problem(
+                    address, "removed, but its commands are not refused as INVALID_LUN"
+                )
+            else:
+                self.story.emit("gone", address=address)
+
+    async def _change(self, adapter: StorvscAdapter, action: str) -> list[GuestDisk]:
+        """Ask the operator for a change, wait for the notification of it, scan again."""
+        count = len(adapter.notifications)
+        operations = await self.ask(action, partial(adapter.wait_notifications, count + 1))
+        self.story.emit(
+            "notice",
+            operation=OPERATION_NAMES[operations[count]],
+            heeded=self.habits.rescans_on_enumerate,
+        )
+        return await scan(adapter)
+
+
+def _address(disk: GuestDisk) -> str:
+    return f"{disk.path}:{disk.target}:{disk.lun}"
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("ascii", "replace").strip()
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+PROGRAM = Program(
+    "python -m storvsp.demo",
+    "The guest of ``vmbus demo``: attaches itself to a server, finds its disks, checks every byte.",
+    (StorageHalf,),
+)
+"""A guest with a SCSI controller and nothing else."""

@@ -1,0 +1,170 @@
+"""The storage half of the demo's guest, in this process."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import trio
+
+from storvsp.demo import half
+from storvsp.demo.half import PROGRAM
+from storvsp.guest import scan
+from tests.support.demo import Told, live, server_for
+from vmbus import demo
+from vmbus.attach.client import operator
+from vmbus.demo import half as seam
+
+SIZE = 1 << 20
+
+
+def guest_for(path, **changes):
+    arguments = {"--socket": path, "--size": str(SIZE), "--seconds": "0", "--channels": "2"}
+    arguments |= {f"--{name}": str(value) for name, value in changes.items() if value is not True}
+    flags = [f"--{name}" for name, value in changes.items() if value is True]
+    return PROGRAM.parse([*(word for pair in arguments.items() for word in pair), *flags])
+
+
+async def test_the_guest_tells_its_life_in_json_lines(tmp_path, capsys):
+    async with server_for(tmp_path, "ram:1M", "ram:[lun=7]1M") as (_, path, _nursery):
+        assert await live(guest_for(path))
+    story = Told(capsys.readouterr().out)
+    kinds = list(dict.fromkeys(event["event"] for event in story.events))
+    assert kinds == ["start", "attached", "contact", "offer", "vstor", "channel", "disk",
+                     "phase", "contents", "verified", "left"]  # fmt: skip
+    assert [event["subchannel"] for event in story.of("channel")] == [0, 1]
+    assert [event["address"] for event in story.of("verified")] == ["0:0:0", "0:0:7"]
+    documented = f"{demo.__doc__}{half.__doc__}"
+    for event in story.events:
+        assert event["event"] in documented
+        assert all(f"``{name}``" in documented for name in event if name != "event")
+
+
+async def test_a_driver_that_ignores_the_controller_says_why(tmp_path, capsys):
+    async with server_for(tmp_path, "ram:1M") as (_, path, _nursery):
+        assert not await live(guest_for(path, guest="openbsd"))
+    story = Told(capsys.readouterr().out)
+    assert story.of("offer")[0]["ignored"] == "OpenBSD needs a monitor id"
+    assert story.problems == [
+        ("guest", "the bus offers no SCSI controller that this driver serves")
+    ]
+
+
+async def test_a_controller_without_disks_is_a_problem(tmp_path, capsys):
+    async with server_for(tmp_path) as (_, path, _nursery):
+        assert not await live(guest_for(path))
+    assert Told(capsys.readouterr().out).problems == [
+        ("guest", "there are no disks behind the controller")
+    ]
+
+
+async def test_a_disk_that_fails_does_not_keep_the_others_from_being_tried(tmp_path, capsys):
+    async with server_for(tmp_path, "fault:[on=write]ram:1M", "ram:1M") as (_, path, _nursery):
+        assert not await live(guest_for(path))
+    story = Told(capsys.readouterr().out)
+    ((where, text),) = story.problems
+    assert where == "0:0:0"
+    assert "sense 3/0c/" in text
+    assert [event["address"] for event in story.of("verified")] == ["0:0:1"]
+    assert story.of("left")
+
+
+async def test_the_guest_does_not_outlive_its_server(tmp_path, capsys):
+    hanging = "fault:[on=read,error=hang]ram:1M"
+    async with server_for(tmp_path, hanging) as (server, path, nursery):
+
+        async def stop_when_attached():
+            while not (guests := server.query("guests")["guests"]) or not guests[0]["channels"]:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(stop_when_attached)
+        with trio.CancelScope(shield=True):
+            assert not await live(guest_for(path))
+    problems = Told(capsys.readouterr().out).problems
+    assert problems[0][0] == "guest"
+    assert "the server" in problems[0][1]
+
+
+def test_sizes_are_written_as_everywhere(capsys):
+    (storage,) = guest_for("s", size="8M").halves
+    assert isinstance(storage, half.StorageHalf)
+    assert storage.size == 8 << 20
+    with pytest.raises(SystemExit):
+        guest_for("s", size="8X")
+    assert "--size: '8X' is not a size" in capsys.readouterr().err
+
+
+async def operate(server, capsys, story, *actions):
+    """Be an operator: carry out what the guest waits for, or do something else instead."""
+    for waited, request in actions:
+        while waited not in "".join(story):
+            story.append(capsys.readouterr().out)
+            await trio.sleep(0.01)
+        if request:
+            await server.command(request)
+
+
+ADD = {"action": "add", "spec": "ram:1M"}
+REMOVE = {"action": "remove", "address": "0:0:1"}
+READY_ADD, READY_REMOVE = '"action": "add"', '"action": "remove"'
+
+
+async def hotplug(tmp_path, capsys, *actions, **options):
+    story: list[str] = []
+    async with server_for(tmp_path, "ram:1M") as (server, path, nursery):
+        nursery.start_soon(operate, server, capsys, story, *actions)
+        ok = await live(guest_for(path, hotplug=True, **options))
+        nursery.cancel_scope.cancel()
+    return ok, Told("".join(story) + capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("guest", "heeded"), [("linux-6.1", True), ("uefi", False)])
+async def test_a_disk_comes_is_used_and_goes(tmp_path, capsys, guest, heeded):
+    ok, story = await hotplug(
+        tmp_path, capsys, (READY_ADD, ADD), (READY_REMOVE, REMOVE), guest=guest
+    )
+    assert ok
+    assert story.of("notice") == 2 * [
+        {"event": "notice", "operation": "ENUMERATE_BUS", "heeded": heeded}
+    ]
+    assert story.of("gone") == [{"event": "gone", "address": "0:0:1"}]
+    assert [event["address"] for event in story.of("verified")] == ["0:0:0", "0:0:1"]
+
+
+async def test_a_change_without_a_notification_is_a_problem(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(seam, "NOTICE_SECONDS", 0.05)
+    ok, story = await hotplug(tmp_path, capsys)
+    assert not ok
+    assert story.problems == [("guest", "no notification within 0.05 s of: add")]
+
+
+async def test_a_notification_without_a_new_disk_is_a_problem(tmp_path, capsys):
+    resize = {"action": "resize", "address": "0:0:0", "size": "2M"}
+    ok, story = await hotplug(tmp_path, capsys, (READY_ADD, resize))
+    assert not ok
+    assert story.problems == [("guest", "a disk was added, but the scan finds no new one")]
+
+
+async def test_a_disk_that_stays_is_a_problem(tmp_path, capsys):
+    ok, story = await hotplug(tmp_path, capsys, (READY_ADD, ADD), (READY_REMOVE, ADD))
+    assert not ok
+    assert story.problems == [("0:0:1", "removed, but the scan still finds it")]
+    assert story.of("left")
+
+
+async def test_a_disk_whose_commands_are_not_refused_is_a_problem(tmp_path, capsys, monkeypatch):
+    calls = []
+
+    async def scan_and_add(adapter):
+        found = await scan(adapter)
+        calls.append(True)
+        if len(calls) == 3:  # it has been seen gone, and comes back
+            add_again = functools.partial(operator.command, str(tmp_path / "s"), ADD)
+            await trio.to_thread.run_sync(add_again)
+        return found
+
+    monkeypatch.setattr(half, "scan", scan_and_add)
+    ok, story = await hotplug(tmp_path, capsys, (READY_ADD, ADD), (READY_REMOVE, REMOVE))
+    assert not ok
+    assert story.problems == [("0:0:1", "removed, but its commands are not refused as INVALID_LUN")]
