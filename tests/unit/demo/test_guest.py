@@ -167,8 +167,12 @@ async def test_a_panic_that_the_end_of_the_server_has_caused_is_told_as_that(tmp
     async with server_for(tmp_path) as (_, path, nursery):
         token = trio.lowlevel.current_trio_token()
 
+        async def stop_a_little_later():
+            await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()
+
         async def panic(driver):
-            token.run_sync_soon(nursery.cancel_scope.cancel)
+            token.run_sync_soon(nursery.start_soon, stop_a_little_later)
             driver.guest.panic("the doorbells are gone")
 
         with trio.CancelScope(shield=True):
