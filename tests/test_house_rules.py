@@ -88,7 +88,12 @@ def relative(path: Path) -> str:
 @cache
 def documents() -> dict[str, str]:
     """Return the text files of the repository."""
-    paths = [path for path in ROOT.iterdir() if not path.name.startswith(".coverage")]
+    # In a second worktree .git is a file, which says where the first one is.
+    paths = [
+        path
+        for path in ROOT.iterdir()
+        if path.name != ".git" and not path.name.startswith(".coverage")
+    ]
     for each in TOP:
         paths += [path for path in (ROOT / each).rglob("*") if "__pycache__" not in path.parts]
     return {

@@ -174,7 +174,9 @@ class Engine:
         return channel.key
 
     def revoke(self, key: int) -> None:
-        """Take a channel back, its sub-channels first; :class:`ChannelGone` follows for each.
+        """Take a channel back, its sub-channels first.
+
+        :class:`~vmbus.engine.events.ChannelGone` follows for each.
 
         Has no effect on a channel that is revoked already: closing a primary channel revokes its
         sub-channels, so the two can cross.
@@ -209,26 +211,41 @@ class Engine:
     # --- Answers to events -----------------------------------------------------------------------
 
     def open_done(self, key: int, *, ok: bool) -> None:
-        """Answer :class:`ChannelOpen`. Raises LocalProtocolError if it was not asked."""
+        """Answer :class:`~vmbus.engine.events.ChannelOpen`.
+
+        Raises LocalProtocolError if it was not asked.
+        """
         self._lives.open_done(self.channel_table.by_key(key), ok=ok)
         self._settle()
 
     def close_done(self, key: int) -> None:
-        """Answer :class:`ChannelClose`. Raises LocalProtocolError if it was not asked."""
+        """Answer :class:`~vmbus.engine.events.ChannelClose`.
+
+        Raises LocalProtocolError if it was not asked.
+        """
         self._lives.close_done(self.channel_table.by_key(key))
         self._settle()
 
     def gpadl_released(self, key: int, handle: int) -> None:
-        """Answer :class:`GpadlTeardown`. Raises LocalProtocolError if it was not asked."""
+        """Answer :class:`~vmbus.engine.events.GpadlTeardown`.
+
+        Raises LocalProtocolError if it was not asked.
+        """
         self.gpadl_table.released(self.channel_table.by_key(key), handle)
         self._settle()
 
     def modify_done(self, key: int, *, ok: bool) -> None:
-        """Answer :class:`ChannelModify`. Raises LocalProtocolError if it was not asked."""
+        """Answer :class:`~vmbus.engine.events.ChannelModify`.
+
+        Raises LocalProtocolError if it was not asked.
+        """
         self._lives.modify_done(self.channel_table.by_key(key), ok=ok)
 
     def tl_connect_done(self, request_id: int, *, ok: bool) -> None:
-        """Answer :class:`TlConnect`. Raises LocalProtocolError if it was not asked."""
+        """Answer :class:`~vmbus.engine.events.TlConnect`.
+
+        Raises LocalProtocolError if it was not asked.
+        """
         self.sockets.done(request_id, ok=ok)
 
     # --- Looks -----------------------------------------------------------------------------------

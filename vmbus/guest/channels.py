@@ -160,7 +160,7 @@ class Channels:
         """Open an offered channel over new rings. A checkpoint.
 
         Args:
-            offer: One of :attr:`offers`.
+            offer: One of :attr:`vmbus.guest.connection.Connection.offers`.
             ring_pages: Pages of the outgoing ring, its control page included.
             incoming_pages: Pages of the incoming ring; None: as many.
             user_data: 120 bytes for the device.

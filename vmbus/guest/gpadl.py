@@ -25,7 +25,7 @@ _BODY_DATA = GPADL_BODY_DATA - GPADL_BODY_DATA % 8
 
 
 class Gpadl:
-    """Pages the host may use, until :meth:`Connection.teardown_gpadl`."""
+    """Pages the host may use, until :meth:`~vmbus.guest.channels.Channels.teardown_gpadl`."""
 
     def __init__(self, relid: int, handle: int, pfns: list[int]) -> None:
         self.relid = relid

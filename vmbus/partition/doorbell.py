@@ -9,10 +9,10 @@ import trio
 
 
 class EventfdDoorbell:
-    """An eventfd that somebody rings and tasks wait for; a :class:`Doorbell`.
+    """An eventfd that somebody rings and tasks wait for.
 
-    It is closed with :meth:`close`, or when the object is gone: a bus that ends without removing
-    its ports must not leak their descriptors.
+    A :class:`vmbus.partition.transport.Doorbell`. It is closed with :meth:`close`, or when the
+    object is gone: a bus that ends without removing its ports must not leak their descriptors.
     """
 
     __slots__ = ("__weakref__", "_fd", "_finalizer")

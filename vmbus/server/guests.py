@@ -6,7 +6,7 @@
 
     raise_descriptor_limit()
     server = GuestServer([DeviceSetup(device_with("disk"), ("raw:disk.img",))])
-    await vmbus.attach.server.connections.serve(listener, server.handle, query=server.query,
+    await vmbus.attach.server.serve(listener, server.handle, query=server.query,
                                     command=server.command)
 
 Every guest gets its own back-ends: a specification is opened once per guest. ``{guest}`` in it

@@ -59,7 +59,7 @@ class DiskUnit(DiskCore):
         self._try_writev = disk.try_writev
 
     def try_execute(self, command: Command) -> Outcome | None:
-        """Run a command that needs no waiting; see :meth:`LogicalUnit.try_execute`.
+        """Run a command that needs no waiting, as the base class says.
 
         READ and WRITE (10) and (16) that have nothing unusual about them are done here, with one
         unpacking and one call of the disk. Everything else goes through the table.

@@ -3,7 +3,7 @@
 COMPARE AND WRITE reads, compares and writes as one indivisible operation as far as other commands
 can tell (SBC-3 4.27), and its steps wait for the disk in between. Commands that wait for the disk
 pass the gate in shared mode, the indivisible ones in exclusive mode. Commands served without
-waiting cannot interleave with anything, so they need not pass; they only check :attr:`closed`.
+waiting cannot interleave with anything, so they need not pass; they only check :attr:`Gate.closed`.
 """
 
 from __future__ import annotations

@@ -416,7 +416,10 @@ class SignalEvent(Payload):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reset(Payload):
-    """Request 0x0a: the guest's life ended; see :class:`ResetReason`."""
+    """Request 0x0a: the guest's life ended.
+
+    For the reason see :class:`~vmbus.attach.protocol.limits.ResetReason`.
+    """
 
     NAME: ClassVar[str] = "RESET"
     LAYOUT: ClassVar[Layout] = Layout(Field("reason", 4))
@@ -426,7 +429,10 @@ class Reset(Payload):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Goodbye(Payload):
-    """Request 0x10, both ways: orderly end; see :class:`GoodbyeReason`."""
+    """Request 0x10, both ways: orderly end.
+
+    For the reason see :class:`~vmbus.attach.protocol.limits.GoodbyeReason`.
+    """
 
     NAME: ClassVar[str] = "GOODBYE"
     LAYOUT: ClassVar[Layout] = Layout(Field("reason", 4))
