@@ -270,6 +270,23 @@ def test_references_in_docstrings_resolve(module):
     assert not wrong, "\n".join(wrong)
 
 
+PACKAGES_WITH_A_TABLE = [
+    name
+    for name, path in modules().items()
+    if path.name == "__init__.py" and re.search(r"^=+ =+$", path.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("package", PACKAGES_WITH_A_TABLE)
+def test_the_table_in_a_package_lists_its_modules(package):
+    text = ast.get_docstring(ast.parse(SOURCES[package].read_text())) or ""
+    cells = re.findall(r"^((?:`\w+`(?:, )?)+) ", text, re.MULTILINE)
+    if not cells:
+        return  # a table of something else
+    below = {name.rpartition(".")[2] for name in modules() if name.rpartition(".")[0] == package}
+    assert {name for cell in cells for name in re.findall(r"\w+", cell)} == below
+
+
 def prose(source: str) -> Iterator[tuple[int, str]]:
     """Yield (line, text) of docstrings and comments."""
     for _, line, text in docstrings(ast.parse(source)):

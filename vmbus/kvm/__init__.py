@@ -13,10 +13,15 @@ that: the client of :mod:`vmbus.attach`, the SynIC model and the wire formats.
 `synic_user`     the VMM has it: MSR exits and a hypercall page of its own
 `link`           the attachment to the server
 `life`           one life of a guest, from reset to reset
+`outcome`        how a life ends
 `machine`        all of it put together
 `bzimage`        loading Linux
-`acpi`           ACPI tables
+`acpi`, `aml`    ACPI tables, and the byte code in them
+`ports`          which device answers at which I/O port
+`chipset`        all port devices, and the small ones of them
+`power`          ACPI's fixed hardware
+`cmos`           the clock
 `serial`         the serial port
-`ports`          what else is on the I/O ports
+`console`        the serial port's other end, a terminal
 ================ ===========================================================================
 """

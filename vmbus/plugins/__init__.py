@@ -1,6 +1,9 @@
 """What comes from other packages by name.
 
 ========== =============================================================================
+`registry` one look-up of entry points for all kinds of plug-ins
 `devices`  devices, from the entry points in the group ``vmbus.devices``
+`specs`    the grammar of specifications, ``scheme:[options]target``
+`words`    enumerations and suggestions in messages
 ========== =============================================================================
 """
