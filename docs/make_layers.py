@@ -26,7 +26,7 @@ PAGE = ROOT / "docs/explanation/layers.md"
 BEGIN = "<!-- rooms: made by docs/make_layers.py, do not edit -->\n"
 END = "<!-- end of rooms -->\n"
 PUBLIC_NAMES = "vmbus"
-"""Everybody may take the version number from there, so that arrow says nothing."""
+"""Everybody may take the version number from there, so an arrow to it says nothing."""
 
 
 def arrows() -> dict[str, list[str]]:

@@ -38,6 +38,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 ROLE = re.compile(r":(?:mod|class|func|meth|attr|data|exc|obj):`([^`]*)`")
 FILE = re.compile(r"`([a-z]\w*\.py)`")
 PLACE = re.compile(r"`([\w/]+\.py): ([\w.]+)`")
+INLINE_IMPORT = re.compile(r"`from ([\w.]+) import ([\w, ]+)`")
 FENCE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 NOT_MODULES = {
@@ -202,6 +203,8 @@ def test_imports_in_examples_work(document):
             if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PACKAGES:
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
                 wrong += [name for name in names if not look_up(name)]
+    for package, names in INLINE_IMPORT.findall(document.read_text()):
+        wrong += [name for name in names.split(", ") if not look_up(f"{package}.{name}")]
     assert not wrong, "\n".join(wrong)
 
 

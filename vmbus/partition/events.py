@@ -50,7 +50,8 @@ class PostedMessage:
 
     A transport lets only so many messages be under way, counting those that are not done: that is
     how a guest is held up that does not take the replies to what it has posted. The bus takes
-    events out of :meth:`Transport.incoming` at any time, so life-cycle events are never held up.
+    events out of :meth:`vmbus.partition.transport.Transport.incoming` at any time, so life-cycle
+    events are never held up.
     """
 
 
@@ -82,8 +83,9 @@ class PartitionResumed:
 class MemoryRemoval:
     """The VMM wants memory back: the region is out of the map already, but may still be in use.
 
-    The transport has called :meth:`GuestMemory.remove_region`; the bus drops what it holds there
-    (it rescinds nothing: a VMM must not take away memory of open rings) and calls ``done``.
+    The transport has called :meth:`vmbus.memory.GuestMemory.remove_region`; the bus drops what it
+    holds there (it rescinds nothing: a VMM must not take away memory of open rings) and calls
+    ``done``.
     """
 
     gpa: int

@@ -107,7 +107,7 @@ class DiskUnit(DiskCore):
         return good[count] if count < len(good) else Outcome(STATUS_GOOD, b"", size)
 
     async def execute(self, command: Command) -> Outcome:
-        """Run any command; see :meth:`LogicalUnit.execute`.
+        """Run any command, as the base class says.
 
         What :meth:`try_execute` has decoded and only found not at hand goes on from there, if
         nothing that was true then has changed: readers and writers are those initiators for whom
