@@ -115,23 +115,31 @@ class DiskUnit(DiskCore):
         """
         if command.plan is None or self._closed:
             return await super().execute(command)
-        lba, count, fua = command.plan
         writing = command.direction == _TO_DISK
-        allowed = self.writers if writing else self.readers
-        if command.initiator not in allowed or lba + count > self.blocks:
+        if not self._is_plain(command):
             return await super().execute(command)
         try:
-            return await self.in_turn(
-                command, partial(self._move, command, fua=fua), exclusive=False
-            )
+            return await self.in_turn(command, partial(self._move, command), exclusive=False)
         except Exception as error:
             return self.failed(command, error, writing=writing)
 
-    async def _move(self, command: Command, *, fua: bool) -> Outcome:
+    def _is_plain(self, command: Command) -> bool:
+        """Whether what :meth:`try_execute` has found out is true still."""
         assert command.plan is not None
-        offset = command.plan[0] * self._sector_size
-        if command.direction == _TO_DISK:
-            await self.disk.writev(offset, command.data, fua=fua or self.write_through)
+        lba, count, _ = command.plan
+        allowed = self.writers if command.direction == _TO_DISK else self.readers
+        return command.initiator in allowed and lba + count <= self.blocks
+
+    async def _move(self, command: Command) -> Outcome:
+        """Move the data; the command has waited for its turn, and the medium may have changed."""
+        writing = command.direction == _TO_DISK
+        if not self._is_plain(command):
+            return await (disk_blocks.write if writing else disk_blocks.read)(self, command)
+        assert command.plan is not None
+        lba, _, fua = command.plan
+        if writing:
+            fua = fua or self.write_through
+            await self.disk.writev(lba * self._sector_size, command.data, fua=fua)
         else:
-            await self.disk.readv(offset, command.data)
+            await self.disk.readv(lba * self._sector_size, command.data)
         return Outcome(STATUS_GOOD, b"", command.length)
