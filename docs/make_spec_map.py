@@ -23,14 +23,18 @@ compares this page with what the script would write.
 """
 
 
-def mentions(name: str, folder: str, *, skip: str = "") -> list[Path]:
-    """Return the files below ``folder`` in which the class ``name`` is used."""
-    word = re.compile(rf"\b{name}\b")
-    return [
-        path
+def words(folder: str, *, skip: str = "") -> dict[Path, set[str]]:
+    """Return the words of each file below ``folder``."""
+    return {
+        path: set(re.findall(r"\w+", path.read_text()))
         for path in sorted((ROOT / folder).rglob("*.py"))
-        if not (skip and skip in path.parts) and word.search(path.read_text())
-    ]
+        if not (skip and skip in path.parts)
+    }
+
+
+def mentions(name: str, files: dict[Path, set[str]]) -> list[Path]:
+    """Return the files in which the class ``name`` is used."""
+    return [path for path, used in files.items() if name in used]
 
 
 def links(paths: list[Path]) -> str:
@@ -41,10 +45,11 @@ def links(paths: list[Path]) -> str:
 def render() -> str:
     """Return the page."""
     rows = []
+    engine, tested = words("vmbus/engine"), words("tests", skip="bench")
     messages: dict[type[Message], Direction] = {row.message: row.direction for row in MESSAGES}
     for message, direction in sorted(messages.items(), key=lambda item: item[0].TYPE):
-        code = mentions(message.__name__, "vmbus/engine")
-        tests = mentions(message.__name__, "tests", skip="bench")
+        code = mentions(message.__name__, engine)
+        tests = mentions(message.__name__, tested)
         way = "g→h" if direction is Direction.GUEST_TO_HOST else "h→g"
         rows.append(f"| {message.TYPE} | {message.NAME} | {way} | {links(code)} | {links(tests)} |")
     return HEAD + "\n".join(rows) + "\n"
