@@ -88,7 +88,7 @@ def relative(path: Path) -> str:
 @cache
 def documents() -> dict[str, str]:
     """Return the text files of the repository."""
-    paths = [path for path in ROOT.iterdir() if not path.name.startswith(".coverage")]
+    paths = [path for path in ROOT.iterdir() if not re.match(r"\.coverage|\.git$", path.name)]
     for each in TOP:
         paths += [path for path in (ROOT / each).rglob("*") if "__pycache__" not in path.parts]
     return {
