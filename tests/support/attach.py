@@ -26,7 +26,14 @@ from vmbus.attach.protocol.framing import (
 )
 from vmbus.attach.protocol.limits import Feature, Role
 from vmbus.attach.protocol.messages import Number
-from vmbus.attach.protocol.to_server import Hello, MemoryRegion, SetMemTable, VmInfo
+from vmbus.attach.protocol.to_server import (
+    Goodbye,
+    Hello,
+    MemoryRegion,
+    PostMessage,
+    SetMemTable,
+    VmInfo,
+)
 from vmbus.attach.protocol.to_vmm import ErrorReply
 from vmbus.attach.server import Handler, ServerLimits, open_listener, serve
 from vmbus.attach.server.transport import SocketTransport
@@ -330,3 +337,18 @@ class Recorder:
 
     def closed(self, reason: str) -> None:
         self._note("closed", reason)
+
+
+POST = PostMessage(4, 1, 0, b"hello").encode()
+
+
+SLOW = ServerLimits(
+    hello_timeout=0.05, write_timeout=0.05, reply_timeout=0.1, drain_timeout=0.1, handler_grace=0.1
+)
+
+
+async def still_served(path: Path, mode: str = "seqpacket") -> None:
+    """Another guest attaches and is served: the server is alive."""
+    with raw_vmm(path, mode) as vmm:
+        await vmm.attach(info=VmInfo(1, 4096, bytes(16), 0, 0))
+        await vmm.ok(Number.GOODBYE, Goodbye(0).encode())
