@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from tests.support.attach import Recorder, count_fds, make_eventfd
+from tests.support.attach import Recorder, make_eventfd
 from tests.support.attach_client import RudeServer
 from vmbus.attach.client.attachment import Attachment
-
-
-@pytest.fixture
-async def no_descriptor_is_leaked() -> AsyncIterator[None]:
-    """For tests in a loop, whose own descriptors are open before and after."""
-    before = count_fds(collect=True)
-    yield
-    assert count_fds() == before
-
-
-@pytest.fixture
-def no_descriptor_is_leaked_by_threads() -> Iterator[None]:
-    """For tests without a loop of their own."""
-    before = count_fds(collect=True)
-    yield
-    assert count_fds() == before
 
 
 @pytest.fixture(params=["seqpacket", "stream"])

@@ -31,7 +31,7 @@ from vmbus.attach.server.transport import SocketTransport
 from vmbus.errors import AttachError, ConfigError
 from vmbus.partition.transport import PartitionReset, PostedMessage
 
-pytestmark = pytest.mark.usefixtures("no_descriptor_is_leaked_by_threads")
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
 
 def test_a_guest_lives_a_whole_life(tmp_path: Path, mode: str) -> None:

@@ -28,7 +28,7 @@ from vmbus.attach.protocol.to_vmm import (
 )
 from vmbus.errors import LocalProtocolError
 
-pytestmark = pytest.mark.usefixtures("no_descriptor_is_leaked_by_threads")
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
 
 def test_ports_are_checked(attached: Attachment, rude: RudeServer, recorder: Recorder) -> None:

@@ -29,7 +29,7 @@ from vmbus.attach.protocol.to_vmm import AddEventPort, AddMsgPort, DeliverMessag
 from vmbus.errors import AttachError, LocalProtocolError
 from vmbus.partition.transport import PostedMessage
 
-pytestmark = pytest.mark.usefixtures("no_descriptor_is_leaked_by_threads")
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
 
 def test_a_full_socket_makes_the_guest_repeat_and_replies_wait(

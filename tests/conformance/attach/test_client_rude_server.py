@@ -26,7 +26,7 @@ from vmbus.attach.protocol.to_vmm import (
 )
 from vmbus.errors import AttachError
 
-pytestmark = pytest.mark.usefixtures("no_descriptor_is_leaked_by_threads")
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
 
 @pytest.mark.parametrize(

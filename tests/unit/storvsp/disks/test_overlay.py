@@ -12,13 +12,8 @@ from storvsp.disks.overlay import CLUSTER, OverlayDisk, open_scratch
 from storvsp.disks.ram import RamDisk
 from storvsp.disks.specs import open_disk
 from storvsp.disks.wrapper import DiskWrapper
+from tests.support.disks import SECTOR, views
 from vmbus.errors import ConfigError
-
-SECTOR = 512
-
-
-def views(*parts):
-    return [memoryview(bytearray(part)) for part in parts]
 
 
 def read(disk, offset, length):
