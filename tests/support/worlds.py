@@ -496,3 +496,9 @@ async def _serve(path: str, mode: str) -> None:
 
 if __name__ == "__main__":
     trio.run(_serve, sys.argv[1], sys.argv[2])
+
+
+async def ready(there: World, version: int = Version.V5_3) -> RawGuest:
+    guest = RawGuest(there)
+    await guest.connect(version)
+    return guest
