@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 MAX_LINES = 500
 LONG_MODULES = {
     "vmbus/wire/messages.py": "one class for each of 29 messages, and the table of them",
+    "tests/support/stranger_vmm.py": "a VMM by somebody who has nothing but the specification",
 }
 TEXT = {".py", ".md", ".toml", ".txt", ".cfg", ".yml", ".yaml", ".json", ".sh", ""}
 TOP = ("vmbus", "devices", "tests", "docs", "captures", ".ci")
@@ -142,7 +143,7 @@ def test_construct_is_interpreted():
 
 def test_modules_are_short():
     long = {}
-    for path in sources("vmbus", "devices"):
+    for path in sources("vmbus", "devices", "tests"):
         lines = len(path.read_text().splitlines())
         if lines > MAX_LINES:
             long[relative(path)] = lines
@@ -200,6 +201,58 @@ def test_the_repository_speaks_of_nothing_outside_of_it(pattern):
             for match in rule.finditer(text)
         ]
     assert not found, "\n".join(found)
+
+
+# -- where tests are -------------------------------------------------------------------------------
+
+MIRRORS = {"": "vmbus", "storvsp": "devices/storvsp", "rig": "tests/guest/rig"}
+"""What the folders below ``tests/unit`` are the mirror of; the longest name decides."""
+
+
+def mirrored(folder: Path) -> Path:
+    """Return the room whose tests are in a folder below ``tests/unit``."""
+    parts = folder.relative_to(ROOT / "tests/unit").parts
+    if parts[:1] and parts[0] in MIRRORS:
+        return ROOT.joinpath(MIRRORS[parts[0]], *parts[1:])
+    return ROOT.joinpath(MIRRORS[""], *parts)
+
+
+def subjects(room: Path) -> set[str]:
+    """Return what tests of a room may be named for: its modules, its sub-packages, the room."""
+    if not room.is_dir():
+        return set()
+    inside = {path.stem for path in room.iterdir() if path.suffix == ".py" or path.is_dir()}
+    return {room.name} | inside
+
+
+def names_subject(stem: str, names: set[str]) -> bool:
+    """Whether a test module is called ``test_<subject>`` or ``test_<subject>_<aspect>``."""
+    about = stem.removeprefix("test_")
+    return any(about == name or about.startswith(f"{name}_") for name in names)
+
+
+def test_every_unit_test_module_is_named_for_a_module_of_the_room_it_mirrors():
+    found = sorted((ROOT / "tests/unit").rglob("test_*.py"))
+    assert {mirrored(path.parent) for path in found} >= {ROOT / each for each in MIRRORS.values()}
+    lost = [
+        relative(path)
+        for path in found
+        if not names_subject(path.stem, subjects(mirrored(path.parent)))
+    ]
+    assert not lost, f"no module is called like what these are about: {lost}"
+
+
+@pytest.mark.parametrize(
+    ("stem", "known"),
+    [
+        ("test_ring", True),
+        ("test_ring_corrupt", True),
+        ("test_rings", False),
+        ("test_corrupt_ring", False),
+    ],
+)
+def test_a_test_module_that_is_named_for_nothing_would_be_found(stem, known):
+    assert names_subject(stem, {"ring", "memory"}) is known
 
 
 # -- hostile input ---------------------------------------------------------------------------------
