@@ -25,7 +25,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture
 async def no_descriptor_is_leaked() -> AsyncIterator[None]:
     """For tests in a loop, whose own descriptors are open before and after."""
-    from tests.support.attach import count_fds
+    from tests.support.leaks import count_fds
 
     before = count_fds(collect=True)
     yield
@@ -35,7 +35,7 @@ async def no_descriptor_is_leaked() -> AsyncIterator[None]:
 @pytest.fixture
 def no_descriptor_is_left() -> Iterator[None]:
     """For tests whose own loop, if they have one, ends with them."""
-    from tests.support.attach import count_fds
+    from tests.support.leaks import count_fds
 
     before = count_fds(collect=True)
     yield

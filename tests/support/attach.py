@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import gc
 import os
 import socket
 import threading
@@ -60,18 +59,6 @@ def make_memfd(size: int = RAM_SIZE, *, seal: bool = True) -> int:
 
 def make_eventfd() -> int:
     return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-
-def open_fds() -> set[int]:
-    """Descriptors of this process, without the one that lists them."""
-    return {int(name) for name in os.listdir("/proc/self/fd")} - {-1}
-
-
-def count_fds(*, collect: bool = False) -> int:
-    """Return the number of open descriptors, without those that earlier tests left as garbage."""
-    if collect:
-        gc.collect()
-    return len(os.listdir("/proc/self/fd"))
 
 
 def send_raw(sock: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> None:

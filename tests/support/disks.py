@@ -3,6 +3,7 @@
 from storvsp.disks.ram import RamDisk
 
 SECTOR = 512
+MIB = 1 << 20
 
 
 def views(*parts):

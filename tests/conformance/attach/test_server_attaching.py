@@ -19,11 +19,11 @@ from tests.support.attach import (
     TABLE,
     Bus,
     RawVmm,
-    count_fds,
     make_memfd,
     raw_vmm,
     running_server,
 )
+from tests.support.leaks import count_fds
 from vmbus.attach.protocol.framing import ASYNC, ERROR
 from vmbus.attach.protocol.limits import MAX_PAYLOAD, Feature, Role
 from vmbus.attach.protocol.messages import RESERVED, Number

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.support.attach import HELLO, POST, Bus, count_fds, raw_vmm, running_server, still_served
+from tests.support.attach import HELLO, POST, Bus, raw_vmm, running_server, still_served
+from tests.support.leaks import count_fds
 from vmbus.attach.protocol.framing import ASYNC, ERROR, HEADER, REPLY, pack_frame
 from vmbus.attach.protocol.limits import MAX_PAYLOAD
 from vmbus.attach.protocol.messages import Number

@@ -14,7 +14,6 @@ from tests.support.attach import (
     RAM_SIZE,
     TABLE,
     Bus,
-    count_fds,
     make_eventfd,
     make_memfd,
     raw_vmm,
@@ -27,6 +26,7 @@ from tests.support.descriptors import (
     regular_file,
     write_sealed_memfd,
 )
+from tests.support.leaks import count_fds
 from vmbus.attach.protocol.messages import Number
 from vmbus.attach.protocol.to_server import MemoryRegion, RemMem, SetMemTable
 from vmbus.attach.server import ServerLimits

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 
 import pytest
 
 from tests.support.kvm_life import USER, LifeRig
+from tests.support.leaks import open_descriptors
 from vmbus.errors import ConfigError
 from vmbus.kvm.life import SynicMode
 from vmbus.kvm.outcome import End, Outcome
@@ -25,14 +25,14 @@ def test_kvm_has_the_synic_if_it_can():
 
 
 def test_what_kvm_cannot_do_is_said_and_nothing_stays_open():
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors(collect=True)
 
     with pytest.raises(ConfigError, match="--synic user"):
         LifeRig(USER, SynicMode.KERNEL)
     with pytest.raises(ConfigError, match=r"Linux 5\.10"):
         LifeRig()
 
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_only_the_first_end_counts():

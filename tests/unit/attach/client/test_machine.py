@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.support.leaks import count_fds
 from tests.support.worlds import TIERS, EchoDevice, whole_life
 from vmbus.attach.client import Done
 from vmbus.attach.client.machine import MachineDelegate, attach_machine
@@ -158,10 +158,10 @@ async def test_a_failing_body_takes_the_attachment_down(server, machine):
         async with attach_machine(machine, server.path):
             raise ZeroDivisionError
     assert caught.group_contains(ZeroDivisionError)
-    before = len(os.listdir("/proc/self/fd"))
+    before = count_fds(collect=True)
     with contextlib.suppress(ExceptionGroup):
         async with attach_machine(machine, server.path):
             raise ZeroDivisionError
     with trio.fail_after(20):
-        while len(os.listdir("/proc/self/fd")) > before:
+        while count_fds() > before:
             await trio.sleep(0.001)

@@ -6,7 +6,8 @@ import socket
 
 import trio
 
-from tests.support.attach import count_fds, make_eventfd
+from tests.support.attach import make_eventfd
+from tests.support.leaks import count_fds
 from vmbus.attach.protocol.framing import Frame
 from vmbus.attach.protocol.messages import MessageSpec, Number, State
 from vmbus.attach.server import ServerLimits
@@ -35,7 +36,7 @@ def make_link() -> tuple[Link, socket.socket]:
 
 
 async def test_a_link_that_failed_before_it_ran_is_over() -> None:
-    before = count_fds()
+    before = count_fds(collect=True)
     link, theirs = make_link()
     link.fail("no")
     link.fail("again")

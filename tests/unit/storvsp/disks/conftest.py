@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.support.images import MIB
+from tests.support.disks import MIB
 
 
 @pytest.fixture

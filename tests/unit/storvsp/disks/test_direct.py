@@ -7,8 +7,7 @@ import pytest
 
 from storvsp.disk import MediumError, OutOfRangeError
 from storvsp.disks.raw import RawDisk
-from tests.support.disks import SECTOR, views
-from tests.support.images import MIB
+from tests.support.disks import MIB, SECTOR, views
 from vmbus.errors import ConfigError
 
 

@@ -9,7 +9,8 @@ import pytest
 from storvsp.disks import linux
 from storvsp.disks.raw import RawDisk
 from storvsp.disks.specs import open_disk
-from tests.support.images import MIB, open_descriptors
+from tests.support.disks import MIB
+from tests.support.leaks import open_descriptors
 from vmbus.errors import ConfigError
 
 
@@ -26,7 +27,7 @@ async def test_a_missing_image_is_created_sparse_and_found_again(tmp_path):
 
 
 async def test_a_writer_excludes_writers_and_readers_but_readers_share(image):
-    before = open_descriptors()
+    before = open_descriptors(collect=True)
     writer = await RawDisk.open(image)
     for options in ("", "[ro]"):
         with pytest.raises(ConfigError, match=r"is in use: .*share"):
@@ -77,7 +78,7 @@ async def test_a_file_system_without_locks_is_named(image, monkeypatch):
 )
 async def test_images_that_cannot_be_opened_say_why_and_leave_nothing(tmp_path, spec, hint):
     (tmp_path / "empty.img").touch()
-    before = open_descriptors()
+    before = open_descriptors(collect=True)
     with pytest.raises(ConfigError) as caught:
         await open_disk(spec.format(tmp=tmp_path))
     assert hint in str(caught.value)
@@ -111,7 +112,7 @@ async def test_what_the_kernel_refuses_says_what_to_do(image, monkeypatch, code,
 
 
 async def test_an_image_that_cannot_get_its_size_is_not_left_behind(tmp_path, monkeypatch):
-    before = open_descriptors()
+    before = open_descriptors(collect=True)
     with pytest.raises(ConfigError, match=r"File too large|Invalid argument"):
         await RawDisk.open(tmp_path / "new.img", create=1 << 62)
 
@@ -126,7 +127,7 @@ async def test_an_image_that_cannot_get_its_size_is_not_left_behind(tmp_path, mo
 
 
 async def test_a_descriptor_is_closed_when_its_disk_cannot_be_made(image, monkeypatch):
-    before = open_descriptors()
+    before = open_descriptors(collect=True)
 
     for error in (OSError(errno.EIO, "Input/output error"), RuntimeError("boom")):
 

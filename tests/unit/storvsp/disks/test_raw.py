@@ -19,8 +19,8 @@ from storvsp.disk import (
 from storvsp.disks import linux
 from storvsp.disks.raw import RawDisk
 from storvsp.disks.specs import open_disk
-from tests.support.disks import SECTOR, views
-from tests.support.images import MIB, open_descriptors
+from tests.support.disks import MIB, SECTOR, views
+from tests.support.leaks import open_descriptors
 from vmbus.errors import ConfigError
 
 
@@ -343,7 +343,7 @@ async def test_errors_of_the_device_come_back_as_what_they_mean(image, monkeypat
 
 
 async def test_a_closed_disk_is_unavailable_and_its_descriptor_closed_once(image):
-    before = open_descriptors()
+    before = open_descriptors(collect=True)
     disk = await RawDisk.open(image)
     await disk.aclose()
     assert open_descriptors() == before
