@@ -147,6 +147,7 @@ def test_a_guest_that_goes_on_without_output_is_not_waited_for(monkeypatch):
     assert problems_of(result)[0] == ("guest", "has closed its output but goes on")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("temporary")
 def test_a_server_that_goes_on_without_its_guest_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(demo, "GRACE", 2.0)

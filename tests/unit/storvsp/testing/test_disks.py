@@ -59,6 +59,7 @@ from tests.support.broken_disks import (
 from vmbus.errors import ConfigError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("disk", "text"),
     [
