@@ -295,8 +295,9 @@ class TearsSectors(RamDisk):
                 part = len(data) // 4096 * 2048 + 256
                 self.try_writev(offset, [memoryview(data[:part])])
             else:
-                await trio.lowlevel.checkpoint()
+                # At once: if it came last, whole, nobody would see that the others were torn.
                 self.try_writev(offset, [memoryview(data)])
+                await trio.lowlevel.checkpoint()
         finally:
             self.writers -= 1
 
