@@ -147,12 +147,12 @@ class ScsiController:
     async def run(self, primary: Channel) -> None:
         """See :meth:`vmbus.host.Device.run`."""
         self._session = Session(primary, self.units, self.limits)
+        self.units.attended()
         try:
             await self._session.run()
         finally:
             self._session = None
-            for unit in self.units:
-                unit.detach(self.units.initiator)
+            self.units.left()
 
     def save(self) -> dict[str, Any]:
         """See :meth:`vmbus.host.Saveable.save`."""

@@ -126,7 +126,8 @@ class DiskInfo:
     write_cache: bool = True
     """Completed writes may be volatile until ``flush`` (WCE bit)."""
     identity: bytes = b""
-    """Up to 16 bytes naming the disk for ever (VPD 83); empty: made up by the controller."""
+    """Up to 16 bytes naming the disk for ever, wherever it is attached (VPD 83); empty: the
+    controller makes a name up, from the place and how many disks were there before."""
     serial: str = ""
     """Unit serial number (VPD 80), printable ASCII."""
     max_transfer: int = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 from uuid import UUID, uuid5
@@ -37,6 +38,18 @@ class _Medium:
     unwatch: Callable[[], None]
 
 
+def _nobody() -> None:
+    return None
+
+
+@dataclasses.dataclass(slots=True)
+class _Name:
+    """Which of the disks that were at an address had its name last."""
+
+    number: int = 0
+    disk: Callable[[], Disk | None] = _nobody
+
+
 class Units:
     """The units of one controller.
 
@@ -53,6 +66,8 @@ class Units:
         self._instance_id = instance_id
         self._changed = changed
         self._media: dict[Address, _Medium] = {}
+        self._names: dict[Address, _Name] = {}
+        self._seen: set[Address] | None = None  # where the guest that is there has found a unit
 
     def __len__(self) -> int:
         """How many there are."""
@@ -74,9 +89,8 @@ class Units:
             taken = set(self.luns(path, target))
             lun = next(free for free in range(MAX_LUN + 2) if free not in taken)
         kind = CdromUnit if disk.info.optical else DiskUnit
-        # A disk without a name of its own keeps the one its place gives it, so that a guest finds
-        # it again after a restart of the server.
-        identity = uuid5(self._instance_id, f"{path}:{target}:{lun}").bytes
+        self._check_free((path, target, lun))
+        identity = self._name((path, target, lun), disk)
         unit = kind(disk, luns=lambda: self.luns(path, target), identity=identity)
         try:
             address = self.add_unit(unit, path=path, target=target, lun=lun)
@@ -89,6 +103,16 @@ class Units:
     def add_unit(self, unit: LogicalUnit, *, path: int, target: int, lun: int) -> Address:
         """See :meth:`storvsp.controller.ScsiController.add_unit`."""
         address = (path, target, lun)
+        self._check_free(address)
+        self.by_address[address] = unit
+        if self._seen is not None:
+            unit.introduce(self.initiator, replaces=address in self._seen)
+            self._seen.add(address)
+        self._luns_changed(address)
+        return address
+
+    def _check_free(self, address: Address) -> None:
+        path, target, lun = address
         if not (0 <= path <= MAX_PATH and 0 <= target <= MAX_TARGET and 0 <= lun <= MAX_LUN):
             raise ConfigError(
                 f"no guest looks at path {path}, target {target}, LUN {lun}; there are paths 0 to "
@@ -96,9 +120,31 @@ class Units:
             )
         if address in self.by_address:
             raise ConfigError(f"path {path}, target {target}, LUN {lun} is taken")
-        self.by_address[address] = unit
-        self._luns_changed(address)
-        return address
+
+    def _name(self, address: Address, disk: Disk) -> bytes:
+        """Name a disk that has no name of its own, 16 bytes.
+
+        It gets the one of its place, so that a guest finds it again after a restart of the server;
+        but a second disk at the same place is not the first one.
+        """
+        name = self._names.get(address)
+        if name is None:
+            name = self._names[address] = _Name()
+        elif name.disk() is not disk:
+            name.number += 1
+        name.disk = weakref.ref(disk)
+        suffix = f"#{name.number}" if name.number else ""
+        return uuid5(self._instance_id, address_text(address) + suffix).bytes
+
+    def attended(self) -> None:
+        """Take note that a guest is there from now on: what comes is news to it."""
+        self._seen = set(self.by_address)
+
+    def left(self) -> None:
+        """Take note that the guest is gone, and forget what units know of it."""
+        self._seen = None
+        for unit in self:
+            unit.detach(self.initiator)
 
     async def remove(self, address: Address) -> None:
         """See :meth:`storvsp.controller.ScsiController.remove_disk`."""

@@ -6,6 +6,7 @@ docstring says that they do not touch the medium.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import errno
@@ -30,6 +31,7 @@ BLKSSZGET = 0x1268
 BLKDISCARD = 0x1277
 BLKPBSZGET = 0x127B
 BLKGETSIZE64 = 0x80081272
+FS_IOC_GETVERSION = 0x80087601
 
 # linux/include/uapi/linux/magic.h
 _MEMORY_FILE_SYSTEMS = {0x01021994, 0x858458F6}  # tmpfs, ramfs
@@ -115,6 +117,29 @@ def in_memory(fd: int) -> bool:
     answer = ctypes.create_string_buffer(256)  # struct statfs has 120 bytes; f_type is the first
     _check(_libc().fstatfs(fd, answer))
     return int.from_bytes(answer.raw[:8], "little") in _MEMORY_FILE_SYSTEMS
+
+
+def generation(fd: int) -> int:
+    """Return how the file differs from earlier ones with its inode number; 0 if nobody counts."""
+    try:
+        answer = fcntl.ioctl(fd, FS_IOC_GETVERSION, bytes(8))
+    except OSError:
+        return 0
+    return int.from_bytes(answer[:4], "little")  # an int, whatever the number of the request says
+
+
+# Below /sys/dev/block/MAJOR:MINOR, the most specific first. Loop devices and partitions have none.
+_NAMES = ("dm/uuid", "md/uuid", "wwid", "device/wwid", "device/serial", "serial")
+
+
+def block_device_name(number: int) -> str:
+    """Return a name of a block device that outlives restarts, or an empty text."""
+    directory = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    for each in _NAMES:
+        with contextlib.suppress(OSError):
+            if text := (directory / each).read_text().strip():
+                return f"{each} {text}"
+    return ""
 
 
 def lock(fd: int, *, exclusive: bool) -> None:

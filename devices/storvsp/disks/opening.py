@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 
@@ -15,6 +16,23 @@ def measure(fd: int, sector_size: int) -> int:
     status = os.fstat(fd)
     size = linux.block_device_size(fd) if stat.S_ISBLK(status.st_mode) else status.st_size
     return size - size % sector_size
+
+
+def identify(fd: int) -> bytes:
+    """Return 16 bytes naming a file or block device, the same each time it is opened. Blocks.
+
+    A file that is renamed stays the same disk, a copy of it is another one, and so is what takes
+    over the inode number of a deleted file, as far as the file system counts that. Empty if a
+    block device has no name that outlives a restart of the host.
+    """
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):
+        name = linux.block_device_name(status.st_rdev)
+        parts = [b"block device", name.encode()] if name else []
+    else:
+        numbers = (os.fstatvfs(fd).f_fsid, status.st_ino, linux.generation(fd))
+        parts = [b"file", *(str(number).encode() for number in numbers)]
+    return hashlib.blake2b(b"\0".join(parts), digest_size=16).digest() if parts else b""
 
 
 # Where the formats of images have their names: offset from the start, or from the end.

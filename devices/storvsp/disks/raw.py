@@ -63,7 +63,7 @@ from storvsp.disks import direct as direct_io, linux
 from storvsp.disks.buffers import check_range, merge_extents
 from storvsp.disks.durability import Durability
 from storvsp.disks.inline import InlineWrites
-from storvsp.disks.opening import measure, oddities, open_file
+from storvsp.disks.opening import identify, measure, oddities, open_file
 from storvsp.disks.specs import DiskSpec
 from vmbus.errors import ConfigError
 from vmbus.memory import total_length
@@ -142,6 +142,7 @@ class RawDisk(Disk):
             removable=optical,
             optical=optical,
             write_cache=not read_only,
+            identity=identify(fd),
         )
         if device is not None:
             return dataclasses.replace(

@@ -4,8 +4,9 @@ Order of the checks (SAM-5 5.3.3 and 5.14): an operation code that does not exis
 reservation conflict are reported first and leave unit attentions alone; then the oldest unit
 attention; then everything wrong with the CDB.
 
-A unit attention is not raised for power on: a guest finds its disks in a defined state, and small
-boot firmware takes the first CHECK CONDITION for a broken disk.
+A guest that comes gets no unit attention for power on: it finds its disks in a defined state, and
+small boot firmware takes the first CHECK CONDITION for a broken disk. A unit that comes while the
+guest is there has one.
 """
 
 from __future__ import annotations
@@ -73,6 +74,10 @@ class DispatchUnit(LogicalUnit):
 
     table: Table
     """The commands."""
+    replaced: tuple[int, ...] = (sense.INQUIRY_DATA_HAS_CHANGED, sense.CAPACITY_DATA_HAS_CHANGED)
+    """ASC << 8 | ASCQ of what a guest is told that knows another unit at this address. FreeBSD
+    probes it anew after the first one; Linux tells udev, and reads its pages and its capacity again
+    after the second one (linux/drivers/scsi/storvsc_drv.c: storvsc_handle_error)."""
 
     def __init__(self, luns: Callable[[], Iterable[int]], modes: ModePages) -> None:
         self.luns = luns
@@ -266,6 +271,13 @@ class DispatchUnit(LogicalUnit):
     def raise_attention(self, code: int, *, but: Hashable | None = None) -> None:
         """Queue a unit attention for every known initiator; see the base class."""
         self.attentions.add_all(code, but=but)
+        self.refresh()
+
+    def introduce(self, initiator: Hashable, *, replaces: bool) -> None:
+        """Raise what news there is; see :meth:`LogicalUnit.introduce`."""
+        self.attentions.know(initiator)
+        for code in self.replaced if replaces else (sense.POWER_ON_OR_RESET,):
+            self.attentions.add(initiator, code)
         self.refresh()
 
     def save(self) -> dict[str, Any]:

@@ -53,6 +53,8 @@ class CdromUnit(DispatchUnit):
         ConfigError: The medium does not have sectors of 2048 bytes.
     """
 
+    replaced = (sense.MEDIUM_MAY_HAVE_CHANGED,)  # what guests look out for with drives
+
     def __init__(
         self,
         disk: Disk | None = None,
@@ -128,6 +130,12 @@ class CdromUnit(DispatchUnit):
             self.event = mmc.EVENT_MEDIA_REMOVAL
             self.refresh()
         return disk
+
+    def introduce(self, initiator: Hashable, *, replaces: bool) -> None:
+        """Raise what news there is; see the base class."""
+        if replaces and self.disk is not None:
+            self.event = mmc.EVENT_NEW_MEDIA
+        super().introduce(initiator, replaces=replaces)
 
     def move_tray(self, *, opened: bool) -> None:
         """Open or close the tray for the guest; a medium on it goes or comes with it."""

@@ -172,6 +172,17 @@ class LogicalUnit(abc.ABC):
             but: An initiator that needs no telling.
         """
 
+    def introduce(self, initiator: Hashable, *, replaces: bool) -> None:
+        """Tell an initiator, by unit attentions, that this unit has come while it was there.
+
+        Cannot block.
+
+        Args:
+            initiator: Who would take the unit for the one that it knows.
+            replaces: Another unit had the same address before.
+        """
+        del initiator, replaces
+
     def save(self) -> dict[str, Any]:
         """Return what a guest has set and expects to find, as JSON types. Cannot block."""
         return {}
