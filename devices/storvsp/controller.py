@@ -78,6 +78,7 @@ class ScsiController:
         target: int = 0,
         lun: int | None = None,
         owned: bool = True,
+        source: str = "",
     ) -> Address:
         """Put a disk behind the controller; a running guest is told at once. Cannot block.
 
@@ -87,6 +88,7 @@ class ScsiController:
             target: 0 or 1.
             lun: 0 to 254, or None for the lowest free one.
             owned: Close the disk when it is removed or the controller leaves the bus.
+            source: What people call it, such as the specification that it was made from.
 
         Returns:
             Where it is.
@@ -94,7 +96,65 @@ class ScsiController:
         Raises:
             ConfigError: The address is taken or does not exist.
         """
-        return self.units.add_disk(disk, path=path, target=target, lun=lun, owned=owned)
+        return self.units.add_disk(
+            disk, path=path, target=target, lun=lun, owned=owned, source=source
+        )
+
+    def add_drive(self, *, path: int = 0, target: int = 0, lun: int | None = None) -> Address:
+        """Put an empty CD-ROM drive behind the controller, as :meth:`add_disk` does. Cannot block.
+
+        Raises:
+            ConfigError: The address is taken or does not exist.
+        """
+        return self.units.add_disk(None, path=path, target=target, lun=lun)
+
+    async def insert_medium(
+        self,
+        address: Address,
+        disk: Disk,
+        *,
+        replace: bool = False,
+        force: bool = False,
+        owned: bool = True,
+        source: str = "",
+    ) -> bool:
+        """Put a medium into a CD-ROM drive and close its tray. Is a checkpoint.
+
+        The guest sees UNIT ATTENTION 28/00 and a media event.
+
+        Args:
+            address: Path, target, LUN.
+            disk: The medium, with sectors of 2048 bytes.
+            replace: Take out the one that is there.
+            force: Also if the guest has locked the tray.
+            owned: Close the disk when it is taken out or the controller leaves the bus.
+            source: What people call it.
+
+        Returns:
+            False if the tray is locked: the guest has been asked to let go, and the disk is still
+            the caller's.
+
+        Raises:
+            ConfigError: There is no drive, it has a medium, or the disk does not fit.
+        """
+        return await self.units.insert(
+            address, disk, replace=replace, force=force, owned=owned, source=source
+        )
+
+    async def eject_medium(self, address: Address, *, force: bool = False) -> bool:
+        """Take the medium out of a CD-ROM drive. Is a checkpoint.
+
+        Args:
+            address: Path, target, LUN.
+            force: Also if the guest has locked the tray.
+
+        Returns:
+            False if the tray is locked: the guest has been asked to let go.
+
+        Raises:
+            ConfigError: There is no drive, or nothing in it.
+        """
+        return await self.units.eject(address, force=force)
 
     def add_unit(self, unit: LogicalUnit, *, path: int = 0, target: int = 0, lun: int) -> Address:
         """Put any logical unit behind the controller, as :meth:`add_disk` does. Cannot block.

@@ -225,6 +225,13 @@ class Disk(abc.ABC):
         """
         return [Extent(offset, length, mapped=True)]
 
+    async def look_again(self) -> None:
+        """Find out whether the size has changed outside, and tell the watchers if so.
+
+        The default knows that it has not. May be a checkpoint; raises DiskError.
+        """
+        return
+
     def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
         """Call ``changed`` on the trio thread whenever ``info`` has changed (a resize).
 

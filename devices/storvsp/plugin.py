@@ -65,16 +65,21 @@ class ScsiPlugin:
         return controller
 
     async def command(self, device: Device, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Carry out an operator's request: ``add``, ``remove`` or ``resize``. Is a checkpoint.
+        """Carry out an operator's request on a disk or a drive. Is a checkpoint.
 
         ::
 
-            {"action": "add", "spec": "ram:64M"}               -> {"address": "0:0:1"}
-            {"action": "remove", "address": "0:0:1"}           -> {}
-            {"action": "resize", "address": "0", "size": "2G"} -> {"size": 2147483648}
+            {"action": "add", "spec": "ram:64M"}                     -> {"address": "0:0:1"}
+            {"action": "remove", "address": "0:0:1"}                 -> {}
+            {"action": "resize", "address": "0", "size": "2G"}       -> {"size": 2147483648}
+            {"action": "insert", "address": "1", "spec": "cd:a.iso"} -> {"done": true}
+            {"action": "change", "address": "1", "spec": "cd:b.iso"} -> {"done": true}
+            {"action": "eject", "address": "1"}                      -> {"done": true}
 
         ``resize`` without ``size`` looks again at a back-end that has grown outside; to make a disk
-        smaller it needs ``"shrink": true``.
+        smaller it needs ``"shrink": true``. ``insert`` wants an empty or open drive. ``change`` and
+        ``eject`` answer false if the guest has locked the tray, which is asked to let go, unless
+        there is ``"force": true``.
 
         Raises:
             ConfigError: The request is unknown, incomplete or cannot be honoured.
@@ -87,17 +92,29 @@ class ScsiPlugin:
                 await device.remove_disk(parse_address(text))
                 return {}
             case {"action": "resize", "address": str(text)}:
-                size, shrink = request.get("size"), request.get("shrink", False)
-                if not isinstance(size, str | None) or not isinstance(shrink, bool):
-                    raise ConfigError("resize: size is a text such as 2G, shrink true or false")
+                size = request.get("size")
+                if not isinstance(size, str | None):
+                    raise ConfigError("resize: size is a text such as 2G")
                 size = await device.resize_disk(
-                    parse_address(text), parse_size(size) if size else None, shrink=shrink
+                    parse_address(text),
+                    parse_size(size) if size else None,
+                    shrink=_flag(request, "shrink"),
                 )
                 return {"size": size}
+            case {"action": "insert" | "change" as action, "address": str(text), "spec": str(spec)}:
+                replace = action == "change"
+                done = await insert(
+                    device, text, spec, replace=replace, force=_flag(request, "force")
+                )
+                return {"done": done}
+            case {"action": "eject", "address": str(text)}:
+                force = _flag(request, "force")
+                return {"done": await device.eject_medium(parse_address(text), force=force)}
             case _:
                 raise ConfigError(
                     "a SCSI controller can: add (spec), remove (address), resize (address, size, "
-                    "shrink)"
+                    "shrink), insert (address, spec), change (address, spec, force), eject "
+                    "(address, force)"
                 )
 
 
@@ -113,17 +130,46 @@ async def add(controller: ScsiController, text: str) -> Address:
     """
     spec, place = DiskSpec.parse(text).split()
     numbers = {name: _number(text, name, value) for name, value in place.items()}
+    path, target, lun = numbers.get("path", 0), numbers.get("target", 0), numbers.get("lun")
+    if spec.scheme == "cd" and not (spec.target or spec.options):
+        return controller.add_drive(path=path, target=target, lun=lun)
     disk = await open_disk(spec)
     try:
-        return controller.add_disk(
-            disk,
-            path=numbers.get("path", 0),
-            target=numbers.get("target", 0),
-            lun=numbers.get("lun"),
-        )
+        return controller.add_disk(disk, path=path, target=target, lun=lun, source=str(spec))
     except BaseException:
         await disk.aclose()
         raise
+
+
+async def insert(
+    controller: ScsiController, address: str, text: str, *, replace: bool, force: bool
+) -> bool:
+    """Open the medium ``text`` names and put it into the drive at an address. Is a checkpoint.
+
+    Returns:
+        False if the guest has locked the tray.
+
+    Raises:
+        ConfigError: It cannot be opened, does not fit, or there is no drive that can take it.
+    """
+    place = parse_address(address)
+    disk = await open_disk(DiskSpec.parse(text))
+    done = False
+    try:
+        done = await controller.insert_medium(
+            place, disk, replace=replace, force=force, source=text
+        )
+    finally:
+        if controller.units.disk(place) is not disk:
+            await disk.aclose()
+    return done
+
+
+def _flag(request: Mapping[str, Any], name: str) -> bool:
+    value = request.get(name, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is true or false, not {value!r}")
+    return value
 
 
 def _number(text: str, name: str, value: str) -> int:

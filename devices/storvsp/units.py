@@ -35,6 +35,7 @@ class _Medium:
 
     disk: Disk
     owned: bool
+    source: str
     unwatch: Callable[[], None]
 
 
@@ -82,34 +83,47 @@ class Units:
         return sorted(each[2] for each in self.by_address if each[:2] == (path, target))
 
     def add_disk(
-        self, disk: Disk, *, path: int, target: int, lun: int | None, owned: bool
+        self,
+        disk: Disk | None,
+        *,
+        path: int,
+        target: int,
+        lun: int | None,
+        owned: bool = True,
+        source: str = "",
     ) -> Address:
-        """See :meth:`storvsp.controller.ScsiController.add_disk`."""
+        """See :meth:`storvsp.controller.ScsiController.add_disk` and ``add_drive``."""
         if lun is None:
             taken = set(self.luns(path, target))
             lun = next(free for free in range(MAX_LUN + 2) if free not in taken)
-        kind = CdromUnit if disk.info.optical else DiskUnit
-        self._check_free((path, target, lun))
-        identity = self._name((path, target, lun), disk)
-        unit = kind(disk, luns=lambda: self.luns(path, target), identity=identity)
-        try:
-            address = self.add_unit(unit, path=path, target=target, lun=lun)
-        except ConfigError:
-            unit.close()
-            raise
-        self._media[address] = _Medium(disk, owned, disk.watch(self._changed))
+        address = (path, target, lun)
+        self._check_free(address)
+        identity = self._name(address, disk)
+
+        def luns() -> list[int]:
+            return self.luns(path, target)
+
+        if disk is None or disk.info.optical:
+            self._place(address, CdromUnit(disk, luns=luns, identity=identity))
+        else:
+            self._place(address, DiskUnit(disk, luns=luns, identity=identity))
+        if disk is not None:
+            self._media[address] = _Medium(disk, owned, source, disk.watch(self._changed))
         return address
 
     def add_unit(self, unit: LogicalUnit, *, path: int, target: int, lun: int) -> Address:
         """See :meth:`storvsp.controller.ScsiController.add_unit`."""
         address = (path, target, lun)
         self._check_free(address)
+        self._place(address, unit)
+        return address
+
+    def _place(self, address: Address, unit: LogicalUnit) -> None:
         self.by_address[address] = unit
         if self._seen is not None:
             unit.introduce(self.initiator, replaces=address in self._seen)
             self._seen.add(address)
         self._luns_changed(address)
-        return address
 
     def _check_free(self, address: Address) -> None:
         path, target, lun = address
@@ -121,7 +135,7 @@ class Units:
         if address in self.by_address:
             raise ConfigError(f"path {path}, target {target}, LUN {lun} is taken")
 
-    def _name(self, address: Address, disk: Disk) -> bytes:
+    def _name(self, address: Address, disk: Disk | None) -> bytes:
         """Name a disk that has no name of its own, 16 bytes.
 
         It gets the one of its place, so that a guest finds it again after a restart of the server;
@@ -130,9 +144,9 @@ class Units:
         name = self._names.get(address)
         if name is None:
             name = self._names[address] = _Name()
-        elif name.disk() is not disk:
+        elif disk is None or name.disk() is not disk:
             name.number += 1
-        name.disk = weakref.ref(disk)
+        name.disk = _nobody if disk is None else weakref.ref(disk)
         suffix = f"#{name.number}" if name.number else ""
         return uuid5(self._instance_id, address_text(address) + suffix).bytes
 
@@ -153,20 +167,63 @@ class Units:
             raise ConfigError("nothing is at path {}, target {}, LUN {}".format(*address))
         unit.close()
         self._luns_changed(address)
+        await self._let_go(unit, self._media.pop(address, None))
+
+    async def _let_go(self, unit: LogicalUnit, medium: _Medium | None) -> None:
+        """Close a disk that a unit does not use any more, when nothing is under way."""
         await unit.ended()
-        medium = self._media.pop(address, None)
         if medium is not None:
             medium.unwatch()
             if medium.owned:
                 await medium.disk.aclose()
+
+    async def insert(
+        self,
+        address: Address,
+        disk: Disk,
+        *,
+        replace: bool,
+        force: bool,
+        owned: bool = True,
+        source: str = "",
+    ) -> bool:
+        """See :meth:`storvsp.controller.ScsiController.insert_medium`."""
+        drive = self._drive(address)
+        drive.check_medium(disk)
+        if drive.present:
+            if not replace:
+                raise ConfigError(f"there is a medium in the drive at {address_text(address)}")
+            if drive.eject(force=force) is None:
+                return False
+        drive.insert(disk)
+        old = self._media.pop(address, None)
+        self._media[address] = _Medium(disk, owned, source, disk.watch(self._changed))
+        await self._let_go(drive, old)
+        return True
+
+    async def eject(self, address: Address, *, force: bool) -> bool:
+        """See :meth:`storvsp.controller.ScsiController.eject_medium`."""
+        drive = self._drive(address)
+        if drive.disk is None:
+            raise ConfigError(f"the drive at {address_text(address)} is empty")
+        if drive.eject(force=force) is None:
+            return False
+        await self._let_go(drive, self._media.pop(address, None))
+        return True
+
+    def _drive(self, address: Address) -> CdromUnit:
+        unit = self.by_address.get(address)
+        if not isinstance(unit, CdromUnit):
+            raise ConfigError(f"there is no drive at {address_text(address)}")
+        return unit
 
     async def resize(self, address: Address, size: int | None, *, shrink: bool = False) -> int:
         """See :meth:`storvsp.controller.ScsiController.resize_disk`."""
         if address not in self.by_address:
             raise ConfigError("nothing is at path {}, target {}, LUN {}".format(*address))
         disk = self.disk(address)
-        action = getattr(disk, "look_again" if size is None else "resize", None)
-        if disk is None or action is None:
+        action = getattr(disk, "resize", None)
+        if disk is None or (size is not None and action is None):
             kind = type(disk or self.by_address[address]).__name__
             raise ConfigError(f"{address_text(address)} is {kind}, which cannot be resized")
         if size is not None and size < disk.info.size and not shrink:
@@ -174,9 +231,12 @@ class Units:
                 f"{address_text(address)} has {disk.info.size} bytes; {size} would cut off what is "
                 "behind, which has to be asked for (--shrink)"
             )
-        done = action() if size is None else action(size)
-        if inspect.isawaitable(done):
-            await done
+        if size is None:
+            await disk.look_again()
+        else:
+            done = action(size)  # type: ignore[misc]  # checked above
+            if inspect.isawaitable(done):
+                await done
         return disk.info.size
 
     def disk(self, address: Address) -> Disk | None:
@@ -191,6 +251,7 @@ class Units:
                 "address": address_text(address),
                 "size": disk.info.size if (disk := self.disk(address)) else None,
                 "kind": type(disk).__name__ if disk else type(unit).__name__,
+                "source": self._media[address].source if disk else "",
                 "read_only": disk.info.read_only if disk else None,
             }
             for address, unit in sorted(self.by_address.items())

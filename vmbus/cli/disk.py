@@ -10,6 +10,8 @@ from vmbus.cli.client import ask_guests, pick_guest, send_command
 from vmbus.cli.output import print_json, print_table, size_text
 from vmbus.cli.params import F, json_option, socket_option
 
+_ACCESS = {True: "read only", False: "read, write", None: "-"}
+
 BACKEND = "disk"
 """What the server calls the back-ends of the devices that this is about."""
 
@@ -35,7 +37,7 @@ def controller_option(function: F) -> F:
 
 @click.group()
 def command() -> None:
-    """List, add, remove and resize the disks of a running guest.
+    """List, add, remove and resize the disks of a running guest, and change media.
 
     Guests notice at once. A disk's address is its LUN, or path:target:lun.
     """
@@ -58,15 +60,16 @@ def list_disks(*, socket_path: str, guest: str | None, as_json: bool) -> None:
         print_json(disks)
     elif disks:
         print_table(
-            ("guest", "controller", "address", "size", "kind", "access"),
+            ("guest", "controller", "address", "size", "kind", "access", "source"),
             [
                 (
                     disk["guest"],
                     str(disk["controller"]),
                     disk["address"],
-                    size_text(disk["size"]),
+                    "-" if disk["size"] is None else size_text(disk["size"]),
                     disk["kind"],
-                    "read only" if disk["read_only"] else "read, write",
+                    _ACCESS[disk["read_only"]],
+                    disk["source"] or "-",
                 )
                 for disk in disks
             ],
@@ -146,6 +149,87 @@ def resize_disk(
         print_json(result)
     else:
         click.echo(f"{address} has {size_text(result['size'])} now")
+
+
+@command.command("insert")
+@socket_option
+@guest_option
+@controller_option
+@json_option
+@click.argument("address")
+@click.argument("spec")
+def insert_medium(
+    *, socket_path: str, guest: str | None, controller: int, as_json: bool, address: str, spec: str
+) -> None:
+    """Put the medium SPEC, such as cd:install.iso, into the empty drive at ADDRESS.
+
+    A drive whose tray the guest has opened counts as empty.
+    """
+    result = _operate(socket_path, guest, controller, action="insert", address=address, spec=spec)
+    _tell_medium(result, as_json=as_json, text=f"inserted at {address}")
+
+
+@command.command("change")
+@socket_option
+@guest_option
+@controller_option
+@json_option
+@click.option("--force", is_flag=True, help="Also if the guest has locked the tray.")
+@click.argument("address")
+@click.argument("spec")
+def change_medium(
+    *,
+    socket_path: str,
+    guest: str | None,
+    controller: int,
+    as_json: bool,
+    force: bool,
+    address: str,
+    spec: str,
+) -> None:
+    """Put the medium SPEC into the drive at ADDRESS instead of what is there."""
+    result = _operate(
+        socket_path, guest, controller, action="change", address=address, spec=spec, force=force
+    )
+    _tell_medium(result, as_json=as_json, text=f"changed {address}")
+
+
+@command.command("eject")
+@socket_option
+@guest_option
+@controller_option
+@json_option
+@click.option("--force", is_flag=True, help="Also if the guest has locked the tray.")
+@click.argument("address")
+def eject_medium(
+    *,
+    socket_path: str,
+    guest: str | None,
+    controller: int,
+    as_json: bool,
+    force: bool,
+    address: str,
+) -> None:
+    """Take the medium out of the drive at ADDRESS.
+
+    A guest that has locked the tray is asked to let go; the exit code is 1 then.
+    """
+    result = _operate(socket_path, guest, controller, action="eject", address=address, force=force)
+    _tell_medium(result, as_json=as_json, text=f"ejected {address}")
+
+
+def _tell_medium(result: dict[str, Any], *, as_json: bool, text: str) -> None:
+    if as_json:
+        print_json(result)
+    elif result["done"]:
+        click.echo(text)
+    else:
+        click.echo(
+            "the guest has locked the tray and has been asked to let go; --force does not ask",
+            err=True,
+        )
+    if not result["done"]:
+        raise SystemExit(1)
 
 
 def _controllers(guest: dict[str, Any]) -> list[dict[str, Any]]:

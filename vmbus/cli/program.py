@@ -20,7 +20,7 @@ COMMANDS = {
     "demo": "Show a guest at work: it comes up, finds its disks and uses them.",
     "serve": "Serve guests: listen on a socket where VMMs attach them.",
     "top": "Watch the guests of a server: channels, rings and rates.",
-    "disk": "List, add, remove and resize the disks of a running guest.",
+    "disk": "List, add, remove and resize the disks of a running guest, and change media.",
     "devices": "Show the installed devices and disk back-ends.",
     "doctor": "Show what this machine can do, and what to do about the rest.",
 }

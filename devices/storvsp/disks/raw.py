@@ -349,12 +349,12 @@ class RawDisk(Disk):
         return True
 
     async def look_again(self) -> None:
-        """Find out whether the file or device has grown or shrunk outside. Cannot block.
-
-        Raises:
-            DiskError: The kernel refuses to say, or the disk is closed.
-        """
-        self.check_resize()
+        self._check_open()
+        # A file system that has to ask its server keeps a worker waiting, not everybody; it is the
+        # second look that counts, because nothing can come in between.
+        await self._call("size check", None, measure, self._fd, self._info.sector_size)
+        if not self._closed:
+            self.check_resize()
 
     async def resize(self, size: int) -> None:
         """Grow or cut off the image file. A checkpoint.

@@ -53,6 +53,9 @@ class DiskWrapper(Disk):
     async def extents(self, offset: int, length: int) -> list[Extent]:
         return await self.base.extents(offset, length)
 
+    async def look_again(self) -> None:
+        await self.base.look_again()
+
     def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
         return self.base.watch(changed)
 

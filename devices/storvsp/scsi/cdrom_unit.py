@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from typing import Final
 
 import trio
 
-from storvsp.disk import Disk
+from storvsp.disk import Disk, DiskError
 from storvsp.scsi import cdb as op, cdrom_data as mmc, sense
 from storvsp.scsi.base import COMMON, DispatchUnit
 from storvsp.scsi.cdb import Transfer, decode_transfer_untrusted
@@ -64,6 +65,7 @@ class CdromUnit(DispatchUnit):
     ) -> None:
         self.table = TABLE
         self.tray = Tray()
+        self._unwatch: Callable[[], None] = lambda: None
         self.disk: Disk | None = None
         """The medium, also while the guest has the tray open."""
         self.blocks = 0
@@ -96,18 +98,23 @@ class CdromUnit(DispatchUnit):
         Raises:
             ConfigError: The medium does not have sectors of 2048 bytes.
         """
-        info = disk.info
-        if info.sector_size != mmc.SECTOR:
-            raise ConfigError(
-                f"a CD-ROM medium has sectors of {mmc.SECTOR} bytes, not {info.sector_size}"
-            )
+        self.check_medium(disk)
         old = self.disk
         self.abort()
+        self._unwatch()
+        self._unwatch = disk.watch(self._resized)
         self.disk = disk
-        self.blocks = min(info.size // mmc.SECTOR, 0xFFFFFFFF)
         self.tray.open = False
         self._new_medium()
         return old
+
+    @staticmethod
+    def check_medium(disk: Disk) -> None:
+        """Raise ConfigError if a disk does not fit into the drive."""
+        if disk.info.sector_size != mmc.SECTOR:
+            raise ConfigError(
+                f"a CD-ROM medium has sectors of {mmc.SECTOR} bytes, not {disk.info.sector_size}"
+            )
 
     def eject(self, *, force: bool = True) -> Disk | None:
         """Take the medium out, from the host's side. Cannot block.
@@ -124,6 +131,8 @@ class CdromUnit(DispatchUnit):
             return None
         disk, self.disk = self.disk, None
         if disk is not None:
+            self._unwatch()
+            self._unwatch = lambda: None
             self.abort()
             self.blocks = 0
             self.tray.unlock_all()
@@ -150,7 +159,20 @@ class CdromUnit(DispatchUnit):
             else:
                 self._new_medium()
 
+    async def look_again(self) -> None:
+        """Find out whether the medium has grown or shrunk. May be a checkpoint, never raises."""
+        if self.disk is not None:
+            with contextlib.suppress(DiskError):  # which a read will report
+                await self.disk.look_again()
+
+    def _resized(self) -> None:
+        # A download that goes on, a session that was added: for guests that is another medium.
+        if self.present:
+            self._new_medium()
+
     def _new_medium(self) -> None:
+        assert self.disk is not None
+        self.blocks = min(self.disk.info.size // mmc.SECTOR, 0xFFFFFFFF)
         self.event = mmc.EVENT_NEW_MEDIA
         self.raise_attention(sense.MEDIUM_MAY_HAVE_CHANGED)
 
@@ -189,6 +211,11 @@ class CdromUnit(DispatchUnit):
         """Show the lock in mode page 2A."""
         locked = TRAY_LOCKED if self.tray.locked else 0
         self.modes.store(CAPABILITIES, 6, TRAY_CAPABILITIES | locked)
+
+    def close(self) -> None:
+        """Abort what is in progress and stop watching the medium."""
+        super().close()
+        self._unwatch()
 
     def reset(self) -> None:
         """Do a logical unit reset; also unlocks the tray."""
@@ -352,6 +379,27 @@ def _size_at_8(command: Command) -> int:
     return int.from_bytes(command.cdb[8:10], "big")
 
 
+def _polled(
+    quick: Callable[[CdromUnit, Command], Outcome],
+) -> tuple[
+    Callable[[CdromUnit, Command], Outcome | None],
+    Callable[[CdromUnit, Command], Awaitable[Outcome]],
+]:
+    """Make both forms of a command by which guests poll: they look at the medium's size before.
+
+    Nobody else notices that an image grows or shrinks while it is in the drive.
+    """
+
+    def now(unit: CdromUnit, command: Command) -> Outcome | None:
+        return quick(unit, command) if unit.disk is None else None
+
+    async def slow(unit: CdromUnit, command: Command) -> Outcome:
+        await unit.look_again()
+        return quick(unit, command)
+
+    return now, slow
+
+
 READ, FREE = Access.READ, Access.FREE
 
 TABLE = make_table(
@@ -359,7 +407,13 @@ TABLE = make_table(
         *COMMON,
         PREVENT_ALLOW,
         Spec(op.START_STOP_UNIT, usage("1b 00 00 00 f3 04"), Access.START_STOP, start_stop),
-        Spec(op.READ_CAPACITY_10, usage("25 00 00000000 00 00 00 04"), FREE, read_capacity),
+        Spec(
+            op.READ_CAPACITY_10,
+            usage("25 00 00000000 00 00 00 04"),
+            FREE,
+            *_polled(read_capacity),
+            gated=False,
+        ),
         Spec(op.READ_10, usage("28 00 ffffffff 00 ffff 04"), READ, read_now, read),
         Spec(op.READ_TOC, usage("43 02 0f 000000 ff ffff c4"), READ, read_toc),
         Spec(
@@ -373,8 +427,9 @@ TABLE = make_table(
             op.GET_EVENT_STATUS_NOTIFICATION,
             usage("4a 01 0000 10 0000 ffff 04"),
             FREE,
-            get_event_status,
+            *_polled(get_event_status),
             polite=False,
+            gated=False,
         ),
         Spec(
             op.READ_DISC_INFORMATION,

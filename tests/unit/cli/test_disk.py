@@ -13,8 +13,9 @@ from tests.support.cli import (
 )
 from vmbus.errors import ConfigError
 
-UNIT = {"address": "0:0:0", "size": 64 << 20, "kind": "RamDisk", "read_only": False}
-CD = {"address": "0:0:5", "size": None, "kind": "RawDisk", "read_only": True}
+UNIT = {"address": "0:0:0", "size": 64 << 20, "kind": "RamDisk", "read_only": False,
+        "source": "ram:64M"}  # fmt: skip
+CD = {"address": "0:0:5", "size": None, "kind": "CdromUnit", "read_only": None, "source": ""}
 
 
 class Server:
@@ -66,9 +67,9 @@ def test_disks_of_all_guests_are_listed_by_controller(run):
     result = run("list")
     assert result.exit_code == 0
     assert result.output.splitlines() == [
-        "guest  controller  address  size    kind     access",
-        "vm1    0           0:0:0    64 MiB  RamDisk  read, write",
-        "vm1    1           0:0:5    -       RawDisk  read only",
+        "guest  controller  address  size    kind       access       source",
+        "vm1    0           0:0:0    64 MiB  RamDisk    read, write  ram:64M",
+        "vm1    1           0:0:5    -       CdromUnit  -            -",
     ]
 
 
@@ -120,6 +121,35 @@ def test_a_disk_is_resized(run, server):
     assert server.commands[0]["size"] == "2G"
 
 
+MEDIA = [
+    (("insert", "1", "cd:a.iso"), "inserted at 1\n"),
+    (("change", "--force", "1", "cd:a.iso"), "changed 1\n"),
+    (("eject", "1"), "ejected 1\n"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), MEDIA, ids=["insert", "change", "eject"])
+def test_media_are_changed(run, server, arguments, told):
+    server.result = {"done": True}
+    result = run(*arguments)
+    assert (result.exit_code, result.output) == (0, told)
+    (request,) = server.commands
+    assert (request["action"], request["address"]) == (arguments[0], "1")
+    assert request.get("spec") == (None if arguments[0] == "eject" else "cd:a.iso")
+    assert request.get("force", False) == ("--force" in arguments)
+
+
+@pytest.mark.parametrize("arguments", [each for each, _ in MEDIA[1:]], ids=["change", "eject"])
+def test_a_locked_tray_is_said_and_seen_in_the_exit_code(run, server, arguments):
+    server.result = {"done": False}
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.output.startswith("the guest has locked the tray and has been asked to let go")
+    result = run(*arguments, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.output) == {"done": False}
+
+
 @pytest.mark.parametrize("arguments", [("add", "ram:1M"), ("remove", "0"), ("resize", "0", "1M")])
 def test_results_as_json(run, server, arguments):
     server.result = {"anything": [1, 2]}
@@ -144,5 +174,5 @@ def test_a_failing_server_is_a_failure(run, server):
 
 def test_the_help_shows_the_subcommands():
     result = run_cli("disk", "--help")
-    for name in ("list", "add", "remove", "resize"):
+    for name in ("list", "add", "remove", "resize", "insert", "change", "eject"):
         assert f"  {name} " in result.output

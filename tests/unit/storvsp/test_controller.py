@@ -212,7 +212,13 @@ async def test_a_snapshot_is_json_before_in_and_after_a_life():
         found = json.loads(json.dumps(controller.snapshot()))
         assert found["stage"] == "BEGIN_INITIALIZATION"
         assert found["units"] == [
-            {"address": "0:0:0", "size": 1 << 20, "kind": "Watched", "read_only": False}
+            {
+                "address": "0:0:0",
+                "size": 1 << 20,
+                "kind": "Watched",
+                "source": "",
+                "read_only": False,
+            }
         ]
         channel.end()
     assert controller.snapshot()["stage"] == "not open"

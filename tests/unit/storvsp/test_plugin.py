@@ -9,7 +9,11 @@ from uuid import UUID
 import pytest
 
 from storvsp import ScsiController
+from storvsp.disks.raw import RawDisk
 from storvsp.plugin import PLUGIN, add, parse_address
+from storvsp.scsi import CdromUnit
+from storvsp.scsi.cdrom_data import EVENT_EJECT_REQUEST
+from storvsp.units import Address, address_text
 from vmbus.errors import ConfigError
 from vmbus.plugins.devices import load_device
 from vmbus.testing import make_offer
@@ -120,7 +124,7 @@ async def test_commands_add_resize_and_remove():
         {"action": "add", "spec": "nothing:1"},
         {"action": "remove", "address": 5},
         {"action": "remove", "address": "nowhere"},
-        {"action": "resize", "address": "0"},
+        {"action": "resize", "address": "1"},
         {"action": "resize", "address": "0", "size": "big"},
         {"action": "resize", "address": "3", "size": "1M"},
     ],
@@ -165,6 +169,94 @@ async def test_without_a_size_the_back_end_is_looked_at_again(tmp_path: Path):
     assert await PLUGIN.command(controller, {"action": "resize", "address": "0"}) == {
         "size": 2 << 20
     }
-    with pytest.raises(ConfigError, match="RamDisk, which cannot be resized"):
-        await PLUGIN.command(controller, {"action": "resize", "address": "1"})
+    # Memory knows its size.
+    same = {"action": "resize", "address": "1"}
+    assert await PLUGIN.command(controller, same) == {"size": 1 << 20}
+    await controller.aclose()
+
+
+@pytest.fixture
+def isos(tmp_path: Path) -> tuple[str, str]:
+    made = []
+    for index in range(2):
+        path = tmp_path / f"{index}.iso"
+        path.write_bytes(bytes([index]) * 4096)
+        made.append(f"cd:{path}")
+    return made[0], made[1]
+
+
+def content(controller: ScsiController, address: Address = (0, 0, 0)) -> str:
+    (unit,) = [
+        unit for unit in controller.units.describe() if unit["address"] == address_text(address)
+    ]
+    return str(unit["source"])
+
+
+async def test_media_come_and_go(isos: tuple[str, str]):
+    controller = await make("cd:")
+    one, other = isos
+    assert controller.units.describe() == [
+        {"address": "0:0:0", "size": None, "kind": "CdromUnit", "source": "", "read_only": None}
+    ]
+    for action in ("insert", "eject", "change", "eject", "change", "change"):
+        request = {"action": action, "address": "0", "spec": other if action == "change" else one}
+        assert await PLUGIN.command(controller, request) == {"done": True}
+        assert content(controller) == {"insert": one, "eject": "", "change": other}[action]
+    with pytest.raises(ConfigError, match="there is a medium in the drive at 0:0:0"):
+        await PLUGIN.command(controller, {"action": "insert", "address": "0", "spec": one})
+    assert content(controller) == other
+    # What was taken out is closed: it can be locked again.
+    file = one.removeprefix("cd:")
+    await (await RawDisk.open(file)).aclose()
+    await controller.aclose()
+    await (await RawDisk.open(other.removeprefix("cd:"))).aclose()
+
+
+async def test_a_locked_tray_is_asked_and_forced(isos: tuple[str, str]):
+    controller = await make(isos[0])
+    drive = controller.units.by_address[0, 0, 0]
+    assert isinstance(drive, CdromUnit)
+    for action in ("change", "eject"):
+        drive.tray.lock("guest", prevent=True)
+        request = {"action": action, "address": "0", "spec": isos[1]}
+        assert await PLUGIN.command(controller, request) == {"done": False}
+        assert drive.event == EVENT_EJECT_REQUEST
+        assert content(controller) == (isos[0] if action == "change" else isos[1])
+        assert await PLUGIN.command(controller, {**request, "force": True}) == {"done": True}
+        assert content(controller) == (isos[1] if action == "change" else "")
+        assert not drive.tray.locked
+    await controller.aclose()
+
+
+async def test_a_tray_that_the_guest_has_opened_takes_a_medium(isos: tuple[str, str]):
+    controller = await make(isos[0])
+    drive = controller.units.by_address[0, 0, 0]
+    assert isinstance(drive, CdromUnit)
+    drive.move_tray(opened=True)
+    insert = {"action": "insert", "address": "0", "spec": isos[1]}
+    assert await PLUGIN.command(controller, insert) == {"done": True}
+    assert drive.present
+    assert content(controller) == isos[1]
+    await controller.aclose()
+
+
+@pytest.mark.parametrize(
+    ("request_", "hint"),
+    [
+        ({"action": "insert", "address": "1", "spec": "ram:1M"}, "sectors of 2048 bytes, not 512"),
+        ({"action": "change", "address": "0", "spec": "ram:1M"}, "there is no drive at 0:0:0"),
+        ({"action": "eject", "address": "0"}, "there is no drive at 0:0:0"),
+        ({"action": "eject", "address": "1"}, "the drive at 0:0:1 is empty"),
+        ({"action": "eject", "address": "7"}, "there is no drive at 0:0:7"),
+        ({"action": "eject", "address": "1", "force": "yes"}, "force is true or false, not 'yes'"),
+        ({"action": "insert", "address": "1", "spec": "cd:/none.iso"}, "No such file"),
+        ({"action": "insert", "address": "1"}, "a SCSI controller can: .*insert"),
+    ],
+    ids=str,
+)
+async def test_what_is_no_medium_or_no_drive_is_said(request_: dict[str, Any], hint: str):
+    controller = await make("ram:1M", "cd:")
+    with pytest.raises(ConfigError, match=hint):
+        await PLUGIN.command(controller, request_)
+    assert [unit["kind"] for unit in controller.units.describe()] == ["RamDisk", "CdromUnit"]
     await controller.aclose()

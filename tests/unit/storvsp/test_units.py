@@ -167,3 +167,48 @@ async def test_an_image_is_the_same_disk_wherever_and_whenever_it_is_attached(tm
     assert name == await page_83(await RawDisk.open(tmp_path / "renamed.img"))
     other.rename(one)
     assert name != await page_83(await RawDisk.open(one))
+
+
+async def test_a_drive_notices_that_its_image_grows_and_shrinks(tmp_path):
+    """By the two commands with which guests poll; nobody else looks."""
+    path = tmp_path / "grow.iso"
+    path.write_bytes(bytes(16 * 2048))
+    controller = ScsiController()
+    controller.add_disk(await RawDisk.open(path, read_only=True, sector_size=2048, optical=True))
+    status, capacity = bytes([0x4A, 1, 0, 0, 0x10, 0, 0, 0, 8, 0]), bytes([0x25]) + bytes(9)
+
+    async def polled(wire: Line, cdb: bytes) -> bytes:
+        """Ask; the answer waits for a worker, and a notification may come with it."""
+        identity = wire.start(cdb, read=8)
+        while True:
+            for packet in await wire.guest.receive():
+                if packet.transaction_id == identity:
+                    return wire.reply(packet).data
+
+    async with line(controller) as wire:
+        assert (await polled(wire, capacity))[:4] == (15).to_bytes(4, "big")
+        assert (await polled(wire, status))[4] == 0
+        for sectors, first in ((32, status), (8, capacity)):
+            with path.open("r+b") as file:
+                file.truncate(sectors * 2048)
+            await polled(wire, first)
+            assert await news(wire, 0) == [NEW_MEDIUM]
+            assert (await polled(wire, capacity))[:4] == (sectors - 1).to_bytes(4, "big")
+    await controller.aclose()
+
+
+async def test_an_empty_drive_is_told_of_its_medium():
+    controller = ScsiController()
+    place = controller.add_drive()
+    async with line(controller) as wire:
+        reply = await wire.command(TEST_UNIT_READY)
+        assert (reply.sense[2] & 0xF, reply.sense[12]) == (2, 0x3A)
+        before = await names(wire, 0)
+        assert await controller.insert_medium(place, Optical())
+        await wire.replies()
+        assert await news(wire, 0) == [NEW_MEDIUM]
+        assert await names(wire, 0) == before
+        assert await controller.eject_medium(place)
+        reply = await wire.command(TEST_UNIT_READY)
+        assert (reply.sense[2] & 0xF, reply.sense[12]) == (2, 0x3A)
+    await controller.aclose()
