@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -23,7 +24,7 @@ from vmbus.guest import (
     HostRefusedError,
     boot,
 )
-from vmbus.wire.messages import GpadlBody, GpadlHeader
+from vmbus.wire.messages import GpadlBody, GpadlHeader, Message
 from vmbus.wire.synic import HvStatus
 from vmbus.wire.versions import Feature, Version
 
@@ -110,19 +111,38 @@ async def test_a_host_without_a_common_version_is_reported():
     assert len(machine.host.log) == 5
 
 
-async def test_uefi_speaks_6_0_with_features_and_names_its_signal():
+async def test_uefi_asks_for_a_client_id_alone_and_opens_with_156_bytes_all_the_same():
+    for versions in ({Version.V6_0}, {Version.V3_0}):
+        machine = Machine()
+        host = machine.host
+        host.supported = versions
+        host.features = Feature.CLIENT_ID | Feature.GUEST_SPECIFIED_SIGNAL_PARAMETERS
+        host.offers = [offer(1)]
+        async with boot(machine, UEFI) as guest:
+            (found,) = await guest.connection.connect()
+            newest = Version.V6_0 in versions
+            assert guest.connection.features == (Feature.CLIENT_ID if newest else Feature(0))
+            await guest.connection.open_channel(found, ring_pages=3)
+        opened = next(item for item in host.log if item.NAME == "OPENCHANNEL")
+        assert (opened.connection_id, opened.event_flag, opened.open_id) == (None, None, 0)
+        assert host.log[0].client_id is not None
+        sizes = {raw[0]: len(raw) for _, raw in host.raw}
+        assert sizes == {14: 56 if newest else 40, 3: 8, 8: 240, 5: 156}
+        assert next(raw for _, raw in host.raw if raw[0] == 5)[148:] == bytes(8)
+
+
+async def test_a_guest_that_names_its_own_signal_says_so_when_it_opens_a_channel():
     machine = Machine()
     host = machine.host
     host.features = Feature.GUEST_SPECIFIED_SIGNAL_PARAMETERS | Feature.PAUSE_RESUME
     host.offers = [offer(1)]
-    async with boot(machine, UEFI) as guest:
+    asking = dataclasses.replace(UEFI, features=Feature.GUEST_SPECIFIED_SIGNAL_PARAMETERS)
+    async with boot(machine, asking) as guest:
         (found,) = await guest.connection.connect()
         assert guest.connection.features == Feature.GUEST_SPECIFIED_SIGNAL_PARAMETERS
         await guest.connection.open_channel(found, ring_pages=3)
     opened = next(item for item in host.log if item.NAME == "OPENCHANNEL")
     assert (opened.connection_id, opened.event_flag, opened.open_id) == (0x10001, 1, 0)
-    assert {len(raw) for _, raw in host.raw} == {240}
-    assert host.log[0].client_id is not None
 
 
 async def test_uefi_falls_to_3_0():
@@ -136,11 +156,9 @@ async def test_uefi_falls_to_3_0():
     ("personality", "answer", "reason"),
     [
         (UEFI, message(15, 1 | 5 << 8, 1, 0), "connection_state 5"),
-        (UEFI, message(15, 1, 1, 0, 0), "24 bytes instead of 20"),
-        (UEFI, message(15, 1, 1), "16 bytes instead of 20"),
+        (UEFI, message(15, 1, 1), "no feature flags"),
         (LINUX_NEW, message(15, 1, 1), "no feature flags"),
         (LINUX_6_1, message(15, 1, 0), "connection id 0"),
-        (HAIKU, message(15, 1, 0), "connection id 0"),
         (LINUX_6_1, message(15, 1), "needs 16"),
         (LINUX_6_1, b"", "0 bytes"),
     ],
@@ -276,6 +294,95 @@ async def test_waiting_for_an_offer_ends_when_the_channel_goes_that_it_would_bel
             # Another device may have come with the same relid: it is not the same channel.
             machine.host.send(offer(1))
         assert ended
+
+
+async def test_uefi_takes_a_version_response_and_a_rescind_of_any_length():
+    machine = Machine()
+    host = machine.host
+    host.offers = [offer(1)]
+    host.handlers["INITIATE_CONTACT"] = lambda item: host.send(message(15, 1, 1, 0, 0, 0))
+    async with boot(machine, UEFI) as guest:
+        await guest.connection.connect()
+        host.send(message(2, 1, 0))
+        await trio.testing.wait_all_tasks_blocked()
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("REQUESTOFFERS", message(4, 0)),
+        ("GPADL_HEADER", message(10, 1, 1, 0, 0)),
+        ("OPENCHANNEL", message(6, 1, 0, 0, 0)),
+        ("GPADL_TEARDOWN", message(12, 1, 0)),
+        ("UNLOAD", message(17, 0)),
+    ],
+)
+async def test_uefi_fails_fast_at_a_longer_answer_and_nobody_else_does(name, answer):
+    """Checklist row 5."""
+
+    async def run(personality) -> None:
+        machine = Machine()
+        host = machine.host
+        host.offers = [offer(1, monitor_allocated=True)]
+        ordinary = getattr(host, f"on_{name.lower()}")
+        send = host.send
+
+        def longer(raw, *args) -> None:
+            send(answer if not isinstance(raw, Message) else raw, *args)
+
+        def handle(item) -> None:
+            host.send = longer  # type: ignore[method-assign, assignment]
+            ordinary(item)
+            host.send = send  # type: ignore[method-assign]
+
+        host.handlers[name] = handle
+        async with boot(machine, personality) as guest:
+            (found,) = await guest.connection.connect()
+            channel = await guest.connection.open_channel(found, ring_pages=2, target_vp=0)
+            await guest.connection.close_channel(channel)
+            await guest.connection.unload()
+
+    with pytest.raises(GuestPanic, match="bytes instead of"):
+        await run(UEFI)
+    await run(
+        dataclasses.replace(
+            LINUX_6_1,
+            versions=(Version.V3_0,),
+            first_gpadl=1,
+            open_id_zero=True,
+            uses_monitor=False,
+        )
+    )
+
+
+async def test_haiku_posts_to_connection_1_whatever_the_host_says():
+    machine = Machine()
+    host = machine.host
+    host.handlers["INITIATE_CONTACT"] = lambda item: host.send(message(15, 1, 4))
+    async with boot(machine, HAIKU) as guest:
+        await guest.connection.connect()
+    assert {connection for connection, _ in host.raw} == {1}
+
+
+@pytest.mark.parametrize("personality", [OPENBSD, NETBSD], ids=str)
+async def test_openbsd_and_netbsd_go_on_describing_a_gpadl_that_is_complete(personality):
+    for pages, sizes in (
+        (26, []),
+        (42, [240] * 15 + [16]),  # the rings of their disks
+        (54, [240]),
+        (55, [240, 24]),
+        (57, [240, 240, 240, 16]),
+    ):
+        machine = Machine()
+        host = machine.host
+        host.offers = [offer(1, monitor_allocated=True)]
+        async with boot(machine, personality) as guest:
+            await guest.connection.connect()
+            pfns = guest.ram.allocate(pages)
+            gpadl = await guest.connection.create_gpadl(1, pfns)
+        assert host.gpadls[gpadl.handle] == (1, pfns)
+        assert [len(raw) for _, raw in host.raw if raw[0] == 9] == sizes
+        assert host.surplus_bodies == max(0, len(sizes) - (pages - 26 + 27) // 28)
 
 
 @ALL
