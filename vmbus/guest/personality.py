@@ -409,6 +409,7 @@ PERSONALITIES: dict[str, Personality] = {
     for each in (
         LINUX_6_1,
         LINUX_NEW,
+        LINUX_5_10,
         FREEBSD,
         ILLUMOS,
         OPENBSD,
