@@ -6,6 +6,8 @@ VENV := .venv
 # One worker per processor; PYTEST_ARGS='-n 0 -k ring' for a look at a few tests.
 PYTEST_ARGS ?= -n auto
 BIN := $(VENV)/bin
+# What `make quick` runs of the tests: these, but for those that are marked slow.
+QUICK := tests/unit $(wildcard tests/test_*.py)
 
 # What the tests with real guest kernels are to run with, for example KERNEL=/boot/vmlinuz-6.12.9
 # MODULES=/lib/modules/6.12.9, or SUITE=sid for the cloud kernel of another suite of Debian; that of
@@ -21,10 +23,11 @@ RERUNS ?= --reruns 2 --only-rerun 'triple fault' -r R
 GUEST_PYTEST = -m pytest tests/guest -p no:xdist -p no:hypothesispytest -p no:cacheprovider \
   -v --durations=10 $(RERUNS) $(GUEST_ARGS)
 
-.PHONY: help demo test lint types unit guest-test guest-test-full guest-bench bench docs clean
+.PHONY: help demo test quick quick-tests lint types unit guest-test guest-test-full guest-bench bench docs clean
 
 help:
 	@echo "make demo    a guest comes up on our bus, finds its disks and uses them"
+	@echo "make quick   lint, types and the quick tests: half a minute, for between two edits"
 	@echo "make test    lint, types, and every test with branch coverage"
 	@echo "make guest-test       tests with an unmodified Linux as guest; needs root"
 	@echo "make guest-test-full  the same, with their long campaigns"
@@ -55,6 +58,13 @@ demo: $(VENV)/.run
 	$(BIN)/vmbus demo
 
 test: lint types unit guest-test
+
+# mypy looks at what has changed only, as long as its cache is there.
+quick: $(VENV)/.dev
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync lint types quick-tests
+
+quick-tests: $(VENV)/.dev
+	$(BIN)/pytest -q -m 'not slow' $(PYTEST_ARGS) $(QUICK)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -189,7 +189,7 @@ ROWS: dict[int, Row] = {
         "F",
     ),
     26: Row(
-        "answer vstor requests of 48 bytes with 64",
+        "answer a vstor request in as many bytes as it has (48 or 64)",
         "the first request is ignored: FreeBSD, illumos and macOS wait for ever",
         "H",
     ),

@@ -22,6 +22,7 @@ from storvsp.units import Units
 from storvsp.wire import (
     COMPLETE_IO,
     EXECUTE_SRB,
+    HEADER_SIZE,
     PACKET_SIZE,
     REQUEST,
     SHORT_MAX_SENSE,
@@ -334,5 +335,11 @@ class Requests:
                 transfer_length=transferred,
                 sense=sense,
                 status=status,
+                size=answer_size(packet),
             ),
         )
+
+
+def answer_size(packet: Packet) -> int:
+    """Return how many bytes of vstor an answer has: those of its request, and a status at least."""
+    return max(HEADER_SIZE, min(len(packet.data) - packet.payload_offset, PACKET_SIZE))

@@ -17,7 +17,7 @@ import enum
 
 import trio
 
-from storvsp.requests import Requests
+from storvsp.requests import Requests, answer_size
 from storvsp.units import Units
 from storvsp.wire import (
     BEGIN_INITIALIZATION,
@@ -34,6 +34,7 @@ from storvsp.wire import (
     RESET_BUS,
     RESET_LUN,
     SHORT_MAX_SENSE,
+    SHORT_PACKET_SIZE,
     SUPPORTED_VERSIONS,
     VERSION_4_2,
     VERSION_5_1,
@@ -169,12 +170,15 @@ class Session:
         data = packet.data
         start = packet.payload_offset
         try:
-            whole = whole_packet_untrusted(data, start, min(len(data), start + PACKET_SIZE))
+            end = min(len(data), start + PACKET_SIZE)
+            whole = whole_packet_untrusted(data, start, end)
+            request = unpack_packet(whole)
+            if request.operation == EXECUTE_SRB and end - start < SHORT_PACKET_SIZE:
+                raise GuestProtocolError(f"EXECUTE_SRB of {end - start} bytes", field="length8")
         except GuestProtocolError as error:
             self._complain(channel, packet, str(error))
             self._answer(channel, packet, None, STATUS_INVALID_PARAMETER)
             return
-        request = unpack_packet(whole)
         if request.operation in RESETS and channel is self.primary:
             self._reset(packet, request, nursery)
         elif request.operation != EXECUTE_SRB:
@@ -247,9 +251,10 @@ class Session:
 
     def _create_subchannels_untrusted(self, body: bytes) -> None:
         count = parse_sub_channels_untrusted(body)
-        if self.stage is not Stage.READY or self.subchannels:
+        # Linux and FreeBSD ask after END_INITIALIZATION; OpenVMM takes it before, too.
+        if self.stage not in {Stage.END, Stage.READY} or self.subchannels:
             raise GuestProtocolError(
-                "CREATE_SUB_CHANNELS before END_INITIALIZATION, or for the second time",
+                "CREATE_SUB_CHANNELS before QUERY_PROPERTIES, or for the second time",
                 field="operation",
                 status=STATUS_INVALID_DEVICE_STATE,
             )
@@ -293,12 +298,15 @@ class Session:
         status: int,
         body: bytes | None = None,
     ) -> None:
-        """Answer a control request: COMPLETE_IO, 64 bytes, whatever size the request had."""
+        """Answer a control request: COMPLETE_IO, in as many bytes as the request had."""
         if not packet.wants_completion:
             return
         if not body and request is not None:
             body = request.body
-        channel.complete(packet.transaction_id, build_completion(body or b"", status=status))
+        channel.complete(
+            packet.transaction_id,
+            build_completion(body or b"", status=status, size=answer_size(packet)),
+        )
 
     def notify(self) -> None:
         """Tell the guest that the set of units, or one's size, has changed. Cannot block.
@@ -307,7 +315,8 @@ class Session:
         operation (OpenVMM does the same), and before END_INITIALIZATION nobody expects it.
         """
         if self.stage is Stage.READY and self.version >= VERSION_4_2 and not self.primary.ended:
-            self.primary.send(build_packet(ENUMERATE_BUS, flags=0))
+            size = PACKET_SIZE if self.version >= VERSION_5_1 else SHORT_PACKET_SIZE
+            self.primary.send(build_packet(ENUMERATE_BUS, flags=0, size=size))
             self._life.flush_soon()
 
     def _complain(self, channel: Channel, packet: Packet, text: str) -> None:

@@ -1,15 +1,15 @@
 """The vstor protocol: what a storage driver and the controller say to each other over a channel.
 
 Every message is one ``vstor_packet`` of 64 bytes: operation u32, flags u32, status u32 (NTSTATUS)
-and a union of 52 bytes at byte 12 whose meaning depends on the operation. Up to protocol 4.2, and
-before a version is agreed on, several drivers send the first 48 bytes only; the rest then counts
-as zero. The answer always has 64 bytes: Linux reads exactly 80 bytes of ring packet, OpenBSD
-refuses any other payload.
+and a union of 52 bytes at byte 12. Up to protocol 4.2, and before a version is agreed on, many
+drivers send the first 48 bytes only; the rest then counts as zero. **An answer has as many bytes as
+its request**, because a driver receives into a buffer of the size that it sent: FreeBSD panics at
+what does not fit (hv_storvsc_on_channel_callback), UEFI drops it. What nobody asked for has the
+size of the version agreed on: 48 bytes for 2.0 and 4.2, 64 from 5.1 on.
 
 These layouts are on the data path, so they are plain ``struct``; their construct twins in
-``tests/reference`` prove them. Sources: linux/drivers/scsi/storvsc_drv.c (``struct
-vstor_packet``, ``struct vmscsi_request``), freebsd/sys/dev/hyperv/storvsc/hv_vstorage.h; for the
-SRB codes storport.h of the Windows driver kit.
+``tests/reference`` prove them. Sources: linux/drivers/scsi/storvsc_drv.c (``struct vstor_packet``,
+``struct vmscsi_request``), freebsd/sys/dev/hyperv/storvsc/hv_vstorage.h; storport.h of the WDK.
 """
 
 from __future__ import annotations
@@ -97,13 +97,9 @@ SRB_BUSY = 0x05
 SRB_INVALID_REQUEST = 0x06
 SRB_INVALID_PATH_ID = 0x07
 SRB_NO_DEVICE = 0x08
-SRB_TIMEOUT = 0x09
-SRB_SELECTION_TIMEOUT = 0x0A
-SRB_BUS_RESET = 0x0E
 SRB_DATA_OVERRUN = 0x12
 SRB_INVALID_LUN = 0x20
 SRB_INVALID_TARGET_ID = 0x21
-SRB_INTERNAL_ERROR = 0x30
 SRB_STATUS_MASK = 0x3F
 SRB_QUEUE_FROZEN = 0x40
 """Flag bit beside a status code."""
@@ -111,11 +107,8 @@ SRB_AUTOSENSE_VALID = 0x80
 """Flag bit beside a status code: the sense bytes of the answer are valid."""
 
 # SRB flags (offset 40 of the SRB).
-SRB_FLAG_QUEUE_ACTION_ENABLE = 0x00000002
-SRB_FLAG_DISABLE_SYNCH_TRANSFER = 0x00000008
 SRB_FLAG_DATA_IN = 0x00000040
 SRB_FLAG_DATA_OUT = 0x00000080
-SRB_FLAG_NO_QUEUE_FREEZE = 0x00000100
 
 PROPERTY_MULTI_CHANNEL = 1
 """In ``flags`` of the properties: sub-channels can be created."""
@@ -140,8 +133,6 @@ assert REQUEST.size == REPLY.size == _PACKET.size == PACKET_SIZE == HEADER_SIZE 
 assert SHORT_PACKET_SIZE == HEADER_SIZE + SHORT_SRB_SIZE
 assert PROPERTIES.size == 24
 assert FIBRE_CHANNEL.size == 36
-
-_ZEROS = bytes(PACKET_SIZE - SHORT_PACKET_SIZE)
 
 
 class Packet(NamedTuple):
@@ -234,13 +225,17 @@ class FibreChannelData(NamedTuple):
     second_node_name: bytes
 
 
-def whole_packet_untrusted(data: bytes, start: int = 0, end: int | None = None) -> bytes:
+def whole_packet_untrusted(
+    data: bytes, start: int = 0, end: int | None = None, *, least: int = HEADER_SIZE
+) -> bytes:
     """Return the 64 bytes of the packet in ``data[start:end]``, zero-filled. Cannot block.
 
     Args:
-        data: A private copy; 48 to 64 bytes of it are the packet.
+        data: A private copy.
         start: Byte offset of the packet.
         end: Byte offset behind it; None means the end of ``data``.
+        least: Bytes that it has to have. A request without parameters may be a header only, an
+            SRB has 48 (:data:`SHORT_PACKET_SIZE`).
 
     Raises:
         GuestProtocolError: Too short or too long.
@@ -249,12 +244,11 @@ def whole_packet_untrusted(data: bytes, start: int = 0, end: int | None = None) 
     size = len(part)
     if size == PACKET_SIZE:
         return part
-    if not SHORT_PACKET_SIZE <= size <= PACKET_SIZE:
+    if not least <= size <= PACKET_SIZE:
         raise GuestProtocolError(
-            f"vstor packet of {size} bytes; {SHORT_PACKET_SIZE} to {PACKET_SIZE} are possible",
-            field="length8",
+            f"vstor packet of {size} bytes; {least} to {PACKET_SIZE} are possible", field="length8"
         )
-    return part + _ZEROS[: PACKET_SIZE - size]
+    return part.ljust(PACKET_SIZE, b"\0")
 
 
 def unpack_packet(whole: bytes) -> Packet:
@@ -288,30 +282,29 @@ def parse_packet_untrusted(data: bytes, start: int = 0, end: int | None = None) 
 
 def parse_srb_untrusted(data: bytes, start: int = 0, end: int | None = None) -> Srb:
     """Parse and judge an EXECUTE_SRB packet, whose operation is not looked at."""
-    srb = unpack_srb(whole_packet_untrusted(data, start, end))
+    srb = unpack_srb(whole_packet_untrusted(data, start, end, least=SHORT_PACKET_SIZE))
     check_srb_untrusted(srb)
     return srb
 
 
 def parse_srb_reply_untrusted(data: bytes, start: int = 0, end: int | None = None) -> SrbReply:
     """Parse an answer to EXECUTE_SRB; the values are not judged. Cannot block."""
-    return SrbReply._make(REPLY.unpack(whole_packet_untrusted(data, start, end)))
+    whole = whole_packet_untrusted(data, start, end, least=SHORT_PACKET_SIZE)
+    return SrbReply._make(REPLY.unpack(whole))
 
 
-def parse_protocol_version_untrusted(body: bytes) -> tuple[int, int]:
+def parse_protocol_version_untrusted(body: bytes) -> tuple[int, ...]:
     """Return ``(version, revision)`` from the union of QUERY_PROTOCOL_VERSION. Cannot block.
 
-    Raises:
-        GuestProtocolError: Fewer than 4 bytes.
+    Raises GuestProtocolError for fewer than 4 bytes.
     """
-    return _body(PROTOCOL_VERSION, body)  # type: ignore[return-value]  # two fields
+    return _body(PROTOCOL_VERSION, body)
 
 
 def parse_properties_untrusted(body: bytes) -> Properties:
     """Return the properties from the union of an answer to QUERY_PROPERTIES. Cannot block.
 
-    Raises:
-        GuestProtocolError: Fewer than 24 bytes.
+    Raises GuestProtocolError for fewer than 24 bytes.
     """
     return Properties._make(_body(PROPERTIES, body))
 
@@ -319,8 +312,7 @@ def parse_properties_untrusted(body: bytes) -> Properties:
 def parse_sub_channels_untrusted(body: bytes) -> int:
     """Return the number of sub-channels from the union of CREATE_SUB_CHANNELS. Cannot block.
 
-    Raises:
-        GuestProtocolError: Fewer than 2 bytes.
+    Raises GuestProtocolError for fewer than 2 bytes.
     """
     (count,) = _body(SUB_CHANNELS, body)
     return count
@@ -329,12 +321,9 @@ def parse_sub_channels_untrusted(body: bytes) -> int:
 def parse_fibre_channel_untrusted(body: bytes) -> FibreChannelData:
     """Return the port names from the union of an answer to FCHBA_DATA. Cannot block.
 
-    Raises:
-        GuestProtocolError: Fewer than 36 bytes.
+    Raises GuestProtocolError for fewer than 36 bytes.
     """
-    if len(body) < FIBRE_CHANNEL.size:
-        raise GuestProtocolError(f"vstor union of {len(body)} bytes, needs 36", field="size")
-    return FibreChannelData._make(FIBRE_CHANNEL.unpack_from(body))
+    return FibreChannelData._make(_body(FIBRE_CHANNEL, body))
 
 
 def _body(layout: struct.Struct, body: bytes) -> tuple[int, ...]:
@@ -363,9 +352,17 @@ def build_packet(
     return HEADER.pack(operation, flags, status) + body + bytes(size - HEADER_SIZE - len(body))
 
 
-def build_completion(body: bytes = b"", *, status: int = STATUS_SUCCESS) -> bytes:
-    """Return a host's answer to anything but EXECUTE_SRB: 64 bytes. Cannot block."""
-    return build_packet(COMPLETE_IO, body, flags=0, status=status)
+def build_completion(
+    body: bytes = b"", *, status: int = STATUS_SUCCESS, size: int = PACKET_SIZE
+) -> bytes:
+    """Return a host's answer to anything but EXECUTE_SRB. Cannot block.
+
+    Args:
+        body: The union, zero-filled or cut off; a header-only request gets a header only.
+        status: NTSTATUS.
+        size: Bytes: those of the request, 12 to 64.
+    """
+    return (HEADER.pack(COMPLETE_IO, 0, status) + body).ljust(size, b"\0")[:size]
 
 
 def build_properties(
@@ -462,8 +459,9 @@ def build_srb_reply(
     transfer_length: int = 0,
     sense: bytes = b"",
     status: int = STATUS_SUCCESS,
+    size: int = PACKET_SIZE,
 ) -> bytes:
-    """Return the 64 bytes that answer ``srb``. Cannot block.
+    """Return the bytes that answer ``srb``. Cannot block.
 
     Addresses and tags are echoed; ``sense`` stands where the CDB was.
 
@@ -474,6 +472,7 @@ def build_srb_reply(
         transfer_length: Bytes moved; never more than were asked for.
         sense: Cut to what the guest has room for.
         status: NTSTATUS; 0 also where the command failed, as long as it could be executed.
+        size: Bytes: those of the request, 48 to 64.
     """
     sense = sense[: min(srb.sense_length, MAX_SENSE)]
     return REPLY.pack(
@@ -497,4 +496,4 @@ def build_srb_reply(
         srb.srb_flags,
         srb.timeout,
         srb.sort_key,
-    )
+    )[:size]

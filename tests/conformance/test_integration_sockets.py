@@ -12,15 +12,8 @@ import pytest
 import trio
 
 from storvsp.guest import attach, scan
-from tests.support.worlds import (
-    ALL,
-    DISK_SIZE,
-    SAFETY,
-    TIERS,
-    exercise,
-    server_process,
-    whole_life,
-)
+from tests.support.server_process import server_process
+from tests.support.worlds import ALL, DISK_SIZE, SAFETY, TIERS, exercise, whole_life
 from vmbus.attach.client import operator
 from vmbus.attach.client.machine import MachineDelegate, attach_machine
 from vmbus.guest import LINUX_6_1, PERSONALITIES, Guest, boot

@@ -14,6 +14,7 @@ from storvsp.disks.ram import RamDisk
 from storvsp.disks.specs import DISKS, open_disk
 from storvsp.testing import check_disk
 from tests.support.house import ROOT
+from tests.support.leaks import open_descriptors
 from vmbus.errors import ConfigError
 
 HOWTO = ROOT / "docs" / "howto"
@@ -71,11 +72,11 @@ async def test_the_example_puts_its_parts_one_behind_the_other(example):
 
 async def test_the_example_refuses_what_it_cannot_do_and_leaves_nothing_open(example, tmp_path):
     (tmp_path / "a.img").write_bytes(bytes(4096))
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors(collect=True)
     for target in ("raw:{0}/a.img+ram:[sector=4096]1M", "raw:{0}/a.img+raw:{0}/b.img", ""):
         with pytest.raises(ConfigError):
             await open_disk(f"concat:{target.format(tmp_path)}")
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     disk = await open_disk(f"concat:raw:[ro]{tmp_path}/a.img+ram:1M")
     with pytest.raises(ReadOnlyError):
         await disk.unmap(4096, 512)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import gc
 import os
 import socket
 import threading
@@ -26,7 +25,14 @@ from vmbus.attach.protocol.framing import (
 )
 from vmbus.attach.protocol.limits import Feature, Role
 from vmbus.attach.protocol.messages import Number
-from vmbus.attach.protocol.to_server import Hello, MemoryRegion, SetMemTable, VmInfo
+from vmbus.attach.protocol.to_server import (
+    Goodbye,
+    Hello,
+    MemoryRegion,
+    PostMessage,
+    SetMemTable,
+    VmInfo,
+)
 from vmbus.attach.protocol.to_vmm import ErrorReply
 from vmbus.attach.server import Handler, ServerLimits, open_listener, serve
 from vmbus.attach.server.transport import SocketTransport
@@ -53,18 +59,6 @@ def make_memfd(size: int = RAM_SIZE, *, seal: bool = True) -> int:
 
 def make_eventfd() -> int:
     return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-
-def open_fds() -> set[int]:
-    """Descriptors of this process, without the one that lists them."""
-    return {int(name) for name in os.listdir("/proc/self/fd")} - {-1}
-
-
-def count_fds(*, collect: bool = False) -> int:
-    """Return the number of open descriptors, without those that earlier tests left as garbage."""
-    if collect:
-        gc.collect()
-    return len(os.listdir("/proc/self/fd"))
 
 
 def send_raw(sock: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> None:
@@ -330,3 +324,18 @@ class Recorder:
 
     def closed(self, reason: str) -> None:
         self._note("closed", reason)
+
+
+POST = PostMessage(4, 1, 0, b"hello").encode()
+
+
+SLOW = ServerLimits(
+    hello_timeout=0.05, write_timeout=0.05, reply_timeout=0.1, drain_timeout=0.1, handler_grace=0.1
+)
+
+
+async def still_served(path: Path, mode: str = "seqpacket") -> None:
+    """Another guest attaches and is served: the server is alive."""
+    with raw_vmm(path, mode) as vmm:
+        await vmm.attach(info=VmInfo(1, 4096, bytes(16), 0, 0))
+        await vmm.ok(Number.GOODBYE, Goodbye(0).encode())

@@ -9,6 +9,7 @@ from typing import Any
 import trio
 
 from storvsp.disk import Buffers, Disk, DiskInfo, Extent, OutOfRangeError, ReadOnlyError
+from storvsp.scsi import DiskUnit
 from storvsp.scsi.unit import Command, DataDirection, LogicalUnit, Outcome
 
 
@@ -201,3 +202,15 @@ async def run(unit: LogicalUnit, cdb: str | bytes, **keywords: Any) -> Reply:
     assert bool(outcome.sense) == (outcome.status == 2)
     assert 0 <= outcome.transferred <= command.length
     return Reply(*outcome, bytes(buffer))
+
+
+IDENTITY = bytes(range(16))
+
+
+def make_unit(luns: Sequence[int] = (0,), **changes: Any) -> tuple[MemoryDisk, DiskUnit]:
+    disk = MemoryDisk(**changes)
+    return disk, DiskUnit(disk, luns=lambda: luns, identity=IDENTITY)
+
+
+def hexes(text: str) -> bytes:
+    return bytes.fromhex(text)

@@ -2,24 +2,16 @@
 
 Two kinds of guests: :mod:`vmbus.guest` with its personalities, which judges the host as real
 drivers would, and :class:`RawGuest`, which posts what it is told to and writes down what comes.
-
-Run as a program this module is a server for the tests over sockets::
-
-    python -m tests.support.worlds PATH MODE
+:mod:`tests.support.server_process` has the other process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import socket
 import struct
-import subprocess
-import sys
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 import trio
@@ -30,7 +22,6 @@ from storvsp.disks.ram import RamDisk
 from storvsp.guest import GuestDisk, StorvscAdapter, attach, scan
 from tests.support.synic import Guest as SynicGuest
 from vmbus.attach.protocol.limits import Feature as AttachFeature
-from vmbus.attach.server import listen_path, serve
 from vmbus.engine import EngineConfig
 from vmbus.guest import PERSONALITIES, Guest, Personality, boot
 from vmbus.guest.personality import Rescind
@@ -39,7 +30,6 @@ from vmbus.host.channel import Channel
 from vmbus.host.device import Device, Offer
 from vmbus.partition.loopback import LoopbackTransport
 from vmbus.partition.soft_machine import SoftMachine
-from vmbus.server import DeviceSetup, GuestServer
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import PAGE_SIZE, build_range
 from vmbus.wire.guids import CLASS_SCSI
@@ -48,7 +38,6 @@ from vmbus.wire.versions import NO_FEATURES, Feature, Version
 SAFETY = 30.0
 """Seconds after which a test gives up; nothing here depends on how long anything takes."""
 ALL = sorted(PERSONALITIES)
-ROOT = Path(__file__).parents[2]
 DISK_SIZE = 4 << 20
 UNIT_ATTENTION = 6
 TIERS: dict[str, AttachFeature] = {
@@ -451,48 +440,7 @@ def numbers(messages: Iterable[bytes]) -> list[int]:
     return [number(raw) for raw in messages]
 
 
-# --- Two processes ------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def server_process(path: str | os.PathLike[str], mode: str) -> Iterator[subprocess.Popen[str]]:
-    """A server in a process of its own; it serves until the block ends."""
-    command = [sys.executable, "-m", "tests.support.worlds", os.fspath(path), mode]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'devices'}"}
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            assert process.stdout.readline() == "ready\n"
-            yield process
-        finally:
-            # The end of its input is the end of the server.
-            process.stdin.close()
-            assert process.wait(SAFETY) == 0
-
-
-async def _run_server(listener: socket.socket, server: GuestServer) -> None:
-    await serve(listener, server.handle, query=server.query, command=server.command)
-
-
-async def _serve(path: str, mode: str) -> None:
-    disk = f"ram:{DISK_SIZE}"
-    server = GuestServer(
-        [
-            DeviceSetup("storvsp", (disk, disk), {"monitor": True}),
-            DeviceSetup("storvsp", (disk,), {"max_subchannels": 0}),
-        ]
-    )
-    listener = listen_path(path, mode=mode)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_run_server, listener, server)
-        print("ready", flush=True)  # the parent waits for it
-        await trio.to_thread.run_sync(sys.stdin.read)
-        nursery.cancel_scope.cancel()
-    listener.close()
-
-
-if __name__ == "__main__":
-    trio.run(_serve, sys.argv[1], sys.argv[2])
+async def ready(there: World, version: int = Version.V5_3) -> RawGuest:
+    guest = RawGuest(there)
+    await guest.connect(version)
+    return guest

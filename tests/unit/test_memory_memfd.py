@@ -8,12 +8,9 @@ import os
 import pytest
 
 import vmbus.memory
+from tests.support.leaks import count_fds
 from vmbus.errors import ConfigError
 from vmbus.memory import allocate_memory, create_memfd, is_sealed
-
-
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def test_a_memfd_can_neither_shrink_nor_grow():
@@ -36,28 +33,28 @@ def test_memory_comes_in_whole_pages(size):
 
 
 def test_memory_begins_at_zero_and_has_no_gaps():
-    before = open_descriptors()
+    before = count_fds(collect=True)
     memory = allocate_memory(4096, 8192)
     assert [(region.gpa, region.size) for region in memory.regions] == [(0, 4096), (4096, 8192)]
     memory.write(4090, bytes(range(12)))
     assert memory.read(4090, 12) == bytes(range(12))
     memory.close()
-    assert open_descriptors() == before
+    assert count_fds() == before
 
 
 def test_a_memfd_that_cannot_be_sealed_is_not_left_open(monkeypatch):
     def refuse(*_args: int) -> int:
         raise PermissionError
 
-    before = open_descriptors()
+    before = count_fds(collect=True)
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     with pytest.raises(PermissionError):
         vmbus.memory.create_memfd("test", 4096)
-    assert open_descriptors() == before
+    assert count_fds() == before
 
 
 def test_half_made_memory_is_given_back():
-    before = open_descriptors()
+    before = count_fds(collect=True)
     with pytest.raises(ConfigError):
         allocate_memory(4096, 5)
-    assert open_descriptors() == before
+    assert count_fds() == before

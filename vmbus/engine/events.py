@@ -128,6 +128,8 @@ class ChannelGone(Event):
     """The last trace of a revoked channel (or of a sub-channel) is gone; its key is dead."""
 
     key: int
+    unwanted: bool = False
+    """Nobody revoked it: the guest has no use for it, and would not have for the same offer."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

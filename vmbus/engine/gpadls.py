@@ -164,23 +164,28 @@ class GpadlTable:
     def teardown_untrusted(self, channel: Channel | None, handle: int) -> None:
         """GPADL_TEARDOWN, on an open or closed channel.
 
-        A handle that nobody knows is answered too, besides being a fault: the host has indeed let
-        go of it, and Linux waits for the answer without a time limit. Only what would contradict
-        another answer is not: a second request for the same GPADL, and one that names the wrong
-        channel.
+        Every request is answered, once: Linux waits for the answer without a time limit. One for a
+        handle that is not in the channel is a fault besides; the host has indeed let go of it,
+        whatever another channel uses under the same number. One for a GPADL that the host is taking
+        back already, since its channel is gone, is answered when the device has let go. Only a
+        second request for the same GPADL gets no answer of its own, and the ring of a reserved
+        channel, which is in use for good.
         """
         state = channel.gpadls.get(handle) if channel is not None else None
         if channel is not None and channel.is_reserved:
             raise GuestProtocolError("a reserved channel's GPADLs cannot change", field="relid")
         if state is None or channel is None:
-            if not self._handles[handle]:
-                self._outbox.post(GpadlTorndown(gpadl=handle))
+            self._outbox.post(GpadlTorndown(gpadl=handle))
             raise GuestProtocolError(f"GPADL {handle:#x}: is not in this channel", field="gpadl")
         if isinstance(state, Unfinished):
             self._fail(channel, handle, STATUS_UNSUCCESSFUL)
             self._outbox.post(GpadlTorndown(gpadl=handle))
         elif isinstance(state, TearingDown):
-            raise GuestProtocolError(f"GPADL {handle:#x}: is being torn down", field="gpadl")
+            if state.reply:
+                raise GuestProtocolError(f"GPADL {handle:#x}: is being torn down", field="gpadl")
+            channel.gpadls[handle] = follow(
+                state, GpadlTrigger.TEARDOWN, TearingDown(state.gpadl, reply=True)
+            )
         else:
             self._start_teardown(channel, state, reply=True)
 

@@ -17,6 +17,7 @@ from vmbus.engine.states import (
     Link,
     Offered,
     Released,
+    TearingDown,
     Unfinished,
 )
 from vmbus.wire.messages import MAX_MONITOR_ID, MAX_RELID
@@ -83,7 +84,12 @@ def _channel(channel: Channel) -> Snapshot:
 
 def _gpadl(handle: int, state: GpadlState) -> Snapshot:
     described = state.assembly if isinstance(state, Unfinished) else state.gpadl
-    return {"handle": handle, "state": type(state).__name__, "pages": described.page_count}
+    return {
+        "handle": handle,
+        "state": type(state).__name__,
+        "pages": described.page_count,
+        "answer_owed": isinstance(state, TearingDown) and state.reply,
+    }
 
 
 def check(engine: Engine) -> None:

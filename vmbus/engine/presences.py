@@ -109,11 +109,14 @@ class Presences:
             for channel in self._channels.subchannels(primary):
                 self.revoke(channel)
 
-    def release(self, channel: Channel, placement_of: Rescinded) -> None:
-        """RELID_RELEASED: the guest has forgotten a rescinded channel."""
+    def release(self, channel: Channel, presence: Rescinded | Offered) -> None:
+        """RELID_RELEASED: the guest has forgotten a channel, rescinded or closed."""
         self._gpadls.fail_unfinished(channel)
         self._gpadls.drop(channel, guest_left=False)
-        self._move(channel, PresenceTrigger.RELEASE, Released(placement_of.placement))
+        unwanted = isinstance(presence, Offered)
+        self._move(
+            channel, PresenceTrigger.RELEASE, Released(presence.placement, unwanted=unwanted)
+        )
 
     def leave(self, channel: Channel, *, reset: bool) -> None:
         """The guest has left, with UNLOAD or without; nothing is sent to it any more.
@@ -166,7 +169,7 @@ class Presences:
                     self._channels.displace(presence.placement)
                 follow(presence, PresenceTrigger.FORGET, Gone())
                 self._channels.remove(channel)
-                self._outbox.emit(ChannelGone(key=channel.key))
+                self._outbox.emit(ChannelGone(key=channel.key, unwanted=presence.unwanted))
             elif isinstance(presence, Kept):
                 self._move(channel, PresenceTrigger.LEAVE, Hidden())
                 self._channels.displace(presence.placement)

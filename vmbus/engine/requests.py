@@ -9,7 +9,16 @@ from vmbus.engine.gpadls import GpadlTable
 from vmbus.engine.lives import Lives
 from vmbus.engine.outbox import Outbox
 from vmbus.engine.presences import Presences
-from vmbus.engine.states import CloseReply, Link, OpenRequest, Rescinded, Slot
+from vmbus.engine.states import (
+    Closed,
+    CloseReply,
+    Link,
+    Offered,
+    OpenRequest,
+    Released,
+    Rescinded,
+    Slot,
+)
 from vmbus.errors import GuestProtocolError
 from vmbus.wire import messages as m
 from vmbus.wire.versions import Feature, Version
@@ -69,7 +78,11 @@ class ChannelRequests:
 
     def on_gpadl_teardown(self, message: m.GpadlTeardown) -> None:
         """GPADL_TEARDOWN."""
-        self._gpadls.teardown_untrusted(self._find(message.relid), message.gpadl)
+        channel = self._channels.by_relid(message.relid)
+        if channel is not None and not (channel.known or isinstance(channel.presence, Released)):
+            channel = None
+        # A channel that the guest has released holds its pages until the device lets go.
+        self._gpadls.teardown_untrusted(channel, message.gpadl)
 
     # --- Open and close --------------------------------------------------------------------------
 
@@ -130,10 +143,18 @@ class ChannelRequests:
         self._lives.close(channel)
 
     def on_relid_released(self, message: m.RelidReleased) -> None:
-        """RELID_RELEASED."""
+        """RELID_RELEASED, of a channel that is rescinded, or of one that the guest does not want.
+
+        Linux says so when it cannot register a device (linux/drivers/hv/channel_mgmt.c:
+        vmbus_add_channel_work, free_channel).
+        """
         channel = self._known(message.relid)
         presence = channel.presence
-        if not isinstance(presence, Rescinded):
+        if isinstance(presence, Offered):
+            if not isinstance(channel.life, Closed):
+                raise GuestProtocolError("the channel is in use", field="relid")
+            self._presences.revoke_subchannels(channel)
+        elif not isinstance(presence, Rescinded):
             raise GuestProtocolError("the channel has not been rescinded", field="relid")
         self._presences.release(channel, presence)
 

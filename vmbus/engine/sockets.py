@@ -11,6 +11,7 @@ from vmbus.errors import (
     GuestProtocolError,
     LocalProtocolError,
 )
+from vmbus.wire.guids import NULL_GUID
 from vmbus.wire.messages import TlConnectRequest, TlConnectResult
 from vmbus.wire.versions import Version
 
@@ -51,7 +52,7 @@ class SocketRequests:
                 request_id=request_id,
                 endpoint=message.endpoint_id,
                 service=message.service_id,
-                silo=message.silo_id,
+                silo=message.silo_id or NULL_GUID,
             )
         )
 

@@ -201,6 +201,8 @@ class Released:
 
     placement: Placement | None
     """None if the guest never knew it."""
+    unwanted: bool = False
+    """The guest gave it back of its own accord."""
 
 
 Presence = Hidden | Offered | Kept | Rescinded | Released
@@ -220,7 +222,7 @@ class PresenceTrigger(Enum):
 _P = PresenceTrigger
 PRESENCE: Table = {
     Hidden: {_P.OFFER: Offered, _P.REVOKE: Released},
-    Offered: {_P.REVOKE: Rescinded, _P.LEAVE: Hidden, _P.KEEP: Kept},
+    Offered: {_P.REVOKE: Rescinded, _P.RELEASE: Released, _P.LEAVE: Hidden, _P.KEEP: Kept},
     Kept: {_P.REVOKE: Released, _P.LEAVE: Hidden},
     Rescinded: {_P.RELEASE: Released, _P.LEAVE: Released},
     Released: {_P.FORGET: Gone},
@@ -393,7 +395,7 @@ _G = GpadlTrigger
 GPADL: Table = {
     Unfinished: {_G.COMPLETE: Usable, _G.FAIL: Gone},
     Usable: {_G.TEARDOWN: TearingDown},
-    TearingDown: {_G.LEAVE: TearingDown, _G.RELEASED: Gone},
+    TearingDown: {_G.TEARDOWN: TearingDown, _G.LEAVE: TearingDown, _G.RELEASED: Gone},
     Gone: {},
 }
 

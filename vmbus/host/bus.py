@@ -251,7 +251,7 @@ class Bus:
             case events.GpadlTeardown():
                 self.leases.tear_down(event.key, event.handle)
             case events.ChannelGone():
-                self._roster.gone(event.key)
+                self._roster.gone(event.key, unwanted=event.unwanted)
             case events.MonitorPages():
                 self.monitor.use(event.page_2)
             case events.InterruptPage():

@@ -115,13 +115,18 @@ class Roster:
             entry.faulty_lives += 1
             self._bus.engine.revoke(key)
 
-    def gone(self, key: int) -> None:
-        """The guest has let go of a rescinded channel: offer its device again. Cannot block."""
+    def gone(self, key: int, *, unwanted: bool = False) -> None:
+        """The guest has let go of a channel: offer its device again. Cannot block.
+
+        Args:
+            key: What the engine called it.
+            unwanted: The guest gave it back of its own accord: the device waits for its next life.
+        """
         entry = self._owners.pop(key, None)
         if entry is None:
             return
         entry.offered = False
-        if entry.removed is None and entry.faulty_lives < MAX_FAULTY_LIVES:
+        if entry.removed is None and not unwanted and entry.faulty_lives < MAX_FAULTY_LIVES:
             self._offer_again(entry)
 
     def disconnected(self) -> None:

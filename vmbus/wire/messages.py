@@ -22,7 +22,6 @@ import construct
 
 from vmbus.errors import GuestProtocolError, LocalProtocolError
 from vmbus.wire import layouts
-from vmbus.wire.guids import NULL_GUID
 from vmbus.wire.versions import NO_FEATURES, Feature, Version
 
 _T = TypeVar("_T")
@@ -362,8 +361,9 @@ class TlConnectRequest(Message):
     NAME: ClassVar[str] = "TL_CONNECT_REQUEST"
     endpoint_id: UUID
     service_id: UUID
-    silo_id: UUID = NULL_GUID
-    """From 5.2 on."""
+    silo_id: UUID | None = None
+    """From 5.2 on, where a guest has one. Linux sends the request without it in every version
+    (linux/drivers/hv/hv_sock: vmbus_send_tl_connect_request), and so may everybody."""
 
 
 @_record
@@ -457,6 +457,8 @@ class MessageSpec:
     """At least one of these must be in force (none needed if empty)."""
     trailing: bool = False
     """Variable data follows; ``size`` is that of the fixed part."""
+    optional: bool = False
+    """What is new in this layout may be left out, by guests too."""
 
     def allowed(self, version: Version | None, features: Feature) -> bool:
         """Whether the message may be used on a connection of ``version`` and ``features``."""
@@ -504,7 +506,9 @@ MESSAGES: tuple[MessageSpec, ...] = (
     MessageSpec(OpenReservedChannel, _G2H, 28, layouts.OPEN_RESERVED_CHANNEL, Version.V4_0),
     MessageSpec(CloseReservedChannel, _G2H, 20, layouts.CLOSE_RESERVED_CHANNEL, None),
     MessageSpec(CloseReservedResponse, _H2G, 12, layouts.RELID, None),
-    MessageSpec(TlConnectRequest, _G2H, 56, layouts.TL_CONNECT_REQUEST_2, Version.V5_2),
+    MessageSpec(
+        TlConnectRequest, _G2H, 56, layouts.TL_CONNECT_REQUEST_2, Version.V5_2, optional=True
+    ),
     MessageSpec(TlConnectRequest, _G2H, 40, layouts.TL_CONNECT_REQUEST, Version.V4_0),
     MessageSpec(ModifyChannel, _G2H, 16, layouts.MODIFY_CHANNEL, Version.V4_1),
     MessageSpec(TlConnectResult, _H2G, 44, layouts.TL_CONNECT_RESULT, Version.V4_1),
@@ -586,9 +590,10 @@ def parse_message_untrusted(
         )
     for spec in rows:
         # A host may answer with an older, shorter layout (a refusal has no features in it); a
-        # guest may not: the layout it has to use is a matter of the version in force.
+        # guest may not, with one exception: the layout is a matter of the version in force.
+        exact = direction is Direction.GUEST_TO_HOST and not spec.optional
         if spec.allowed(version, features) and (
-            direction is Direction.GUEST_TO_HOST or len(data) >= spec.size or spec is rows[-1]
+            exact or len(data) >= spec.size or spec is rows[-1]
         ):
             break
     else:
@@ -642,7 +647,7 @@ def build_message(
             + (f"version {version}" if version is not None else "an unconnected bus")
         )
     spec = rows[0]
-    if spec.direction is Direction.HOST_TO_GUEST:
+    if spec.direction is Direction.HOST_TO_GUEST or spec.optional:
         # A host may use an older layout (a refusal has no features in it); see parsing.
         spec = next((each for each in rows if not _missing(message, each)), spec)
     missing = _missing(message, spec)

@@ -417,6 +417,7 @@ COMMON = (
         Access.FREE,
         report_luns,
         polite=False,
+        least=10,  # the allocation length ends there; a driver of OpenVMM's sends no more
     ),
     Spec(
         op.MAINTENANCE_IN,

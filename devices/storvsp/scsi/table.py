@@ -56,6 +56,7 @@ class Spec:
         service_action: The service action, if the operation code has any.
         polite: False for the few commands that do not report unit attentions.
         exclusive: ``slow`` needs the medium for itself.
+        least: Bytes of CDB that will do, 0 for all. What is missing has to mean nothing.
         gated: ``slow`` moves data, so it waits for its turn and can be aborted. False for the one
             that waits for others to end.
     """
@@ -69,6 +70,7 @@ class Spec:
     polite: bool = True
     exclusive: bool = False
     gated: bool = True
+    least: int = 0
 
 
 Table = Mapping[int, Spec | Mapping[int, Spec]]
@@ -173,7 +175,7 @@ def check_shape_untrusted(spec: Spec, cdb: bytes) -> None:
             allegiance (NACA), which this target does not have (SAM-5 5.2).
     """
     length = len(spec.usage)
-    if len(cdb) < length:
+    if len(cdb) < (spec.least or length):
         raise invalid_cdb_field(len(cdb))
-    if cdb[length - 1] & 0x04:
+    if len(cdb) >= length and cdb[length - 1] & 0x04:
         raise invalid_cdb_field(length - 1, 2)

@@ -49,13 +49,13 @@ def report_luns_untrusted(luns: Iterable[int], command: Command) -> Outcome:
 
     Args:
         luns: Logical unit numbers of the target, in any order.
-        command: With a CDB of 12 bytes.
+        command: With a CDB of 12 bytes, or of 10: all but RESERVED and CONTROL, which have to be 0.
 
     Raises:
         CheckCondition: SELECT REPORT has a reserved value or the CDB is short.
     """
     cdb = command.cdb
-    if len(cdb) < 12:
+    if len(cdb) < 10:
         raise invalid_cdb_field(len(cdb))
     select = cdb[2]
     if select in {0x00, 0x02}:

@@ -12,15 +12,8 @@ import pytest
 import trio
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from tests.support.attach import (
-    RAM_SIZE,
-    Bus,
-    RawVmm,
-    count_fds,
-    make_eventfd,
-    make_memfd,
-    running_server,
-)
+from tests.support.attach import RAM_SIZE, Bus, RawVmm, make_eventfd, make_memfd, running_server
+from tests.support.leaks import count_fds
 from vmbus.attach.client.operator import read_json_reply_untrusted
 from vmbus.attach.protocol.framing import ASYNC, HEADER, REPLY, FrameReader, pack_frame
 from vmbus.attach.protocol.layout import Layout
@@ -126,7 +119,7 @@ CHUNKS = st.lists(
 def test_the_frame_reader_closes_every_descriptor_once(
     chunks: list[tuple[bytes, int, int]], *, stream: bool, close: bool
 ) -> None:
-    before = count_fds()
+    before = count_fds(collect=True)
     reader = FrameReader(stream=stream)
     for data, fds, flags in chunks:
         reader.feed_untrusted(data, [make_eventfd() for _ in range(fds)], flags)
@@ -336,7 +329,7 @@ async def play(path: Path, operations: list[Any], mode: str) -> None:
 def test_the_server_survives_any_vmm_and_leaks_nothing(
     tmp_path: Path, mode: str, operations: list[Any]
 ) -> None:
-    before = count_fds()
+    before = count_fds(collect=True)
     trio.run(play, tmp_path / "s", operations, mode)
     assert count_fds() == before
 
@@ -358,6 +351,6 @@ BOOT = [
 def test_the_server_survives_any_attached_vmm_and_leaks_nothing(
     tmp_path: Path, mode: str, operations: list[Any]
 ) -> None:
-    before = count_fds()
+    before = count_fds(collect=True)
     trio.run(play, tmp_path / "s", BOOT + operations, mode)
     assert count_fds() == before

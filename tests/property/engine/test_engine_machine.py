@@ -187,26 +187,20 @@ class Bus(RuleBasedStateMachine):
 
     @rule(relid=relids, gpadl=handles)
     def tear_down(self, relid: int, gpadl: int) -> None:
-        owners = [
-            (each["relid"], each["reserved"], gpadl_["state"])
+        meant = [
+            each
             for each in describe_channels(self.engine)
-            for gpadl_ in each["gpadls"]
-            if gpadl_["handle"] == gpadl
+            if each["relid"] == relid and each["presence"] in ("Offered", "Rescinded", "Released")
         ]
-        mine = [owner for owner in owners if owner[0] == relid]
-        reserved = any(
-            each["reserved"] and each["relid"] == relid and each["presence"] == "Offered"
-            for each in describe_channels(self.engine)
-        )
-        known = any(
-            each["relid"] == relid and each["presence"] in ("Offered", "Rescinded")
-            for each in describe_channels(self.engine)
-        )
-        answered = not reserved and (
-            not owners or (known and bool(mine) and mine[0][2] != "TearingDown")
+        reserved = any(each["reserved"] and each["presence"] == "Offered" for each in meant)
+        owed = any(
+            each["answer_owed"]
+            for channel in meant
+            for each in channel["gpadls"]
+            if each["handle"] == gpadl
         )
         message = m.GpadlTeardown(relid=relid, gpadl=gpadl)
-        self.post(message, ("teardown", gpadl) if answered else None)
+        self.post(message, None if reserved or owed else ("teardown", gpadl))
 
     @rule(relid=relids, gpadl=handles, vp=st.sampled_from([0, 1, 2, m.TARGET_VP_NONE]))
     def open(self, relid: int, gpadl: int, vp: int) -> None:

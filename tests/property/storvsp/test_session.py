@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections import Counter
+from collections import Counter, defaultdict
 
 import trio
 import trio.testing
@@ -104,7 +104,7 @@ def test_any_request_for_sub_channels_is_honoured_or_refused(body, stage, versio
             assert count <= 3
             assert offered == ([count] if count else [])
             assert version >= VERSION_5_1
-            assert stage is Stage.READY
+            assert stage in {Stage.END, Stage.READY}
         return made
 
     inside(run)
@@ -197,6 +197,7 @@ def test_any_packets_through_the_ring_are_each_answered_once(sent):
         controller.add_disk(DelayDisk(RamDisk(1 << 16), read=0.0001, flush=0.0001))
         channel, guest = channel_pair(ring_pages=8, data_pages=4)
         wanted: Counter[int] = Counter()
+        sizes: defaultdict[int, set[int]] = defaultdict(set, {9: {64}})  # by transaction id
         async with trio.open_nursery() as nursery:
             nursery.start_soon(controller.run, channel)
             for operation, body in ((7, b""), (9, b"\2\6\0\0"), (10, b""), (8, b"")):
@@ -206,12 +207,14 @@ def test_any_packets_through_the_ring_are_each_answered_once(sent):
                 packet = build_packet(kind, payload, transaction_id=identity, flags=int(wants))
                 assert guest.send(packet) == 1
                 wanted[identity] += wants
+                # A ring packet is as long as a multiple of 8, and an answer as long as its request.
+                sizes[identity].add(max(16, min(-(-len(payload) // 8) * 8, 64)))
             seen: Counter[int] = Counter()
             with trio.fail_after(30):
                 while sum(seen.values()) < sum(wanted.values()) + 4:
                     for answer in await guest.receive():
                         assert answer.kind == COMPLETION
-                        assert len(answer.payload) == 64
+                        assert len(answer.payload) in sizes[answer.transaction_id]
                         seen[answer.transaction_id] += 1
             await trio.testing.wait_all_tasks_blocked()
             assert guest.receive_nowait() == []

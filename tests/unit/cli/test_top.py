@@ -16,60 +16,17 @@ from tests.support.cli import (
     run_cli,
     scripted_server,
 )
+from tests.support.looks import channel_of, view_of
 from vmbus.cli import program as program_module, top
 from vmbus.cli.client import ask_guests
-from vmbus.cli.rates import Sample, ServerView, compare
+from vmbus.cli.rates import ServerView
 from vmbus.cli.top import plain_lines, render, short
-
-
-def view_of(before, after, seconds=2.0):
-    return compare(Sample(10.0, make_status(*before)), Sample(10.0 + seconds, make_status(*after)))
-
-
-def channel_of(view, guest=0, channel=0):
-    return view.guests[guest].channels[channel]
-
-
-def test_rates_are_differences_per_second():
-    view = view_of(
-        [make_guest("a", make_channel(packets_in=100, bytes_out=5))],
-        [make_guest("a", make_channel(packets_in=150, bytes_out=5, incoming_used=250))],
-    )
-    channel = channel_of(view)
-    assert channel.rates["packets_in"] == 25.0
-    assert channel.rates["bytes_out"] == 0.0
-    assert channel.incoming_fill == 0.25
-    assert channel.device == "scsi"
-    assert view.interval == 2.0
-
-
-def test_a_new_channel_counts_from_zero():
-    view = view_of([make_guest("a")], [make_guest("a", make_channel(packets_in=10))])
-    assert channel_of(view).rates["packets_in"] == 5.0
-
-
-def test_a_channel_that_was_opened_again_counts_from_zero():
-    before = make_guest("a", make_channel(packets_in=100, bytes_in=1))
-    after = make_guest("a", make_channel(packets_in=10, bytes_in=50))
-    channel = channel_of(view_of([before], [after]))
-    assert (channel.rates["packets_in"], channel.rates["bytes_in"]) == (5.0, 25.0)
-
-
-def test_another_guest_of_the_same_name_is_another_guest():
-    before = make_guest("a", make_channel(packets_in=4), number=1)
-    after = make_guest("a", make_channel(packets_in=10), number=2)
-    assert channel_of(view_of([before], [after])).rates["packets_in"] == 5.0
 
 
 def test_devices_that_are_gone_and_rings_without_size_are_shown():
     channel = make_channel(device=99, outgoing_size=0, outgoing_used=0)
     shown = channel_of(view_of([], [make_guest("a", channel)]))
     assert (shown.device, shown.outgoing_fill) == ("?", 0.0)
-
-
-def test_two_looks_at_the_same_moment_divide_by_something():
-    view = view_of([make_guest("a", make_channel())], [make_guest("a", make_channel())], 0.0)
-    assert channel_of(view).rates["packets_in"] == 0.0
 
 
 @pytest.mark.parametrize(

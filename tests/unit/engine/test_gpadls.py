@@ -187,12 +187,28 @@ def test_tearing_down_what_is_unknown_is_answered(guest, relid) -> None:
     assert fault_field(found) == "gpadl"
 
 
-def test_tearing_down_through_the_wrong_channel_is_a_fault_without_an_answer(guest) -> None:
+def test_tearing_down_through_the_wrong_channel_is_answered_and_costs_the_other_nothing(
+    guest,
+) -> None:
     guest.create(1, 7)
-    (fault,) = guest.post(m.GpadlTeardown(relid=2, gpadl=7))
-    assert fault.field == "gpadl"
-    guest.answer(guest.post(m.GpadlTeardown(relid=1, gpadl=7)))
-    assert len(guest.post(m.GpadlTeardown(relid=2, gpadl=7))) == 2, "now nobody has it"
+    found = guest.post(m.GpadlTeardown(relid=2, gpadl=7))
+    assert only(m.GpadlTorndown, found) == [m.GpadlTorndown(gpadl=7)]
+    assert fault_field(found) == "gpadl"
+    assert guest.engine.gpadl(1, 7) is not None
+    assert guest.answer(guest.post(m.GpadlTeardown(relid=1, gpadl=7))) == [m.GpadlTorndown(gpadl=7)]
+
+
+def test_a_teardown_that_crosses_the_hosts_own_is_answered_when_the_device_has_let_go(
+    guest,
+) -> None:
+    """The guest releases the relid first and wants its pages back then, or the other way round."""
+    guest.create(1, 7)
+    guest.engine.revoke(1)
+    asked = guest.take()
+    asked += guest.post(m.RelidReleased(relid=1))
+    assert only(m.GpadlTorndown, asked) == []
+    late = guest.post(m.GpadlTeardown(relid=1, gpadl=7))
+    assert only(m.GpadlTorndown, guest.answer(asked + late)) == [m.GpadlTorndown(gpadl=7)]
 
 
 def test_buffers_can_be_torn_down_before_and_after_close(guest) -> None:

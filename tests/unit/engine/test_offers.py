@@ -12,6 +12,7 @@ from vmbus.engine import (
     EngineConfig,
     Fault,
     SendMessage,
+    describe,
     describe_channels,
 )
 from vmbus.errors import BudgetError, ConfigError, LocalProtocolError
@@ -206,12 +207,48 @@ def test_a_key_that_never_was_cannot_be_revoked() -> None:
         guest.engine.revoke(1)
 
 
-def test_releasing_what_was_not_rescinded_is_a_fault() -> None:
+def test_releasing_what_was_never_offered_is_a_fault() -> None:
     guest = Guest()
     guest.engine.offer(make_offer())
     guest.connect()
-    for relid in (1, 2, 0xFFFFFFFF):
+    for relid in (0, 2, 0xFFFFFFFF):
         assert fault_field(guest.post(m.RelidReleased(relid=relid))) == "relid"
+
+
+def test_releasing_a_channel_that_is_in_use_is_a_fault() -> None:
+    guest = Guest()
+    guest.engine.offer(make_offer())
+    guest.connect()
+    guest.create()
+    opening = guest.post(guest.open_message())
+    assert fault_field(guest.post(m.RelidReleased(relid=1))) == "relid"
+    guest.answer(opening)
+    assert fault_field(guest.post(m.RelidReleased(relid=1))) == "relid"
+
+
+def test_a_guest_may_give_back_what_it_has_no_use_for() -> None:
+    """Linux does when it cannot register the device; relid and instance are free then."""
+    guest = Guest()
+    key = guest.engine.offer(make_offer())
+    guest.connect()
+    found = guest.post(m.RelidReleased(relid=1))
+    assert found == [ChannelGone(key=key, unwanted=True)]
+    again = guest.engine.offer(make_offer())
+    (offer,) = only(m.OfferChannel, guest.take())
+    assert (offer.relid, again != key) == (1, True)
+
+
+def test_one_that_was_opened_and_closed_can_be_given_back_with_its_buffers() -> None:
+    guest = Guest()
+    key = guest.engine.offer(make_offer())
+    guest.connect()
+    guest.create()
+    guest.opened()
+    guest.answer(guest.post(m.CloseChannel(relid=1)))
+    asked = guest.post(m.RelidReleased(relid=1))
+    assert only(ChannelGone, asked) == [], "the device has yet to let go of the ring"
+    assert only(ChannelGone, guest.answer(asked)) == [ChannelGone(key=key, unwanted=True)]
+    assert describe(guest.engine)["gpadls"] == 0
 
 
 def test_an_open_channel_is_closed_before_it_is_rescinded_and_gone_when_all_let_go() -> None:

@@ -410,6 +410,7 @@ def panics(reason: str):
     raise AssertionError(reason)
 
 
+@pytest.mark.slow
 @given(
     data=st.data(),
     chunks=st.lists(st.integers(1, 3), min_size=1, max_size=4),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import pytest
@@ -16,7 +15,6 @@ from vmbus.guest import (
     LINUX_6_1,
     LINUX_NEW,
     MACOS,
-    NETBSD,
     OPENBSD,
     PERSONALITIES,
     UEFI,
@@ -24,9 +22,8 @@ from vmbus.guest import (
     HostRefusedError,
     boot,
 )
-from vmbus.wire.messages import GpadlBody, GpadlHeader, Message
 from vmbus.wire.synic import HvStatus
-from vmbus.wire.versions import Feature, Version
+from vmbus.wire.versions import Version
 
 ALL = pytest.mark.parametrize("personality", PERSONALITIES.values(), ids=str)
 
@@ -109,40 +106,6 @@ async def test_a_host_without_a_common_version_is_reported():
         with pytest.raises(HostRefusedError, match="INITIATE_CONTACT"):
             await guest.connection.contact()
     assert len(machine.host.log) == 5
-
-
-async def test_uefi_asks_for_a_client_id_alone_and_opens_with_156_bytes_all_the_same():
-    for versions in ({Version.V6_0}, {Version.V3_0}):
-        machine = Machine()
-        host = machine.host
-        host.supported = versions
-        host.features = Feature.CLIENT_ID | Feature.GUEST_SPECIFIED_SIGNAL_PARAMETERS
-        host.offers = [offer(1)]
-        async with boot(machine, UEFI) as guest:
-            (found,) = await guest.connection.connect()
-            newest = Version.V6_0 in versions
-            assert guest.connection.features == (Feature.CLIENT_ID if newest else Feature(0))
-            await guest.connection.open_channel(found, ring_pages=3)
-        opened = next(item for item in host.log if item.NAME == "OPENCHANNEL")
-        assert (opened.connection_id, opened.event_flag, opened.open_id) == (None, None, 0)
-        assert host.log[0].client_id is not None
-        sizes = {raw[0]: len(raw) for _, raw in host.raw}
-        assert sizes == {14: 56 if newest else 40, 3: 8, 8: 240, 5: 156}
-        assert next(raw for _, raw in host.raw if raw[0] == 5)[148:] == bytes(8)
-
-
-async def test_a_guest_that_names_its_own_signal_says_so_when_it_opens_a_channel():
-    machine = Machine()
-    host = machine.host
-    host.features = Feature.GUEST_SPECIFIED_SIGNAL_PARAMETERS | Feature.PAUSE_RESUME
-    host.offers = [offer(1)]
-    asking = dataclasses.replace(UEFI, features=Feature.GUEST_SPECIFIED_SIGNAL_PARAMETERS)
-    async with boot(machine, asking) as guest:
-        (found,) = await guest.connection.connect()
-        assert guest.connection.features == Feature.GUEST_SPECIFIED_SIGNAL_PARAMETERS
-        await guest.connection.open_channel(found, ring_pages=3)
-    opened = next(item for item in host.log if item.NAME == "OPENCHANNEL")
-    assert (opened.connection_id, opened.event_flag, opened.open_id) == (0x10001, 1, 0)
 
 
 async def test_uefi_falls_to_3_0():
@@ -296,124 +259,6 @@ async def test_waiting_for_an_offer_ends_when_the_channel_goes_that_it_would_bel
         assert ended
 
 
-async def test_uefi_takes_a_version_response_and_a_rescind_of_any_length():
-    machine = Machine()
-    host = machine.host
-    host.offers = [offer(1)]
-    host.handlers["INITIATE_CONTACT"] = lambda item: host.send(message(15, 1, 1, 0, 0, 0))
-    async with boot(machine, UEFI) as guest:
-        await guest.connection.connect()
-        host.send(message(2, 1, 0))
-        await trio.testing.wait_all_tasks_blocked()
-
-
-@pytest.mark.parametrize(
-    ("name", "answer"),
-    [
-        ("REQUESTOFFERS", message(4, 0)),
-        ("GPADL_HEADER", message(10, 1, 1, 0, 0)),
-        ("OPENCHANNEL", message(6, 1, 0, 0, 0)),
-        ("GPADL_TEARDOWN", message(12, 1, 0)),
-        ("UNLOAD", message(17, 0)),
-    ],
-)
-async def test_uefi_fails_fast_at_a_longer_answer_and_nobody_else_does(name, answer):
-    """Checklist row 5."""
-
-    async def run(personality) -> None:
-        machine = Machine()
-        host = machine.host
-        host.offers = [offer(1, monitor_allocated=True)]
-        ordinary = getattr(host, f"on_{name.lower()}")
-        send = host.send
-
-        def longer(raw, *args) -> None:
-            send(answer if not isinstance(raw, Message) else raw, *args)
-
-        def handle(item) -> None:
-            host.send = longer  # type: ignore[method-assign, assignment]
-            ordinary(item)
-            host.send = send  # type: ignore[method-assign]
-
-        host.handlers[name] = handle
-        async with boot(machine, personality) as guest:
-            (found,) = await guest.connection.connect()
-            channel = await guest.connection.open_channel(found, ring_pages=2, target_vp=0)
-            await guest.connection.close_channel(channel)
-            await guest.connection.unload()
-
-    with pytest.raises(GuestPanic, match="bytes instead of"):
-        await run(UEFI)
-    await run(
-        dataclasses.replace(
-            LINUX_6_1,
-            versions=(Version.V3_0,),
-            first_gpadl=1,
-            open_id_zero=True,
-            uses_monitor=False,
-        )
-    )
-
-
-async def test_haiku_posts_to_connection_1_whatever_the_host_says():
-    machine = Machine()
-    host = machine.host
-    host.handlers["INITIATE_CONTACT"] = lambda item: host.send(message(15, 1, 4))
-    async with boot(machine, HAIKU) as guest:
-        await guest.connection.connect()
-    assert {connection for connection, _ in host.raw} == {1}
-
-
-@pytest.mark.parametrize("personality", [OPENBSD, NETBSD], ids=str)
-async def test_openbsd_and_netbsd_go_on_describing_a_gpadl_that_is_complete(personality):
-    for pages, sizes in (
-        (26, []),
-        (42, [240] * 15 + [16]),  # the rings of their disks
-        (54, [240]),
-        (55, [240, 24]),
-        (57, [240, 240, 240, 16]),
-    ):
-        machine = Machine()
-        host = machine.host
-        host.offers = [offer(1, monitor_allocated=True)]
-        async with boot(machine, personality) as guest:
-            await guest.connection.connect()
-            pfns = guest.ram.allocate(pages)
-            gpadl = await guest.connection.create_gpadl(1, pfns)
-        assert host.gpadls[gpadl.handle] == (1, pfns)
-        assert [len(raw) for _, raw in host.raw if raw[0] == 9] == sizes
-        assert host.surplus_bodies == max(0, len(sizes) - (pages - 26 + 27) // 28)
-
-
-@ALL
-async def test_gpadls_of_all_sizes_arrive_whole(personality):
-    """Checklist row 31."""
-    machine = Machine(pages=16384)
-    host = machine.host
-    host.offers = [offer(1, monitor_allocated=True)]
-    async with boot(machine, personality) as guest:
-        await guest.connection.connect()
-        for count in (1, 26, 27, 54, 55, 1000):
-            pfns = guest.ram.allocate(count, contiguous=False)
-            gpadl = await guest.connection.create_gpadl(1, pfns)
-            assert host.gpadls[gpadl.handle] == (1, pfns)
-            await guest.connection.teardown_gpadl(gpadl)
-        last = await guest.connection.create_gpadl(1, guest.ram.allocate(3), 8193)
-    headers = [item for item in host.log if isinstance(item, GpadlHeader)]
-    handles = [item.gpadl for item in headers]
-    if personality is UEFI:
-        assert set(handles) == {1}
-    else:
-        assert handles == list(range(handles[0], handles[0] + 7))
-    assert headers[-1].data[:4] == (8193).to_bytes(4, "little")
-    assert last.handle == handles[-1]
-    if personality is MACOS:
-        assert {len(raw) for _, raw in host.raw if raw[0] == 8} == {20 + 8 + 26 * 8}
-        assert host.raw[0][1][4:8] == b"\xa5\x5a\xa5\x5a"
-    numbers = {item.message_number for item in host.log if isinstance(item, GpadlBody)}
-    assert (numbers == {0}) == (not personality.numbers_bodies)
-
-
 async def test_a_refused_gpadl_or_channel_is_reported_and_taken_back():
     machine = Machine()
     host = machine.host
@@ -459,37 +304,6 @@ async def test_a_reply_about_something_else_crashes_the_guest(personality):
                 (found,) = await guest.connection.connect()
                 channel = await guest.connection.open_channel(found, ring_pages=2)
                 await guest.connection.close_channel(channel)
-
-
-async def test_channels_are_spread_over_vps_and_can_be_moved():
-    machine = Machine(vps=3)
-    machine.host.offers = [offer(relid) for relid in (1, 2, 3, 4)]
-    async with boot(machine, LINUX_6_1) as guest:
-        offers = await guest.connection.connect()
-        channels = [await guest.connection.open_channel(o, ring_pages=2) for o in offers]
-        assert [c.target_vp for c in channels] == [0, 1, 2, 0]
-        await guest.connection.modify_channel(channels[0], 2)
-        assert channels[0].target_vp == 2
-        assert (await channels[0].request(b"moved...")).payload == b"moved..."
-        machine.host.handlers["MODIFYCHANNEL"] = lambda item: machine.host.send(message(24, 1, 7))
-        with pytest.raises(HostRefusedError, match="MODIFYCHANNEL"):
-            await guest.connection.modify_channel(channels[0], 1)
-
-
-async def test_modify_channel_has_no_answer_before_5_3_and_does_not_exist_before_4_1():
-    machine = Machine(vps=2)
-    machine.host.offers = [offer(1)]
-    async with boot(machine, LINUX_6_1) as guest:
-        for version in (Version.V4_1, Version.V4_0):
-            await guest.connection.contact([version])
-            (found,) = await guest.connection.request_offers()
-            channel = await guest.connection.open_channel(found, ring_pages=2, target_vp=0)
-            if version == Version.V4_1:
-                await guest.connection.modify_channel(channel, 1)
-                assert machine.host.channels[1].vp == 1
-            else:
-                with pytest.raises(LocalProtocolError):
-                    await guest.connection.modify_channel(channel, 1)
 
 
 async def test_a_second_contact_without_unload_forgets_the_old_channels():
@@ -566,98 +380,6 @@ async def test_the_same_request_twice_is_the_callers_mistake():
             nursery.cancel_scope.cancel()
 
 
-async def test_a_rescinded_channel_is_closed_and_its_relid_released():
-    """Checklist row 34."""
-    machine = Machine()
-    host = machine.host
-    host.offers = [offer(1), offer(2)]
-    async with boot(machine, LINUX_6_1) as guest:
-        connection = guest.connection
-        first, _second = await connection.connect()
-        channel = await connection.open_channel(first, ring_pages=2)
-        removed = []
-        channel.on_removed = lambda: removed.append(True)
-        host.on_packet = lambda channel, packet: None
-        async with trio.open_nursery() as nursery:
-
-            async def talk() -> None:
-                with pytest.raises(trio.BrokenResourceError, match="rescinded"):
-                    await channel.request(b"?")
-
-            nursery.start_soon(talk)
-            await trio.testing.wait_all_tasks_blocked()
-            host.send(message(2, 1))
-        host.send(message(2, 2))
-        await connection.wait_gone(1)
-        await connection.wait_gone(2)
-        assert removed == [True]
-        names = host.names()
-        assert names[-4:-1] == ["CLOSECHANNEL", "GPADL_TEARDOWN", "RELID_RELEASED"] or (
-            names.count("RELID_RELEASED") == 2
-        )
-        host.offers = [offer(1)]
-        host.send(offer(1))
-        (again,) = await connection.wait_offers(lambda o: o.relid == 1)
-        await connection.open_channel(again, ring_pages=2)
-        guest.check_memory()
-
-
-async def test_a_second_rescind_crashes_the_guest():
-    """Checklist row 34."""
-    machine = Machine()
-    machine.host.offers = [offer(1, monitor_allocated=True)]
-    with pytest.raises(GuestPanic, match="second time"):
-        async with boot(machine, OPENBSD) as guest:
-            await guest.connection.connect()
-            machine.host.send(message(2, 1))
-            machine.host.send(message(2, 1))
-            await trio.sleep_forever()
-
-
-@pytest.mark.parametrize("personality", [LINUX_6_1, NETBSD, UEFI], ids=str)
-async def test_a_channel_rescinded_while_it_opens_fails_to_open(personality):
-    machine = Machine()
-    host = machine.host
-    host.offers = [offer(1)]
-    for name in ("OPENCHANNEL", "GPADL_HEADER"):
-        async with boot(machine, personality) as guest:
-            (found,) = await guest.connection.connect()
-
-            def rescind(item, name=name) -> None:
-                host.send(message(2, 1))
-                if name == "GPADL_HEADER":
-                    del host.handlers[name]
-                    host.on_gpadl_header(item)
-
-            host.handlers[name] = rescind
-            with pytest.raises(trio.BrokenResourceError):
-                await guest.connection.open_channel(found, ring_pages=2)
-            await trio.testing.wait_all_tasks_blocked()
-            released = "RELID_RELEASED" in host.names()
-            assert released == (personality is not UEFI)
-            host.handlers.clear()
-            host.offers = [offer(1)]
-
-
-async def test_a_connection_that_ends_stops_the_removal_of_a_channel():
-    machine = Machine()
-    host = machine.host
-    host.offers = [offer(1)]
-    async with boot(machine, LINUX_6_1) as guest:
-        (found,) = await guest.connection.connect()
-        host.handlers["GPADL_HEADER"] = lambda item: host.send(message(2, 1))
-        async with trio.open_nursery() as nursery:
-
-            async def opening() -> None:
-                with pytest.raises(trio.BrokenResourceError):
-                    await guest.connection.open_channel(found, ring_pages=2)
-
-            nursery.start_soon(opening)
-            await trio.testing.wait_all_tasks_blocked()
-            await guest.connection.contact()
-        assert "RELID_RELEASED" not in host.names()
-
-
 async def test_versions_before_2_4_use_the_interrupt_page():
     for version in (Version.V1_1, Version.V0_13):
         machine = Machine()
@@ -681,29 +403,3 @@ async def test_raw_and_ready_made_messages_can_be_posted():
         await guest.connection.post_raw(message(13, 1))
         await guest.connection.post(machine.host.log[-1])
     assert machine.host.names()[-2:] == ["RELID_RELEASED", "RELID_RELEASED"]
-
-
-@pytest.mark.parametrize("name", ["CLOSECHANNEL", "GPADL_TEARDOWN"])
-async def test_a_removal_under_way_posts_nothing_behind_unload(name):
-    machine = Machine()
-    host = machine.host
-    host.offers = [offer(1)]
-    async with boot(machine, LINUX_6_1) as guest, trio.open_nursery() as nursery:
-        connection = guest.connection
-        (found,) = await connection.connect()
-        await connection.open_channel(found, ring_pages=2)
-        host.handlers["UNLOAD"] = lambda item: None  # the answer takes its time
-        hypercall = machine.hypercall
-
-        async def slow(*args: int) -> int:
-            status = await hypercall(*args)
-            await trio.sleep(0.01)
-            return status
-
-        machine.hypercall = slow  # type: ignore[method-assign, assignment]  # slower than UNLOAD
-        host.handlers[name] = lambda item: nursery.start_soon(connection.unload)
-        host.send(message(2, 1))
-        await connection.wait_gone(1)
-        await trio.testing.wait_all_tasks_blocked(0.05)
-        assert host.names()[-1] == "UNLOAD"
-        host.on_unload(None)

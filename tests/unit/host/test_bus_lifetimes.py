@@ -331,6 +331,7 @@ async def test_a_pause_leaves_the_monitor_page_alone():
         assert bytes(page) != b"\xff" * PAGE_SIZE
 
 
+@pytest.mark.slow
 async def test_a_guest_cannot_fill_the_log(
     caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ):

@@ -10,6 +10,7 @@ from contextlib import closing
 import pytest
 
 from tests.support.kvm_fakes import FakeKvm
+from tests.support.leaks import open_descriptors
 from vmbus.errors import ConfigError
 from vmbus.kvm import api
 from vmbus.kvm.vm import FIRST_FREE_GSI, Vm
@@ -54,13 +55,13 @@ def test_all_memory_is_mapped_where_python_has_it(kvm):
 
 
 def test_a_vm_that_cannot_be_made_leaves_nothing_open(kvm):
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors(collect=True)
     kvm.failures[api.GET_VCPU_MMAP_SIZE] = errno.EINVAL
 
     with pytest.raises(OSError, match="Invalid argument"):
         Vm(GuestMemory(), path=os.devnull, call=kvm)
 
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_the_timer_goes_to_pin_2_and_every_line_has_its_place(vm, kvm):

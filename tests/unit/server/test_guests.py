@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 import trio
@@ -14,10 +12,8 @@ import trio.testing
 from tests.support.worlds import FailingTransport, World, whole_life
 from vmbus.errors import ConfigError
 from vmbus.guest import LINUX_6_1
-from vmbus.memory import PAGE_SIZE, allocate_memory
 from vmbus.partition.soft_machine import SoftMachine
-from vmbus.server import DeviceSetup, GuestServer, raise_descriptor_limit
-from vmbus.server.process import resident_bytes
+from vmbus.server import DeviceSetup, GuestServer
 
 DISK = 4 << 20
 SETUPS = (DeviceSetup("storvsp", (f"ram:{DISK}",)), DeviceSetup("storvsp", ("ram:1M", "ram:1M")))
@@ -230,28 +226,3 @@ def test_there_are_two_queries():
     }
     with pytest.raises(ConfigError, match="no query"):
         server.query("weather")
-
-
-def test_resident_memory_is_what_the_server_uses_itself():
-    size = 64 << 20
-    before = resident_bytes()
-    memory = allocate_memory(size)
-    for page in range(size // PAGE_SIZE):
-        memory.write(page * PAGE_SIZE, b"x")
-    assert resident_bytes() - before < size // 2, "guests' memory is not the server's"
-
-    own = bytearray(b"x") * size
-    assert resident_bytes() - before > size // 2
-    assert len(own) == size
-    memory.close()
-
-
-def test_the_limit_on_open_files_is_raised(monkeypatch: pytest.MonkeyPatch):
-    calls: list[Any] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (10, 20))
-    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: calls.append(limits))
-    raise_descriptor_limit()
-    assert calls == [(20, 20)]
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (20, 20))
-    raise_descriptor_limit()
-    assert calls == [(20, 20)]

@@ -50,15 +50,23 @@ def test_packets_are_found_inside_larger_data():
     assert wire.parse_packet_untrusted(data, 16, 16 + 48) == (7, 1, 0, b"body" + bytes(48))
 
 
-@pytest.mark.parametrize("size", [0, 12, 47, 65, 80])
-def test_other_sizes_are_refused(size):
-    for parse in (
-        wire.parse_packet_untrusted,
-        wire.parse_srb_untrusted,
-        wire.parse_srb_reply_untrusted,
-    ):
-        with pytest.raises(GuestProtocolError, match=f"{size} bytes"):
-            parse(bytes(size))
+@pytest.mark.parametrize(
+    ("parse", "size"),
+    [(wire.parse_packet_untrusted, size) for size in (0, 11, 65, 80)]
+    + [
+        (parse, size)
+        for parse in (wire.parse_srb_untrusted, wire.parse_srb_reply_untrusted)
+        for size in (0, 12, 47, 65, 80)
+    ],
+)
+def test_other_sizes_are_refused(parse, size):
+    with pytest.raises(GuestProtocolError, match=f"{size} bytes"):
+        parse(bytes(size))
+
+
+def test_a_request_without_parameters_may_be_a_header_only():
+    assert wire.parse_packet_untrusted(struct.pack("<III", 8, 1, 0)) == (8, 1, 0, bytes(52))
+    assert wire.build_completion(b"ignored", status=5, size=12) == struct.pack("<III", 1, 0, 5)
 
 
 @pytest.mark.parametrize(

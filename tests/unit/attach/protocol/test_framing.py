@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.attach import count_fds, make_eventfd, send_raw
+from tests.support.attach import make_eventfd, send_raw
 from vmbus.attach.protocol.framing import (
     ASYNC,
     ERROR,
@@ -26,6 +26,8 @@ from vmbus.attach.protocol.framing import (
 from vmbus.attach.protocol.limits import MAX_FDS, MAX_PAYLOAD
 from vmbus.errors import PeerProtocolError
 
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
+
 Pair = tuple[socket.socket, socket.socket]
 
 
@@ -37,13 +39,6 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     yield ours, theirs
     ours.close()
     theirs.close()
-
-
-@pytest.fixture(autouse=True)
-def _no_descriptor_is_leaked() -> Iterator[None]:
-    before = count_fds(collect=True)
-    yield
-    assert count_fds() == before
 
 
 def reader_for(sock: socket.socket) -> FrameReader:

@@ -5,26 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import stat
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import trio
 
-from tests.support.attach import Bus, count_fds, raw_vmm
-from vmbus.attach.protocol.sockets import from_fd
-from vmbus.attach.server import from_systemd, listen, listen_path, open_listener, serve
-from vmbus.attach.server.connections import _accept
+from vmbus.attach.server import from_systemd, listen, listen_path, open_listener
 from vmbus.errors import ConfigError
 
-
-@pytest.fixture(autouse=True)
-def _no_descriptor_is_leaked() -> Iterator[None]:
-    before = count_fds(collect=True)
-    yield
-    assert count_fds() == before
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
 
 @pytest.mark.parametrize(
@@ -86,29 +74,6 @@ def test_paths_and_modes_are_checked(tmp_path: Path) -> None:
         listen_path(tmp_path / "no" / "s")
 
 
-def test_a_descriptor_must_be_a_socket_we_speak_on(tmp_path: Path) -> None:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    os.set_inheritable(theirs.fileno(), True)
-    adopted = from_fd(theirs.detach())
-    assert adopted.type == socket.SOCK_STREAM
-    assert not adopted.get_inheritable()
-    adopted.close()
-    ours.close()
-    with (tmp_path / "f").open("w") as file, pytest.raises(ConfigError, match="not a socket"):
-        from_fd(file.fileno())
-    with pytest.raises(ConfigError, match="descriptor -1"):
-        from_fd(-1)
-    for family, kind in (
-        (socket.AF_UNIX, socket.SOCK_DGRAM),
-        (socket.AF_INET, socket.SOCK_STREAM),
-    ):
-        with socket.socket(family, kind) as sock:
-            with pytest.raises(ConfigError, match="not an AF_UNIX"):
-                from_fd(sock.fileno())
-            assert sock.fileno() >= 0
-            os.fstat(sock.fileno())
-
-
 def activation(**changes: str) -> dict[str, str]:
     return {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "2", "OTHER": "x", **changes}
 
@@ -166,54 +131,3 @@ def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.Monke
     monkeypatch.setenv("LISTEN_FDS", "1")
     assert from_systemd() == []
     assert "LISTEN_FDS" not in os.environ
-
-
-async def test_a_lack_of_descriptors_is_waited_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
-) -> None:
-    import errno
-
-    class Exhausted:
-        def __init__(self, sock: socket.socket, failures: list[OSError]) -> None:
-            self._sock = sock
-            self.failures = failures
-
-        def fileno(self) -> int:
-            return self._sock.fileno()
-
-        def setblocking(self, _: object) -> None:
-            self._sock.setblocking(False)
-
-        def accept(self) -> tuple[socket.socket, object]:
-            if self.failures:
-                raise self.failures.pop(0)
-            return self._sock.accept()
-
-    with open_listener(tmp_path / "s") as listener, raw_vmm(tmp_path / "s"):
-        failing = Exhausted(
-            listener,
-            [OSError(errno.EMFILE, "too many"), ConnectionAbortedError(), BlockingIOError()],
-        )
-        sock = await _accept(failing)  # type: ignore[arg-type]
-        assert failing.failures == []
-        sock.close()
-        with raw_vmm(tmp_path / "s"):
-            failing.failures.append(OSError(errno.EINVAL, "broken"))
-            with pytest.raises(OSError, match="broken"):
-                await _accept(failing)  # type: ignore[arg-type]
-
-
-async def test_a_broken_listener_ends_the_server(tmp_path: Path) -> None:
-    # Neither listening nor connected: treated as a connection, which is dead.
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with trio.fail_after(10):
-        await serve(sock, Bus())
-    assert sock.fileno() == -1
-
-
-def test_the_client_needs_neither_trio_nor_construct() -> None:
-    code = "import sys, vmbus.attach.client; print({'trio', 'construct'} & set(sys.modules))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout == "set()\n"

@@ -12,13 +12,9 @@ from storvsp.disks.overlay import CLUSTER, OverlayDisk, open_scratch
 from storvsp.disks.ram import RamDisk
 from storvsp.disks.specs import open_disk
 from storvsp.disks.wrapper import DiskWrapper
+from tests.support.disks import SECTOR, views
+from tests.support.leaks import open_descriptors
 from vmbus.errors import ConfigError
-
-SECTOR = 512
-
-
-def views(*parts):
-    return [memoryview(bytearray(part)) for part in parts]
 
 
 def read(disk, offset, length):
@@ -220,11 +216,11 @@ async def test_nothing_survives_closing_but_the_base(tmp_path, scratch):
 )
 async def test_a_scratch_that_cannot_be_made_leaves_nothing_open(tmp_path, options, hint):
     (tmp_path / "base.img").write_bytes(bytes(CLUSTER))
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors(collect=True)
     with pytest.raises(ConfigError) as caught:
         await open_disk(f"overlay:[{options.format(tmp=tmp_path)}]raw:{tmp_path}/base.img")
     assert hint.format(tmp=tmp_path) in str(caught.value)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     assert os.listdir(tmp_path) == ["base.img"]
 
 
@@ -242,7 +238,7 @@ async def test_a_directory_without_nameless_files_is_named(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", ["ftruncate", "fdopen"])
 async def test_a_scratch_that_cannot_grow_is_closed(tmp_path, monkeypatch, name):
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors(collect=True)
     if name == "ftruncate":
 
         def refuse(*_):
@@ -255,7 +251,7 @@ async def test_a_scratch_that_cannot_grow_is_closed(tmp_path, monkeypatch, name)
         monkeypatch.setattr(os, "ftruncate", lambda *_: None)  # stays empty
         with pytest.raises(ConfigError, match="smaller than one sector"):
             await open_scratch(str(tmp_path), RamDisk(CLUSTER).info)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 async def test_ranges_outside_are_refused_and_a_closed_overlay_is_unavailable():

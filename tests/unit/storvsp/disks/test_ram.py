@@ -8,11 +8,8 @@ from storvsp.disk import DiskUnavailableError, Extent, NoSpaceError, OutOfRangeE
 from storvsp.disks import ram
 from storvsp.disks.ram import CHUNK, MAX_SIZE, RamDisk
 from storvsp.disks.specs import open_disk
+from tests.support.disks import views
 from vmbus.errors import ConfigError
-
-
-def views(*parts):
-    return [memoryview(bytearray(part)) for part in parts]
 
 
 def read(disk, offset, length):

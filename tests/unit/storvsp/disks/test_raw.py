@@ -1,9 +1,7 @@
-"""Image files and block devices: sizes, locks, holes, the fast path and every refusal."""
+"""Image files: their bytes, the fast path, sizes that change, holes, and the end."""
 
 import errno
-import fcntl
 import os
-import subprocess
 import threading
 
 import pytest
@@ -21,25 +19,9 @@ from storvsp.disk import (
 from storvsp.disks import linux
 from storvsp.disks.raw import RawDisk
 from storvsp.disks.specs import open_disk
+from tests.support.disks import MIB, SECTOR, views
+from tests.support.leaks import open_descriptors
 from vmbus.errors import ConfigError
-
-SECTOR = 512
-MIB = 1 << 20
-
-
-def views(*parts):
-    return [memoryview(bytearray(part)) for part in parts]
-
-
-def open_descriptors():
-    return set(os.listdir("/proc/self/fd"))
-
-
-@pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "disk.img"
-    path.write_bytes(os.urandom(MIB))
-    return path
 
 
 async def test_the_file_is_the_disk_byte_for_byte(image):
@@ -176,18 +158,6 @@ def image_of(tmp_path, size):
     path = tmp_path / f"{size}.img"
     path.write_bytes(bytes(size))
     return path
-
-
-async def test_a_missing_image_is_created_sparse_and_found_again(tmp_path):
-    path = tmp_path / "new.img"
-    for _ in range(2):
-        disk = await open_disk(f"raw:[create=8M]{path}")
-        assert disk.info.size == 8 * MIB
-        await disk.aclose()
-    assert path.stat().st_blocks == 0
-    with pytest.raises(ConfigError, match="exists with 8388608 bytes, not 4194304"):
-        await open_disk(f"raw:[create=4M]{path}")
-    assert path.stat().st_size == 8 * MIB
 
 
 async def test_growth_and_shrinking_from_outside_are_noticed(image):
@@ -372,180 +342,8 @@ async def test_errors_of_the_device_come_back_as_what_they_mean(image, monkeypat
     await disk.aclose()
 
 
-async def test_a_writer_excludes_writers_and_readers_but_readers_share(image):
-    before = open_descriptors()
-    writer = await RawDisk.open(image)
-    for options in ("", "[ro]"):
-        with pytest.raises(ConfigError, match=r"is in use: .*share"):
-            await open_disk(f"raw:{options}{image}")
-    with pytest.raises(ConfigError, match="in use"):
-        await open_disk(f"cd:{image}")
-    shared = await open_disk(f"raw:[share]{image}")
-    await shared.aclose()
-    await writer.aclose()
-    readers = [await open_disk(f"raw:[ro]{image}") for _ in range(2)]
-    with pytest.raises(ConfigError, match="is in use"):
-        await RawDisk.open(image)
-    for reader in readers:
-        await reader.aclose()
-    await (await RawDisk.open(image)).aclose()
-    assert open_descriptors() == before
-
-
-async def test_a_file_system_without_locks_is_named(image, monkeypatch):
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "fcntl", no_locks)
-    with pytest.raises(ConfigError, match=r"cannot lock \(No locks available\); use \[share\]"):
-        await RawDisk.open(image)
-    await (await RawDisk.open(image, share=True)).aclose()
-
-
-@pytest.mark.parametrize(
-    ("spec", "hint"),
-    [
-        ("raw:", "needs the path of an image"),
-        ("cd:", "needs the path of an ISO image"),
-        ("raw:{tmp}/missing.img", "No such file or directory; raw:[create=SIZE]"),
-        ("raw:[ro]{tmp}/missing.img", "missing.img: No such file or directory"),
-        ("cd:{tmp}/missing.iso", "missing.iso: No such file or directory"),
-        ("raw:[create=1M]{tmp}/no/dir.img", "No such file or directory"),
-        ("raw:{tmp}", "neither a file nor a block device"),
-        ("raw:/dev/null", "neither a file nor a block device"),
-        ("raw:{tmp}/empty.img", "smaller than one sector"),
-        ("raw:[ro,create=1M]{tmp}/new.img", "exclude each other"),
-        ("raw:[create=100]{tmp}/new.img", "not a number of 512-byte sectors"),
-        ("raw:[create=0]{tmp}/new.img", "not a number of 512-byte sectors"),
-        ("raw:[sector=2048]{tmp}/new.img", "it can be 512 or 4096"),
-        ("raw:[rw]{tmp}/new.img", "unknown option 'rw'"),
-        ("cd:[ro]{tmp}/new.img", "unknown option 'ro'"),
-    ],
-)
-async def test_images_that_cannot_be_opened_say_why_and_leave_nothing(tmp_path, spec, hint):
-    (tmp_path / "empty.img").touch()
-    before = open_descriptors()
-    with pytest.raises(ConfigError) as caught:
-        await open_disk(spec.format(tmp=tmp_path))
-    assert hint in str(caught.value)
-    assert open_descriptors() == before
-    assert os.listdir(tmp_path) == ["empty.img"]
-
-
-@pytest.mark.parametrize(
-    ("code", "options", "hint"),
-    [
-        (errno.EACCES, {}, "use raw:[ro]"),
-        (errno.EROFS, {}, "use raw:[ro]"),
-        (errno.EACCES, {"read_only": True}, "Permission denied"),
-        (errno.EBUSY, {}, "is mounted or in use by the host"),
-        (errno.EINVAL, {"direct": True}, "without direct I/O"),
-        (errno.EINVAL, {}, "Invalid argument"),
-    ],
-)
-async def test_what_the_kernel_refuses_says_what_to_do(image, monkeypatch, code, options, hint):
-    real = os.open
-
-    def refuse(path, *args, **kwargs):
-        if path == str(image):
-            raise OSError(code, os.strerror(code))
-        return real(path, *args, **kwargs)
-
-    monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(ConfigError) as caught:
-        await RawDisk.open(image, **options)
-    assert hint in str(caught.value)
-
-
-async def test_an_image_that_cannot_get_its_size_is_not_left_behind(tmp_path, monkeypatch):
-    before = open_descriptors()
-    with pytest.raises(ConfigError, match=r"File too large|Invalid argument"):
-        await RawDisk.open(tmp_path / "new.img", create=1 << 62)
-
-    def busy(*_):
-        raise OSError(errno.EAGAIN, "busy")
-
-    monkeypatch.setattr(fcntl, "fcntl", busy)
-    with pytest.raises(ConfigError, match="in use"):
-        await RawDisk.open(tmp_path / "new.img", create=MIB)
-    assert os.listdir(tmp_path) == []
-    assert open_descriptors() == before
-
-
-async def test_a_descriptor_is_closed_when_its_disk_cannot_be_made(image, monkeypatch):
-    before = open_descriptors()
-
-    for error in (OSError(errno.EIO, "Input/output error"), RuntimeError("boom")):
-
-        def fail(*_, error=error):
-            raise error
-
-        with monkeypatch.context() as patch:
-            patch.setattr(linux, "in_memory", fail)
-            with pytest.raises((ConfigError, RuntimeError), match=r"Input/output error|boom"):
-                await RawDisk.open(image)
-        assert open_descriptors() == before
-
-
-async def test_direct_transfers_of_any_alignment_arrive(image):
-    content = image.read_bytes()
-    disk = await RawDisk.open(image, direct=True)
-    assert not disk.try_readv(0, views(bytes(4096)))
-    buffers = views(bytes(1), bytes(510), bytes(1 << 19), bytes(1))
-    await disk.readv(SECTOR, buffers)
-    assert b"".join(buffers) == content[SECTOR : 2 * SECTOR + (1 << 19)]
-    await disk.writev(0, buffers, fua=True)
-    big = views(bytes(3), b"e" * (MIB - 3))
-    await disk.readv(0, big)
-    assert b"".join(big) == b"".join(buffers) + content[SECTOR + (1 << 19) :]
-    await disk.aclose()
-
-
-async def test_direct_transfers_larger_than_the_bounce_buffer_arrive(tmp_path):
-    path = tmp_path / "large.img"
-    path.write_bytes(content := os.urandom(3 * MIB))
-    disk = await RawDisk.open(path, direct=True)
-    buffers = views(bytes(5), bytes(3 * MIB - 5))
-    await disk.readv(0, buffers)
-    assert b"".join(buffers) == content
-    for buffer in buffers:
-        buffer[:] = bytes(reversed(bytes(buffer)))
-    await disk.writev(0, buffers)
-    await disk.aclose()
-    assert path.read_bytes() == b"".join(buffers)
-
-
-async def test_direct_transfers_report_errors_and_the_end_of_the_file(image, monkeypatch):
-    disk = await RawDisk.open(image, direct=True)
-    os.truncate(image, MIB // 2)
-    with pytest.raises(OutOfRangeError):
-        await disk.readv(MIB // 2 - SECTOR, views(bytes(3), bytes(1021)))
-
-    def fail(*_):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "preadv", fail)
-    monkeypatch.setattr(os, "pwritev", fail)
-    for attempt in (disk.readv, disk.writev):
-        with pytest.raises(MediumError):
-            await attempt(0, views(bytes(SECTOR)))
-    await disk.aclose()
-
-
-@pytest.mark.parametrize(
-    ("code", "hint"), [(errno.EINVAL, "use sector=4096"), (errno.EIO, "Input/output error")]
-)
-async def test_direct_io_is_tried_before_it_is_promised(image, monkeypatch, code, hint):
-    def refuse(*_):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "preadv", refuse)
-    with pytest.raises(ConfigError, match=hint):
-        await RawDisk.open(image, direct=True)
-
-
 async def test_a_closed_disk_is_unavailable_and_its_descriptor_closed_once(image):
-    before = open_descriptors()
+    before = open_descriptors(collect=True)
     disk = await RawDisk.open(image)
     await disk.aclose()
     assert open_descriptors() == before
@@ -602,84 +400,3 @@ async def test_closing_waits_for_what_is_under_way_and_lets_it_succeed(image, mo
     assert sorted(events) == ["closed", "done"]
     with pytest.raises(DiskUnavailableError):
         disk.try_readv(0, views(bytes(SECTOR)))
-
-
-def test_holes_of_a_range_cover_it_exactly(tmp_path):
-    path = tmp_path / "holes.img"
-    with path.open("wb") as file:
-        file.truncate(MIB)
-        for offset in (0, 256 << 10):
-            file.seek(offset)
-            file.write(b"d" * (64 << 10))
-    fd = os.open(path, os.O_RDONLY)
-    k = 1 << 10
-    assert linux.holes(fd, 0, MIB) == [
-        (0, 64 * k, True),
-        (64 * k, 192 * k, False),
-        (256 * k, 64 * k, True),
-        (320 * k, 704 * k, False),
-    ]
-    assert linux.holes(fd, 128 * k, 160 * k) == [
-        (128 * k, 128 * k, False),
-        (256 * k, 32 * k, True),
-    ]
-    assert linux.holes(fd, 0, 0) == []
-    os.close(fd)
-
-
-def test_the_kernel_s_refusals_carry_their_error_number():
-    with pytest.raises(OSError, match="Bad file descriptor") as caught:
-        linux.fallocate(-1, 0, 0, 1)
-    assert caught.value.errno == errno.EBADF
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        linux.in_memory(-1)
-
-
-@pytest.fixture
-def loop_device(tmp_path):
-    image = tmp_path / "loop.img"
-    with image.open("wb") as file:
-        file.truncate(4 * MIB)
-    try:
-        device = subprocess.run(
-            ["losetup", "--find", "--show", image], check=True, capture_output=True, text=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no loop devices: {error}")
-    yield device
-    subprocess.run(["losetup", "--detach", device], check=True)
-
-
-@pytest.mark.root
-async def test_a_block_device_is_described_by_the_kernel(loop_device, tmp_path):
-    disk = await RawDisk.open(loop_device)
-    info = disk.info
-    assert (info.size, info.sector_size) == (4 * MIB, 512)
-    assert info.supports_unmap
-    assert not info.unmapped_reads_zero
-    assert info.unmap_granularity >= 512
-    await disk.writev(0, views(b"b" * MIB))
-    await disk.unmap(0, SECTOR * 128)
-    await disk.write_zeroes(SECTOR * 128, SECTOR)
-    buffers = views(bytes(2 * SECTOR))
-    await disk.readv(SECTOR * 128, buffers)
-    assert bytes(buffers[0]) == bytes(SECTOR) + b"b" * SECTOR
-    assert await disk.extents(0, MIB) == [Extent(0, MIB, mapped=True)]
-    with pytest.raises(ConfigError, match="block device cannot be resized"):
-        await disk.resize(8 * MIB)
-    with pytest.raises(ConfigError, match="in use"):
-        await RawDisk.open(loop_device)
-    os.truncate(tmp_path / "loop.img", 2 * MIB)
-    subprocess.run(["losetup", "--set-capacity", loop_device], check=True)
-    assert disk.check_resize()
-    assert disk.info.size == 2 * MIB
-    await disk.aclose()
-
-
-@pytest.mark.root
-async def test_a_block_device_outside_sysfs_has_cautious_properties(loop_device, monkeypatch):
-    monkeypatch.setattr(os, "major", lambda _: 999999)
-    disk = await RawDisk.open(loop_device)
-    assert not disk.info.supports_unmap
-    assert not disk.info.rotational
-    await disk.aclose()

@@ -1,9 +1,8 @@
-"""READ, WRITE and the commands about the whole medium."""
+"""READ and WRITE."""
 
 import logging
 import os
 import struct
-from typing import Any
 
 import pytest
 
@@ -15,39 +14,16 @@ from storvsp.disk import (
     OutOfRangeError,
     ReadOnlyError,
 )
-from storvsp.scsi import Command, DataDirection, DiskUnit, Outcome
-from storvsp.scsi.sense import CheckCondition, Sense
+from storvsp.scsi import Outcome
 from storvsp.scsi.unit import STATUS_GOOD, STEP
-from tests.support.scsi import MemoryDisk, finish, make_command, run
-
-
-def make_unit(disk: MemoryDisk | None = None, **changes: Any) -> tuple[MemoryDisk, DiskUnit]:
-    disk = disk or MemoryDisk(**changes)
-    disk.data[:] = os.urandom(len(disk.data))
-    return disk, DiskUnit(disk, luns=lambda: [0], identity=b"0123456789abcdef")
-
-
-READS = {
-    "READ(6)": "08 000003 02 00",
-    "READ(10)": "28 00 00000003 00 0002 00",
-    "READ(12)": "a8 00 00000003 00000002 00 00",
-    "READ(16)": "88 00 0000000000000003 00000002 00 00",
-}
-WRITES = {
-    name.replace("READ", "WRITE"): cdb
-    for name, cdb in {
-        "READ(6)": "0a 000003 02 00",
-        "READ(10)": "2a 00 00000003 00 0002 00",
-        "READ(12)": "aa 00 00000003 00000002 00 00",
-        "READ(16)": "8a 00 0000000000000003 00000002 00 00",
-    }.items()
-}
+from tests.support.scsi import make_command, run
+from tests.support.scsi_blocks import LAST, READS, WRITES, filled_unit
 
 
 @pytest.mark.parametrize("inline", [True, False])
 @pytest.mark.parametrize("cdb", READS.values(), ids=READS)
 async def test_reads_deliver_the_blocks_named(cdb, inline):
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     disk.inline = inline
     for _ in range(2):  # the second time through the fast path
         reply = await run(unit, cdb, room=1024, pieces=(100, 500))
@@ -57,7 +33,7 @@ async def test_reads_deliver_the_blocks_named(cdb, inline):
 @pytest.mark.parametrize("inline", [True, False])
 @pytest.mark.parametrize("cdb", WRITES.values(), ids=WRITES)
 async def test_writes_put_the_blocks_where_they_belong(cdb, inline):
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     disk.inline = inline
     for _ in range(2):
         before = bytes(disk.data)
@@ -68,7 +44,7 @@ async def test_writes_put_the_blocks_where_they_belong(cdb, inline):
 
 
 async def test_a_six_byte_command_of_length_0_moves_256_blocks():
-    disk, unit = make_unit(blocks=300)
+    disk, unit = filled_unit(blocks=300)
     reply = await run(unit, "08 00000a 00 00", room=256 * 512)
     assert reply.data == disk.data[5120 : 5120 + 256 * 512]
     payload = bytes(256 * 512)
@@ -77,7 +53,7 @@ async def test_a_six_byte_command_of_length_0_moves_256_blocks():
 
 async def test_a_short_command_may_come_in_a_long_cdb():
     """The operation code alone says how long a command is (SPC-4 4.2.5.1)."""
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     tail = "00" * 10
     assert (await run(unit, "08 e00003 01 00" + tail, room=512)).data == disk.data[1536:2048]
     reply = await run(unit, "08 1fffff 01 00" + tail, room=512)
@@ -86,7 +62,7 @@ async def test_a_short_command_may_come_in_a_long_cdb():
 
 
 async def test_six_byte_commands_have_21_bit_addresses_and_ignore_the_old_lun_bits():
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     assert (await run(unit, "08 e00003 01 00", room=512)).data == disk.data[1536:2048]
 
 
@@ -106,13 +82,10 @@ async def test_six_byte_commands_have_21_bit_addresses_and_ignore_the_old_lun_bi
     ],
 )
 async def test_length_0_is_good_and_moves_nothing(cdb):
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     reply = await run(unit, cdb)
     assert (reply.status, reply.transferred) == (0, 0)
     assert disk.calls == []
-
-
-LAST = 127
 
 
 @pytest.mark.parametrize(
@@ -136,7 +109,7 @@ LAST = 127
     ],
 )
 async def test_addresses_outside_the_medium_are_refused(cdb):
-    _, unit = make_unit()
+    _, unit = filled_unit()
     reply = await run(unit, cdb, room=1 << 16)
     assert reply.fault == (5, 0x2100)
     assert reply.transferred == 0
@@ -147,7 +120,7 @@ async def test_addresses_outside_the_medium_are_refused(cdb):
 
 
 async def test_the_last_block_can_be_read_and_written():
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     assert (await run(unit, f"28 00 {LAST:08x} 00 0001 00", room=512)).data == disk.data[-512:]
     assert (await run(unit, f"2a 00 {LAST:08x} 00 0001 00", out=b"x" * 512)).status == 0
     assert disk.data[-512:] == b"x" * 512
@@ -155,21 +128,21 @@ async def test_the_last_block_can_be_read_and_written():
 
 @pytest.mark.parametrize("room", [1, 511, 512, 513, 1023])
 async def test_a_read_into_a_smaller_buffer_fills_it_and_says_so(room):
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     reply = await run(unit, READS["READ(10)"], room=room)
     assert (reply.status, reply.transferred) == (0, room)
     assert reply.buffer == disk.data[1536 : 1536 + room]
 
 
 async def test_a_read_into_a_bigger_buffer_leaves_the_rest_alone():
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     reply = await run(unit, READS["READ(10)"], room=4096, pieces=(700,))
     assert reply.transferred == 1024
     assert reply.buffer == bytes(disk.data[1536:2560]) + bytes(3072)
 
 
 async def test_a_write_with_a_bigger_buffer_takes_only_what_the_cdb_says():
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     reply = await run(unit, WRITES["WRITE(10)"], out=b"y" * 4096)
     assert reply.transferred == 1024
     assert disk.data[1536:2560] == b"y" * 1024
@@ -177,7 +150,7 @@ async def test_a_write_with_a_bigger_buffer_takes_only_what_the_cdb_says():
 
 
 async def test_a_write_with_less_data_than_its_cdb_says_writes_nothing():
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     before = bytes(disk.data)
     reply = await run(unit, WRITES["WRITE(10)"], out=b"y" * 1023)
     assert reply.fault == (5, 0x2400)
@@ -186,7 +159,7 @@ async def test_a_write_with_less_data_than_its_cdb_says_writes_nothing():
 
 
 async def test_a_buffer_that_points_the_wrong_way_is_refused():
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     before = bytes(disk.data)
     for cdb in READS.values():
         assert (await run(unit, cdb, out=bytes(1024))).fault == (5, 0x2400)
@@ -213,7 +186,7 @@ async def test_a_buffer_that_points_the_wrong_way_is_refused():
     ],
 )
 async def test_a_refused_field_is_named_in_the_sense_data(cdb, pointer):
-    _, unit = make_unit()
+    _, unit = filled_unit()
     for _ in range(2):
         reply = await run(unit, cdb, room=1024)
         assert reply.fault == (5, 0x2400)
@@ -221,13 +194,13 @@ async def test_a_refused_field_is_named_in_the_sense_data(cdb, pointer):
 
 
 async def test_dpo_and_group_numbers_are_accepted():
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     assert (await run(unit, "28 10 00000003 1f 0002 00", room=1024)).data == disk.data[1536:2560]
 
 
 @pytest.mark.parametrize("inline", [True, False])
 async def test_fua_reaches_the_disk(inline):
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     disk.inline = inline
     for cdb in (
         "2a 08 00000003 00 0001 00",
@@ -240,18 +213,18 @@ async def test_fua_reaches_the_disk(inline):
 
 
 async def test_a_read_with_fua_writes_the_cache_first():
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     for _ in range(2):
         disk.calls.clear()
         await run(unit, "28 08 00000003 00 0001 00", room=512)
         assert disk.calls == ["flush", "read"]
-    disk, unit = make_unit(write_cache=False)
+    disk, unit = filled_unit(write_cache=False)
     await run(unit, "28 08 00000003 00 0001 00", room=512)
     assert disk.calls == ["read"]
 
 
 async def test_transfers_bigger_than_the_back_end_takes_are_cut():
-    disk, unit = make_unit(blocks=64, max_transfer=1024 + 100)
+    disk, unit = filled_unit(blocks=64, max_transfer=1024 + 100)
     for _ in range(2):
         disk.calls.clear()
         reply = await run(unit, "28 00 00000001 00 0005 00", room=2560, pieces=(600,))
@@ -267,7 +240,7 @@ async def test_transfers_bigger_than_the_back_end_takes_are_cut():
 
 async def test_a_huge_transfer_is_cut_even_if_the_back_end_would_take_it():
     """One packet can name more pages than the loop may stand still for."""
-    disk, unit = make_unit(blocks=3 * STEP // 1024)
+    disk, unit = filled_unit(blocks=3 * STEP // 1024)
     command, buffer = make_command(
         struct.pack(">BBIBHB", 0x28, 0, 0, 0, 3 * STEP // 1024, 0), room=3 * STEP // 2
     )
@@ -279,7 +252,7 @@ async def test_a_huge_transfer_is_cut_even_if_the_back_end_would_take_it():
 
 
 def test_the_fast_path_answers_without_waiting():
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     command, buffer = make_command("28 00 00000000 00 0001 00", room=512)
     for _ in range(2):
         assert unit.try_execute(command) == Outcome(STATUS_GOOD, b"", 512)
@@ -291,7 +264,7 @@ def test_the_fast_path_answers_without_waiting():
 
 
 async def test_long_transfers_are_counted_right():
-    _, unit = make_unit(blocks=3000)
+    _, unit = filled_unit(blocks=3000)
     for _ in range(2):
         reply = await run(unit, "28 00 00000000 00 0b00 00", room=0xB00 * 512)
         assert reply.transferred == 0xB00 * 512
@@ -313,7 +286,7 @@ async def test_long_transfers_are_counted_right():
 )
 async def test_failures_of_the_back_end_become_sense_data(error, reading, writing, inline, caplog):
     caplog.set_level(logging.CRITICAL)
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     await run(unit, "00 00 00 00 00 00")  # the initiator is known: fast path
     disk.inline = inline
     disk.fail = error
@@ -327,14 +300,14 @@ async def test_failures_of_the_back_end_become_sense_data(error, reading, writin
 
 
 async def test_an_escaped_oserror_is_logged_as_a_bug(caplog):
-    disk, unit = make_unit()
+    disk, unit = filled_unit()
     disk.fail = OSError(5, "escaped")
     await run(unit, READS["READ(10)"], room=1024)
     assert "let an OSError escape" in caplog.text
 
 
 async def test_a_read_only_disk_refuses_every_change():
-    disk, unit = make_unit(read_only=True, supports_unmap=True)
+    disk, unit = filled_unit(read_only=True, supports_unmap=True)
     before = bytes(disk.data)
     for cdb in (
         *WRITES.values(),
@@ -349,184 +322,3 @@ async def test_a_read_only_disk_refuses_every_change():
             assert (await run(unit, cdb, out=bytes(1024))).fault == (7, 0x2700)
     assert disk.data == before
     assert (await run(unit, READS["READ(10)"], room=1024)).status == 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "ten", "sixteen"),
-    [
-        ({}, "0000007f 00000200", "000000000000007f 00000200 00 03 0000" + "00" * 16),
-        (
-            {"sector_size": 4096},
-            "0000007f 00001000",
-            "000000000000007f 00001000 00 00 0000" + "00" * 16,
-        ),
-        (
-            {"physical_sector_size": 512, "supports_unmap": True},
-            "0000007f 00000200",
-            "000000000000007f 00000200 00 00 8000" + "00" * 16,
-        ),
-        (
-            {"supports_unmap": True, "unmapped_reads_zero": True},
-            "0000007f 00000200",
-            "000000000000007f 00000200 00 03 c000" + "00" * 16,
-        ),
-    ],
-)
-async def test_capacity_is_reported_in_both_sizes(changes, ten, sixteen):
-    _, unit = make_unit(**changes)
-    reply = await run(unit, "25 00 00000000 00 00 00 00", room=64)
-    assert reply.data.hex() == ten.replace(" ", "")
-    reply = await run(unit, "9e 10 0000000000000000 00000020 00 00", room=64)
-    assert reply.data.hex() == sixteen.replace(" ", "")
-    reply = await run(unit, "9e 10 0000000000000000 0000000c 00 00", room=64)
-    assert reply.data == bytes.fromhex(sixteen)[:12]
-
-
-async def test_a_capacity_beyond_32_bits_is_only_in_the_long_form():
-    _, unit = make_unit()
-    unit.blocks = 1 << 33
-    assert (await run(unit, "25" + "00" * 9, room=8)).data.hex() == "ffffffff00000200"
-    reply = await run(unit, "9e 10 0000000000000000 00000020 00 00", room=32)
-    assert reply.data[:8].hex() == "00000001ffffffff"
-
-
-async def test_partial_medium_indicators_are_checked():
-    _, unit = make_unit()
-    assert (await run(unit, "25 00 00000001 00 00 00 00", room=8)).pointer == (2, None, True)
-    assert (await run(unit, "25 00 00000001 00 00 01 00", room=8)).status == 0
-    assert (await run(unit, "25 00 00000080 00 00 01 00", room=8)).fault == (5, 0x2100)
-    reply = await run(unit, "9e 10 0000000000000001 00000020 00 00", room=32)
-    assert reply.fault == (5, 0x2400)
-
-
-async def test_a_disk_without_blocks_has_no_medium():
-    _, unit = make_unit(blocks=0)
-    for cdb in ("00" * 6, "25" + "00" * 9, READS["READ(10)"], "35" + "00" * 9):
-        assert (await run(unit, cdb, room=1024)).fault == (2, 0x3A00)
-    assert (await run(unit, "03 00 00 00 12 00", room=18)).data[12] == 0x3A
-
-
-async def test_a_resize_is_announced_once_and_in_force_at_once():
-    disk, unit = make_unit()
-    read = f"28 00 {LAST:08x} 00 0002 00"
-    assert (await run(unit, read, room=1024)).fault == (5, 0x2100)
-    disk.resize(256)
-    assert (await run(unit, "12 00 00 0024 00", room=36)).status == 0
-    reply = await run(unit, read, room=1024)
-    assert reply.fault == (6, 0x2A09)
-    assert (await run(unit, read, room=1024)).status == 0
-    disk.resize(256)  # nothing has changed
-    assert (await run(unit, read, room=1024)).status == 0
-    disk.resize(64)
-    assert (await run(unit, read, room=1024)).fault == (6, 0x2A09)
-    assert (await run(unit, read, room=1024)).fault == (5, 0x2100)
-    unit.close()
-    unit.close()
-    assert disk.watchers == []
-
-
-@pytest.mark.parametrize(
-    "cdb",
-    [
-        "35 00 00000000 00 0000 00",
-        "35 02 00000001 00 0005 00",
-        "91 00 0000000000000000 00000000 00 00",
-    ],
-)
-async def test_synchronize_cache_flushes(cdb):
-    disk, unit = make_unit()
-    command, _ = make_command(cdb)
-    assert unit.try_execute(command) is None
-    assert (await finish(unit, command)).status == 0
-    assert disk.calls == ["flush"]
-    disk.fail = MediumError("bad")
-    assert (await run(unit, cdb)).fault == (3, 0x0C00)
-
-
-async def test_stopping_flushes_and_the_disk_stays_ready():
-    disk, unit = make_unit()
-    assert (await run(unit, "1b 00 00 00 00 00")).status == 0
-    assert disk.calls == ["flush"]
-    for cdb in ("1b 01 00 00 01 00", "1b 00 00 00 04 00", "1b 00 00 00 30 00", "00" * 6):
-        assert (await run(unit, cdb)).status == 0
-    assert disk.calls == ["flush"]
-    assert (await run(unit, "1b 00 00 00 50 00")).pointer == (4, 7, True)
-    assert (await run(unit, "1b 00 00 00 02 00")).pointer == (4, 1, True)
-
-
-async def test_a_removable_disk_can_be_ejected_loaded_and_locked():
-    disk, unit = make_unit(removable=True)
-    prevent, allow = "1e 00 00 00 01 00", "1e 00 00 00 00 00"
-    assert (await run(unit, prevent)).status == 0
-    await run(unit, "00" * 6, initiator="other")
-    assert (await run(unit, "1b 00 00 00 02 00", initiator="other")).fault == (5, 0x5302)
-    assert (await run(unit, allow, initiator="other")).status == 0
-    assert (await run(unit, "1b 00 00 00 02 00", initiator="other")).fault == (5, 0x5302)
-    unit.detach("guest")
-    assert (await run(unit, "1b 00 00 00 02 00")).status == 0
-    assert disk.calls == ["flush"]
-    assert (await run(unit, READS["READ(10)"], room=1024)).fault == (2, 0x3A02)
-    assert (await run(unit, "1b 00 00 00 02 00")).status == 0
-    assert (await run(unit, "1b 00 00 00 03 00", initiator="other")).status == 0
-    assert (await run(unit, READS["READ(10)"], room=1024)).fault == (6, 0x2800)
-    assert (await run(unit, READS["READ(10)"], room=1024)).status == 0
-    assert (await run(unit, "1e 00 00 00 02 00")).pointer == (4, 1, True)
-
-
-async def test_formatting_frees_a_thin_disk_and_leaves_others_alone():
-    disk, unit = make_unit()
-    before = bytes(disk.data)
-    assert (await run(unit, "04 00 00 00 00 00")).status == 0
-    assert disk.data == before
-    disk, unit = make_unit(supports_unmap=True)
-    reply = await run(unit, "04 10 00 00 00 00", out=bytes(4))
-    assert (reply.status, reply.transferred) == (0, 4)
-    assert disk.data == bytes(len(before))
-    assert (await run(unit, "04 30 00 00 00 00", out=bytes(8))).transferred == 8
-
-
-@pytest.mark.parametrize(
-    ("cdb", "out", "fault", "pointer"),
-    [
-        ("04 40 00 00 00 00", "", (5, 0x2400), (1, 7, True)),
-        ("04 08 00 00 00 00", "", (5, 0x2400), (1, 3, True)),
-        ("04 10 00 00 00 00", "00080000", (5, 0x2600), (1, 3, False)),
-        ("04 10 00 00 00 00", "00000008", (5, 0x2600), (3, None, False)),
-        ("04 30 00 00 00 00", "0000000000010000", (5, 0x2600), (5, None, False)),
-        ("04 30 00 00 00 00", "00000000", (5, 0x1A00), None),
-    ],
-)
-async def test_defect_lists_and_patterns_are_refused(cdb, out, fault, pointer):
-    disk, unit = make_unit(supports_unmap=True)
-    reply = await run(unit, cdb, out=bytes.fromhex(out))
-    assert reply.fault == fault
-    if pointer:
-        assert reply.pointer == pointer
-    assert disk.calls == []
-
-
-async def test_defect_lists_are_empty():
-    _, unit = make_unit()
-    reply = await run(unit, "37 00 1d 00000000 0010 00", room=16)
-    assert reply.data.hex() == "001d0000"
-    reply = await run(unit, "b7 0d 00000000 00000010 00 00", room=16)
-    assert reply.data.hex() == "000d000000000000"
-
-
-def test_commands_describe_themselves():
-    command = Command(b"\x12\0", [], 0, DataDirection.NONE, "guest")
-    assert repr(command) == "<Command 12 00 NONE 0 B from 'guest'>"
-    assert "5/2400" in str(CheckCondition(Sense(5, 0x2400)))
-
-
-async def test_execute_does_everything_by_itself():
-    disk, unit = make_unit()
-    for cdb, room in (("12 00 00 0024 00", 36), ("28 00 00000003 00 0002 00", 1024)):
-        command, buffer = make_command(cdb, room=room)
-        assert await unit.execute(command) == (0, b"", room)
-    assert buffer == disk.data[1536:2560]
-    for cdb in ("28 00 00000003 00 0000 00", "2a 00 00000003 00 0000 00"):
-        command, _ = make_command(cdb)
-        assert await unit.execute(command) == (0, b"", 0)
-    command, _ = make_command("ff")
-    assert (await unit.execute(command)).status == 2

@@ -1,34 +1,14 @@
 """VERIFY, WRITE AND VERIFY, COMPARE AND WRITE, ORWRITE, and what happens beside them."""
 
 import os
-from typing import Any
 
 import pytest
-import trio
-import trio.testing
 
 from storvsp.disk import MediumError
 from storvsp.scsi import DiskUnit
-from storvsp.scsi.disk_core import BULK
 from storvsp.scsi.disk_verify import first_difference
-from storvsp.scsi.gate import Gate
-from storvsp.scsi.unit import TASK_ABORTED
-from tests.support.scsi import MemoryDisk, make_command, run
-
-
-def make_unit(**changes: Any) -> tuple[MemoryDisk, DiskUnit]:
-    disk = MemoryDisk(**changes)
-    disk.data[:] = os.urandom(len(disk.data))
-    return disk, DiskUnit(disk, luns=lambda: [0])
-
-
-def verify(check: int, count: int = 2, lba: int = 3) -> dict[int, str]:
-    flags = check << 1
-    return {
-        10: f"2f {flags:02x} {lba:08x} 00 {count:04x} 00",
-        12: f"af {flags:02x} {lba:08x} {count:08x} 00 00",
-        16: f"8f {flags:02x} {lba:016x} {count:08x} 00 00",
-    }
+from tests.support.scsi import MemoryDisk, run
+from tests.support.scsi_verify import CAW, make_unit, verify
 
 
 @pytest.mark.parametrize("size", [10, 12, 16])
@@ -117,9 +97,6 @@ async def test_write_and_verify_notices_a_lying_medium():
     assert (await run(unit, "2e 00 00000003 00 0001 00", out=bytes(1))).fault == (5, 0x2400)
 
 
-CAW = "89 00 0000000000000003 000000 02 00 00"
-
-
 async def test_compare_and_write_writes_only_if_equal():
     disk, unit = make_unit()
     old, new = bytes(disk.data[1536:2560]), os.urandom(1024)
@@ -166,159 +143,6 @@ async def test_orwrite_sets_bits():
     assert set(disk.calls) == {"read", "write fua"}
 
 
-@pytest.mark.parametrize("inline", [True, False])
-async def test_two_compare_and_writes_never_both_win(inline):
-    disk, unit = make_unit()
-    disk.inline = inline
-    old = bytes(disk.data[1536:2560])
-    outcomes = []
-
-    async def attempt(value):
-        outcomes.append((await run(unit, CAW, out=old + bytes([value]) * 1024)).status)
-
-    async with trio.open_nursery() as nursery:
-        for value in range(1, 9):
-            nursery.start_soon(attempt, value)
-    assert sorted(outcomes) == [0, *[2] * 7]
-
-
-async def test_nothing_gets_between_compare_and_write():
-    disk, unit = make_unit()
-    await run(unit, "00" * 6)
-    old, new = bytes(disk.data[1536:2560]), b"n" * 1024
-    disk.inline = False
-    disk.pause = trio.Event()
-    order = []
-
-    async def go(name: str, cdb: str, **keywords: Any) -> None:
-        command, buffer = make_command(cdb, **keywords)
-        outcome = await unit.execute(command)
-        assert outcome.status == 0
-        order.append((name, bytes(buffer)))
-
-    async with trio.open_nursery() as nursery:
-        read = "28 00 00000003 00 0002 00"
-        command, _ = make_command(read, room=1024)
-        nursery.start_soon(lambda: go("early read", read, room=1024))
-        await trio.testing.wait_all_tasks_blocked()
-        nursery.start_soon(lambda: go("caw", CAW, out=old + new))
-        await trio.testing.wait_all_tasks_blocked()
-        nursery.start_soon(lambda: go("late read", read, room=1024))
-        await trio.testing.wait_all_tasks_blocked()
-        assert not unit.gate.closed  # still waiting for the early read
-        disk.pause.set()
-        while not unit.gate.closed:
-            await trio.sleep(0)
-        disk.inline = True
-        assert unit.try_execute(command) is None  # not even the fast path gets in
-        six, _ = make_command("08 000003 02 00", room=1024)
-        assert unit.try_execute(six) is None
-        ready, _ = make_command("00" * 6)
-        assert unit.try_execute(ready).status == 0
-    assert [name for name, _ in order] == ["early read", "caw", "late read"]
-    assert order[0][1] == old
-    assert order[2][1] == new
-    assert unit.try_execute(command).status == 0
-
-
-async def test_a_cancelled_exclusive_command_lets_the_others_in():
-    gate = Gate(lambda: None)
-    await gate.acquire(exclusive=False)
-    entered = []
-
-    async def shared():
-        await gate.acquire(exclusive=False)
-        entered.append(True)
-
-    async with trio.open_nursery() as nursery:
-        with trio.CancelScope() as scope:
-            async with trio.open_nursery() as inner:
-                inner.start_soon(lambda: gate.acquire(exclusive=True))
-                await trio.testing.wait_all_tasks_blocked()
-                nursery.start_soon(shared)
-                await trio.testing.wait_all_tasks_blocked()
-                assert not entered
-                scope.cancel()
-    assert entered
-    assert not gate.closed
-
-
-@pytest.mark.parametrize(("cdb", "out"), [
-    ("2f 00 00000000 00 0002 00", None),
-    ("2e 00 00000000 00 0002 00", bytes(1024)),
-    ("41 00 00000000 00 0002 00", b"x" * 512),
-])  # fmt: skip
-async def test_only_a_few_commands_work_in_the_hosts_memory_at_a_time(cdb, out):
-    """A guest may have thousands under way, and each one holds up to a mebibyte."""
-    disk, unit = make_unit()
-    disk.pause = pause = trio.Event()
-    entered = 0
-
-    async def wait() -> None:
-        nonlocal entered
-        entered += 1
-        await pause.wait()
-
-    disk._wait = wait  # type: ignore[method-assign]  # counts who gets there
-    async with trio.open_nursery() as nursery:
-        for _ in range(BULK + 5):
-            command, _ = make_command(cdb, out=out)
-            nursery.start_soon(unit.execute, command)
-        await trio.testing.wait_all_tasks_blocked()
-        assert entered == BULK
-        disk.pause.set()
-    assert entered >= BULK + 5
-
-
-async def test_a_reset_aborts_what_waits_for_the_disk():
-    """Checklist row 24: every command gets its outcome, also after a reset."""
-    disk, unit = make_unit()
-    await run(unit, "00" * 6)
-    disk.inline = False
-    disk.pause = trio.Event()
-    outcomes = []
-
-    async def go(initiator: str) -> None:
-        command, _ = make_command("28 00 00000003 00 0002 00", room=1024, initiator=initiator)
-        outcomes.append((initiator, await unit.execute(command)))
-
-    async with trio.open_nursery() as nursery:
-        for initiator in ("guest", "other", "guest"):
-            nursery.start_soon(go, initiator)
-        await trio.testing.wait_all_tasks_blocked()
-        unit.abort("other")
-        await trio.testing.wait_all_tasks_blocked()
-        assert [name for name, _ in outcomes] == ["other"]
-        unit.reset()
-    assert {outcome for _, outcome in outcomes} == {(0x40, b"", 0)}
-    assert len(outcomes) == 3
-    for initiator in ("guest", "other"):
-        assert (await run(unit, "00" * 6, initiator=initiator)).fault == (6, 0x2903)
-
-
-async def test_a_command_that_begins_after_its_unit_was_closed_touches_nothing():
-    """Its disk may be somebody else's by now."""
-    disk, unit = make_unit()
-    disk.inline = False
-    command, _ = make_command("2a 00 00000003 00 0001 00", out=bytes(512))
-    assert unit.try_execute(command) is None
-    unit.close()
-    assert await unit.execute(command) == TASK_ABORTED
-    assert disk.calls == []
-
-
-async def test_a_cancelled_caller_sees_its_cancellation():
-    disk, unit = make_unit()
-    disk.inline = False
-    disk.pause = trio.Event()
-    command, _ = make_command("28 00 00000003 00 0002 00", room=1024)
-    with trio.move_on_after(0) as scope:
-        await unit.execute(command)
-    assert scope.cancelled_caught
-    disk.pause.set()
-    assert (await unit.execute(command)).status == 0
-
-
 def test_the_first_difference_is_found():
     assert first_difference(b"", b"") is None
     for size in (1, 2, 3, 512, 1000):
@@ -327,37 +151,3 @@ def test_the_first_difference_is_found():
             right[at] = 1
             right[-1] |= 2
             assert first_difference(left, right) == at
-
-
-@pytest.mark.parametrize(
-    ("cdb", "size"),
-    [
-        ("2f 00 00000000 00 0020 00", 0),
-        ("2f 06 00000000 00 0020 00", 512),
-        ("2e 00 00000000 00 0020 00", 32 * 512),
-        ("8b 00 0000000000000000 00000020 00 00", 32 * 512),
-        ("41 00 00000000 00 0020 00", 512),
-        ("28 00 00000000 00 0020 00", None),
-        ("2a 00 00000000 00 0020 00", 32 * 512),
-    ],
-)
-async def test_long_commands_let_others_run_although_the_disk_never_waits(cdb, size):
-    disk = MemoryDisk(max_transfer=1024)
-    disk.data[:] = b"q" * len(disk.data)
-    disk.prompt = True
-    unit = DiskUnit(disk, luns=lambda: [0])
-    turns = 0
-
-    async def count():
-        nonlocal turns
-        while True:
-            await trio.lowlevel.checkpoint()
-            turns += 1
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(count)
-        room = 32 * 512 if size is None else 0
-        out = None if size is None else b"q" * size
-        assert (await run(unit, cdb, room=room, out=out)).status == 0
-        assert turns >= 10
-        nursery.cancel_scope.cancel()

@@ -9,16 +9,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.support.attach import (
-    INFO,
-    RAM_SIZE,
-    TABLE,
-    Bus,
-    count_fds,
-    make_memfd,
-    raw_vmm,
-    running_server,
-)
+from tests.support.attach import INFO, RAM_SIZE, TABLE, Bus, make_memfd, raw_vmm, running_server
+from tests.support.leaks import count_fds
 from vmbus.attach.protocol.framing import ERROR
 from vmbus.attach.protocol.limits import Feature
 from vmbus.attach.protocol.messages import Number

@@ -1,0 +1,67 @@
+"""A server in a process of its own, as tests start it.
+
+Run as a program, it serves until its input ends::
+
+    python -m tests.support.server_process PATH MODE
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import trio
+import trio.testing
+
+from tests.support.house import ROOT
+from tests.support.worlds import DISK_SIZE, SAFETY
+from vmbus.attach.server import listen_path, serve
+from vmbus.server import DeviceSetup, GuestServer
+
+
+@contextlib.contextmanager
+def server_process(path: str | os.PathLike[str], mode: str) -> Iterator[subprocess.Popen[str]]:
+    """A server in a process of its own; it serves until the block ends."""
+    command = [sys.executable, "-m", "tests.support.server_process", os.fspath(path), mode]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'devices'}"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            # The end of its input is the end of the server.
+            process.stdin.close()
+            assert process.wait(SAFETY) == 0
+
+
+async def _run_server(listener: socket.socket, server: GuestServer) -> None:
+    await serve(listener, server.handle, query=server.query, command=server.command)
+
+
+async def _serve(path: str, mode: str) -> None:
+    disk = f"ram:{DISK_SIZE}"
+    server = GuestServer(
+        [
+            DeviceSetup("storvsp", (disk, disk), {"monitor": True}),
+            DeviceSetup("storvsp", (disk,), {"max_subchannels": 0}),
+        ]
+    )
+    listener = listen_path(path, mode=mode)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_run_server, listener, server)
+        print("ready", flush=True)  # the parent waits for it
+        await trio.to_thread.run_sync(sys.stdin.read)
+        nursery.cancel_scope.cancel()
+    listener.close()
+
+
+if __name__ == "__main__":
+    trio.run(_serve, sys.argv[1], sys.argv[2])

@@ -1,0 +1,310 @@
+"""``vmbus serve`` in a process of its own: the socket, signals, and guests from start to end."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import stat
+import sys
+
+import pytest
+import trio
+
+from storvsp.guest import attach, scan
+from tests.support.cli import PATIENCE, run_child, run_cli, serving
+from vmbus.attach.client import operator
+from vmbus.attach.client.machine import attach_machine
+from vmbus.errors import AttachError
+from vmbus.guest import boot
+from vmbus.guest.personality import LINUX_6_1
+from vmbus.partition.soft_machine import SoftMachine
+from vmbus.wire.messages import RequestOffers
+
+pytestmark = pytest.mark.slow
+
+MEMORY = 8 << 20
+
+
+@contextlib.asynccontextmanager
+async def guest_on(path, name="vm1", **options):
+    """Boot a guest that is attached to the server; it has contacted no bus yet."""
+    machine = SoftMachine([(0, MEMORY)])
+    try:
+        with trio.fail_after(PATIENCE):
+            async with (
+                attach_machine(machine, path, name=name, **options) as (_, delegate),
+                boot(machine, LINUX_6_1) as guest,
+            ):
+                yield guest, delegate
+    finally:
+        machine.close()
+
+
+async def refusal(path, name):
+    """Have a guest refused; return what the server says."""
+    text = ""
+    try:
+        async with guest_on(path, name):
+            pass
+    except* AttachError as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        text = str(error)
+    return text
+
+
+async def in_thread(function, *arguments):
+    return await trio.to_thread.run_sync(function, *arguments)
+
+
+# -- the socket and signals ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_server_and_removes_its_socket(path, number, code):
+    with serving("--socket", path, "--disk", "ram:1M") as server:
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        assert server.wait_line("listening").endswith(f"listening on {path}")
+        assert server.stop(number) == code
+        assert server.lines[-1].endswith(f"stopping: {number.name}")
+    assert not os.path.lexists(path)
+
+
+def test_a_socket_in_use_is_left_to_its_server(path):
+    with serving("--socket", path) as server:
+        second = run_child("serve", "--socket", path)
+        assert second.returncode == 2
+        assert "another server is using it" in second.stderr
+        assert operator.query(path, "status")["pid"] == server.process.pid
+        assert server.stop() == 0
+
+
+def test_a_socket_that_nobody_listens_on_is_replaced(path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+        dead.bind(path)
+    with serving("--socket", path) as server:
+        assert operator.query(path, "status")["guests_attached"] == 0
+        assert server.stop() == 0
+
+
+def test_stream_sockets_and_permissions(path):
+    with serving("--socket", path, "--stream", "--permissions", "660") as server:
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o660
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+            peer.connect(path)
+        assert operator.query(path, "status")["pid"] == server.process.pid
+
+
+def test_an_inherited_socket_is_listened_on(path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+        fd = listener.fileno()
+        with serving("--fd", str(fd), pass_fds=[fd]) as server:
+            server.wait_line(f"listening on descriptor {fd}")
+            assert operator.query(path, "status")["pid"] == server.process.pid
+            assert server.stop() == 0
+    assert os.path.lexists(path), "it was not this server's to remove"
+
+
+def test_a_connected_socket_is_the_only_connection():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        fd = theirs.fileno()
+        with serving("--fd", str(fd), ready="serving descriptor", pass_fds=[fd]) as server:
+            assert operator.query(ours, "status")["pid"] == server.process.pid
+            assert server.wait() == 0
+
+
+SYSTEMD = """
+import os, sys
+sockets = [int(fd) for fd in sys.argv[1].split(",")]
+for index, fd in enumerate(sockets):
+    os.dup2(fd, 3 + index)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.environ["LISTEN_FDS"] = str(len(sockets))
+from vmbus.cli import main
+sys.argv = ["vmbus", "serve"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_systemd_passes_exactly_one_socket(tmp_path, monkeypatch, count):
+    with contextlib.ExitStack() as stack:
+        listeners = []
+        for number in range(count):
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            sock.bind(str(tmp_path / str(number)))
+            sock.listen()
+            # Out of the way of descriptors 3 and 4, which the program puts them on.
+            high = os.dup(sock.fileno())
+            listeners.append(high)
+            stack.callback(os.close, high)
+        monkeypatch.setattr(
+            "tests.support.cli.COMMAND",
+            [sys.executable, "-c", SYSTEMD, ",".join(map(str, listeners))],
+        )
+        ready = "listening on descriptor 3" if count == 1 else "systemd passed 2 sockets"
+        with serving(ready=ready, pass_fds=listeners) as server:
+            if count == 1:
+                pid = operator.query(str(tmp_path / "0"), "status")["pid"]
+                assert pid == server.process.pid
+                assert server.stop() == 0
+            else:
+                assert server.wait() == 2
+
+
+def test_a_service_manager_is_told_when_vmms_may_connect(path, tmp_path):
+    name = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(name)
+        manager.settimeout(PATIENCE)
+        with serving("--socket", path, NOTIFY_SOCKET=name) as server:
+            assert manager.recv(100) == b"READY=1"
+            assert os.path.exists(path)
+            assert server.stop() == 0
+            assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_the_log_can_be_quiet_or_json(path):
+    with serving("--socket", path, "--json") as server:
+        record = json.loads(server.wait_line("listening"))
+        assert record["message"] == f"listening on {path}"
+        assert record["level"] == "info"
+        assert server.stop() == 0
+    with serving("--socket", path, "-v", "-v") as server:
+        operator.query(path, "status")
+        server.wait_line("connection: closed: goodbye")
+        assert server.stop() == 0
+    assert run_child("serve", "--socket", "/nonexistent/socket", "-q").stderr.count("\n") == 1
+
+
+# -- guests ----------------------------------------------------------------------------------------
+
+
+async def test_a_guest_uses_its_disks_while_operators_look_and_change_them(path):
+    with serving("--socket", path, "--disk", "ram:4M") as server:
+        async with guest_on(path) as (guest, _):
+            (offer,) = await guest.connection.connect()
+            adapter = await attach(guest, offer)
+            (disk,) = await scan(adapter)
+            await disk.write(0, b"x" * 512)
+            assert await disk.read(0, 1) == b"x" * 512
+
+            top = await in_thread(run_child, "top", "--socket", path, "--once")
+            assert top.returncode == 0, top.stderr
+            _, line, channel = top.stdout.splitlines()
+            assert line == (f"guest=vm1 version=5.3 memory={MEMORY} paused=no faults=0 channels=1")
+            assert channel.startswith("guest=vm1 channel=1 device=scsi subchannel=0 ")
+
+            # What the other commands say is the same in this process.
+            added = await in_thread(run_cli, "disk", "add", "--socket", path, "ram:[lun=3]2M")
+            assert (added.exit_code, added.stdout) == (0, "added at 0:0:3\n")
+            resized = await in_thread(run_cli, "disk", "resize", "--socket", path, "3", "3M")
+            assert resized.stdout == "3 has 3 MiB now\n"
+            listed = await in_thread(run_cli, "disk", "list", "--socket", path)
+            assert listed.stdout.splitlines()[1:] == [
+                "vm1    0           0:0:0    4 MiB  RamDisk  read, write",
+                "vm1    0           0:0:3    3 MiB  RamDisk  read, write",
+            ]
+            assert [each.size for each in await scan(adapter)] == [4 << 20, 3 << 20]
+            removed = await in_thread(run_cli, "disk", "remove", "--socket", path, "0:0:3")
+            assert removed.exit_code == 0
+            again = await in_thread(run_cli, "disk", "remove", "--socket", path, "3")
+            assert again.exit_code == 2
+            assert again.stderr == "Error: nothing is at path 0, target 0, LUN 3\n"
+            late = await in_thread(run_cli, "disk", "resize", "--socket", path, "3", "3M")
+            assert (late.exit_code, late.stderr) == (again.exit_code, again.stderr)
+            nowhere = await in_thread(
+                run_cli, "disk", "add", "--socket", path, "--controller", "1", "ram:1M"
+            )
+            assert nowhere.exit_code == 2
+            assert "no disk device number 1; it has 1, counted from 0" in nowhere.stderr
+
+            await adapter.close()
+            await guest.connection.unload()
+        await in_thread(server.wait_line, "vm1: attached with 1 device(s)")
+        await in_thread(server.wait_line, "vm1: gone")
+        nobody = await in_thread(run_child, "disk", "add", "--socket", path, "ram:1M")
+        assert nobody.returncode == 2
+        assert nobody.stderr == "Error: no guest is attached\n"
+        assert server.stop() == 0
+
+
+async def test_several_guests_have_disks_of_their_own(path, tmp_path):
+    spec = f"raw:[create=1M]{tmp_path}/{{guest}}.img"
+    with serving("--socket", path, "--disk", spec) as server:
+        async with guest_on(path, "one"), guest_on(path, "two"):
+            listed = await in_thread(run_child, "disk", "list", "--socket", path, "--json")
+            assert [each["guest"] for each in json.loads(listed.stdout)] == ["one", "two"]
+            asked = await in_thread(run_child, "disk", "add", "--socket", path, "ram:1M")
+            assert asked.returncode == 2
+            assert "which guest? attached are: one, two" in asked.stderr
+        assert (tmp_path / "one.img").stat().st_size == 1 << 20
+        assert (tmp_path / "two.img").exists()
+        assert server.stop() == 0
+
+
+async def test_a_guest_whose_disk_is_taken_is_turned_away_with_a_line_in_the_log(path, tmp_path):
+    with serving("--socket", path, "--disk", f"raw:[create=1M]{tmp_path}/disk.img") as server:
+        async with guest_on(path, "one"):
+            assert "could not serve this guest" in await refusal(path, "two")
+            line = await in_thread(server.wait_line, "error: two: serving this guest failed")
+            assert "disk.img" in line
+        assert server.stop() == 0
+    assert not any("Traceback" in line for line in server.lines)
+
+
+async def test_a_signal_ends_the_server_under_a_guest(path):
+    with serving("--socket", path, "--disk", "ram:1M") as server:
+        async with guest_on(path) as (guest, delegate):
+            (offer,) = await guest.connection.connect()
+            adapter = await attach(guest, offer)
+            await scan(adapter)
+            assert await in_thread(server.stop) == 0
+            await delegate.over.wait()
+    assert not os.path.lexists(path)
+    assert not any("Traceback" in line for line in server.lines), server.lines
+
+
+async def test_once_ends_with_the_first_guest(path):
+    with serving("--socket", path, "--once") as server:
+        # An operator is no guest.
+        await in_thread(operator.query, path, "status")
+        async with guest_on(path) as (guest, _):
+            await guest.connection.connect()
+            await guest.connection.unload()
+        assert await in_thread(server.wait) == 0
+    assert not os.path.lexists(path)
+
+
+async def test_once_tells_of_a_guest_that_broke_a_rule(path):
+    with serving("--socket", path, "--once") as server:
+        async with guest_on(path) as (guest, _):
+            await guest.connection.connect()
+            # Once per connection is what a guest may ask.
+            await guest.connection.post(RequestOffers())
+            await in_thread(server.wait_line, "(fault 1)")
+        assert await in_thread(server.wait) == 3
+
+
+async def test_once_tells_of_a_guest_that_could_not_be_served(path, tmp_path):
+    spec = f"raw:{tmp_path}/{{guest}}.img"
+    with serving("--socket", path, "--once", "--disk", spec) as server:
+        assert "could not serve this guest" in await refusal(path, "vm1")
+        assert await in_thread(server.wait) == 1
+        server.wait_line("No such file or directory")
+
+
+async def test_an_old_version_can_be_the_newest_allowed(path):
+    with serving("--socket", path, "--max-version", "4.0", "--monitor", "--subchannels", "0",
+                 "--max-transfer", "1M") as server:  # fmt: skip
+        async with guest_on(path) as (guest, _):
+            (offer,) = await guest.connection.connect()
+            assert offer.monitor_allocated
+            assert str(guest.connection.version) == "4.0"
+            await guest.connection.unload()
+        assert server.stop() == 0

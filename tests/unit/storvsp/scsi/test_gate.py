@@ -1,0 +1,88 @@
+"""The gate in front of a medium: many commands at once, or one alone."""
+
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from storvsp.scsi.gate import Gate
+from tests.support.scsi import make_command, run
+from tests.support.scsi_verify import CAW, make_unit
+
+
+@pytest.mark.parametrize("inline", [True, False])
+async def test_two_compare_and_writes_never_both_win(inline):
+    disk, unit = make_unit()
+    disk.inline = inline
+    old = bytes(disk.data[1536:2560])
+    outcomes = []
+
+    async def attempt(value):
+        outcomes.append((await run(unit, CAW, out=old + bytes([value]) * 1024)).status)
+
+    async with trio.open_nursery() as nursery:
+        for value in range(1, 9):
+            nursery.start_soon(attempt, value)
+    assert sorted(outcomes) == [0, *[2] * 7]
+
+
+async def test_nothing_gets_between_compare_and_write():
+    disk, unit = make_unit()
+    await run(unit, "00" * 6)
+    old, new = bytes(disk.data[1536:2560]), b"n" * 1024
+    disk.inline = False
+    disk.pause = trio.Event()
+    order = []
+
+    async def go(name: str, cdb: str, **keywords: Any) -> None:
+        command, buffer = make_command(cdb, **keywords)
+        outcome = await unit.execute(command)
+        assert outcome.status == 0
+        order.append((name, bytes(buffer)))
+
+    async with trio.open_nursery() as nursery:
+        read = "28 00 00000003 00 0002 00"
+        command, _ = make_command(read, room=1024)
+        nursery.start_soon(lambda: go("early read", read, room=1024))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(lambda: go("caw", CAW, out=old + new))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(lambda: go("late read", read, room=1024))
+        await trio.testing.wait_all_tasks_blocked()
+        assert not unit.gate.closed  # still waiting for the early read
+        disk.pause.set()
+        while not unit.gate.closed:
+            await trio.sleep(0)
+        disk.inline = True
+        assert unit.try_execute(command) is None  # not even the fast path gets in
+        six, _ = make_command("08 000003 02 00", room=1024)
+        assert unit.try_execute(six) is None
+        ready, _ = make_command("00" * 6)
+        assert unit.try_execute(ready).status == 0
+    assert [name for name, _ in order] == ["early read", "caw", "late read"]
+    assert order[0][1] == old
+    assert order[2][1] == new
+    assert unit.try_execute(command).status == 0
+
+
+async def test_a_cancelled_exclusive_command_lets_the_others_in():
+    gate = Gate(lambda: None)
+    await gate.acquire(exclusive=False)
+    entered = []
+
+    async def shared():
+        await gate.acquire(exclusive=False)
+        entered.append(True)
+
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as inner:
+                inner.start_soon(lambda: gate.acquire(exclusive=True))
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(shared)
+                await trio.testing.wait_all_tasks_blocked()
+                assert not entered
+                scope.cancel()
+    assert entered
+    assert not gate.closed
