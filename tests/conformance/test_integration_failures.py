@@ -180,7 +180,7 @@ async def test_a_corrupt_ring_costs_its_channel_only():
 async def test_a_new_disk_can_be_announced_over_a_corrupt_ring():
     store = controller()
     async with world(store) as there, there.boot(LINUX_6_1) as guest:
-        await first_disk(guest)
+        await first_disk(guest, sub_channels=0)
         (runner,) = there.bus.runners.values()
         pfn = runner.event.gpadl.pages[runner.event.downstream_page_offset]
         there.machine.memory.page(pfn).cast("I")[1] = 3

@@ -168,7 +168,7 @@ async def test_a_channel_that_is_moved_interrupts_its_new_vp(tmp_path, tier):
     with trio.fail_after(LIMIT), serving(tmp_path) as server:
         vmm = server.attach(features=TIERS[tier])
         async with boot(vmm.power_on(), LINUX_6_1) as guest:
-            adapter, disk = await start(guest)
+            adapter, disk = await start(guest, sub_channels=0)
             (channel,) = adapter.channels
             for vp in (1, 0, 1):
                 await guest.connection.modify_channel(channel, vp)

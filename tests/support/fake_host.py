@@ -283,6 +283,7 @@ class Host:
         self.monitor_page = 0
         self.gpadls: dict[int, tuple[int, list[int]]] = {}
         self.partial: dict[int, tuple[int, int, bytes]] = {}
+        self.surplus_bodies = 0
         self.channels: dict[int, Channel] = {}
         self.log: list[Any] = []
         self.raw: list[tuple[int, bytes]] = []
@@ -360,6 +361,9 @@ class Host:
         self.add_ranges(item.gpadl, item.data)
 
     def add_ranges(self, gpadl: int, data: bytes) -> None:
+        if gpadl in self.gpadls:
+            self.surplus_bodies += 1  # OpenBSD and NetBSD go on when it is complete
+            return
         relid, size, have = self.partial.pop(gpadl)
         have = (have + data)[:size]
         if len(have) < size:

@@ -13,7 +13,7 @@ BLOCK = 512
 
 
 class Storage:
-    """Answers vstor packets; tests override single answers."""
+    """Answers vstor packets in their own size; tests override single answers."""
 
     def __init__(self, host: Host, *, class_id=CLASS_SCSI, channels: int = 0) -> None:
         self.host = host
@@ -26,6 +26,8 @@ class Storage:
         """Whole payloads by operation, instead of the ordinary ones."""
         self.replies: dict[int, bytes | int] = {}
         """Whole payloads by SCSI operation code; a number: that many bytes of zeros."""
+        self.size: int | None = None
+        """Bytes of every ordinary answer; None: as many as its request has."""
         self.held: list[tuple[Channel, bytes, int]] = []
         self.holding = False
         self.attention = 0
@@ -79,10 +81,13 @@ class Storage:
             )
         elif operation == 3:
             pages = packet[16 : offset8 * 8] if kind == 9 else b""
-            self.complete(channel, tid, self.srb(payload.ljust(64, b"\0"), pages))
+            reply = self.srb(payload.ljust(64, b"\0"), pages)
+            if len(reply) == 64:  # not one of a test that is about lengths
+                reply = reply.ljust(80, b"\0")[: self.size or len(payload)]
+            self.complete(channel, tid, reply)
             return
         answer = struct.pack("<III", 1, 0, status) + body
-        self.complete(channel, tid, answer.ljust(64, b"\0"))
+        self.complete(channel, tid, answer.ljust(80, b"\0")[: self.size or len(payload)])
 
     # -- SCSI
     def srb(self, request: bytes, header: bytes) -> bytes:

@@ -42,6 +42,7 @@ class Ids:
             TransactionIds.TAG: (1, 1),
             TransactionIds.POINTER: (_POINTER_BASE, _POINTER_STEP),
             TransactionIds.HIGH_INDEX: (1 << 32, 1 << 32),
+            TransactionIds.INDEX: (0, 1),
         }[style]
         self._next = 0
         self._free: list[int] = []

@@ -193,7 +193,7 @@ class Channels:
             Span(self._ram.views(pfns[ring_pages + 1 :])),
             personality,
             self._panic,
-            max_packet=max_packet or personality.max_packet,
+            max_packet=personality.max_packet if max_packet is None else max_packet,
         )
         channel = GuestChannel(
             offer=offer,

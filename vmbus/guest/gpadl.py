@@ -1,7 +1,8 @@
 """How drivers describe pages to the host: the messages of one GPADL, and its handle.
 
 Sources: linux/drivers/hv/channel.c (``create_gpadl_header``), freebsd/sys/dev/hyperv/vmbus
-(``vmbus_chan_gpadl_connect``), MacHyperVSupport (full header), mu_msvm (240 bytes always).
+(``vmbus_chan_gpadl_connect``), openbsd/sys/dev/pv/hyperv.c (``hv_handle_alloc``), MacHyperVSupport
+(full header), mu_msvm (240 bytes always).
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ def gpadl_messages(
         GpadlHeader(relid=relid, gpadl=handle, range_buflen=len(data), range_count=1, data=first)
     ]
     position = 8 + 8 * _HEADER_PFNS
+    if personality.gpadl_padding is GpadlPadding.SURPLUS_BODIES:
+        return messages + _surplus_bodies(handle, data[position:])
     number = 0
     while position < len(data):
         number += personality.numbers_bodies
@@ -84,3 +87,21 @@ def gpadl_messages(
         messages.append(GpadlBody(message_number=number, gpadl=handle, data=part))
         position += len(part)
     return messages
+
+
+def _surplus_bodies(handle: int, data: bytes) -> list[Message]:
+    """Return the bodies of OpenBSD and NetBSD: ``n / 28 + n % 28`` for n page numbers, not n / 28.
+
+    A ring of 42 pages, of which 26 stand in the header, is followed by 16 bodies: one with the
+    other 16 page numbers and 12 zeros, 14 with 28 zeros each, and one with nothing in it.
+    """
+    left = len(data) // 8
+    most = _BODY_DATA // 8
+    count = left // most + left % most
+    bodies: list[Message] = []
+    for number in range(count):
+        part = data[number * _BODY_DATA : (number + 1) * _BODY_DATA]
+        if number < count - 1:
+            part = part.ljust(_BODY_DATA, b"\0")
+        bodies.append(GpadlBody(message_number=0, gpadl=handle, data=part))
+    return bodies

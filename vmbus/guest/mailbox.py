@@ -20,23 +20,35 @@ from vmbus.wire.messages import (
     CONNECTION_MESSAGES,
     MAX_PAYLOAD,
     MESSAGES,
+    AllOffersDelivered,
     Direction,
+    GpadlBody,
     GpadlCreated,
+    GpadlHeader,
     GpadlTorndown,
     Message,
     ModifyChannelResponse,
+    OfferChannel,
+    OpenChannel,
     OpenChannelResult,
-    VersionResponse,
+    UnloadResponse,
     build_message,
     parse_message_untrusted,
 )
 from vmbus.wire.versions import NO_FEATURES, Version
 
-_SIZES = {
-    spec.message.TYPE: spec.size
-    for spec in MESSAGES
-    if spec.direction is Direction.HOST_TO_GUEST and spec.message is not VersionResponse
-}
+# mu_msvm/MsvmPkg/VmbusDxe: VmbusRootWaitForMessage and its callers. VmbusRootInitiateContact wants
+# no more of a VERSION_RESPONSE than its least size, and nobody looks at that of a RESCIND.
+_EXACT: tuple[type[Message], ...] = (
+    OfferChannel,
+    AllOffersDelivered,
+    OpenChannelResult,
+    GpadlCreated,
+    GpadlTorndown,
+    UnloadResponse,
+)
+_SIZES = {spec.message: spec.size for spec in MESSAGES if spec.message in _EXACT}
+_OPEN_SIZE = max(spec.size for spec in MESSAGES if spec.message is OpenChannel)
 _GARBAGE = b"\xa5\x5a\xa5\x5a"
 """What stands in the padding word of drivers that do not zero it."""
 
@@ -126,8 +138,12 @@ class Mailbox:
         """Add what the personality leaves in a message beside its contents."""
         if self._personality.garbage_padding:
             raw = raw[:4] + _GARBAGE + raw[8:]
-        if self._personality.gpadl_padding is GpadlPadding.FULL_MESSAGE:
+        number = int.from_bytes(raw[:4], "little")
+        full = self._personality.gpadl_padding is GpadlPadding.FULL_MESSAGE
+        if full and number in (GpadlHeader.TYPE, GpadlBody.TYPE):
             raw = (raw + JUNK_PFN * (MAX_PAYLOAD // 8))[:MAX_PAYLOAD]
+        if self._personality.long_open and number == OpenChannel.TYPE:
+            raw = raw.ljust(_OPEN_SIZE, b"\0")
         return raw
 
     async def request(
@@ -187,13 +203,9 @@ class Mailbox:
             )
         except GuestProtocolError as error:
             self._panic(f"control message: {error}")
-        if self._personality.exact_sizes:
-            sizes: tuple[int, ...] = (_SIZES.get(message.TYPE, 0),)
-            if isinstance(message, VersionResponse):
-                long = version == Version.V6_0
-                sizes = (20,) if long and message.version_supported else (16, 20) if long else (16,)
-            if len(payload) not in sizes:
-                self._panic(f"{message.NAME}: {len(payload)} bytes instead of {sizes[0]}")
+        size = _SIZES.get(type(message), 0)
+        if self._personality.exact_sizes and size and len(payload) != size:
+            self._panic(f"{message.NAME}: {len(payload)} bytes instead of {size}")
         return message
 
     def answered(self, message: Message) -> None:

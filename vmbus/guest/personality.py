@@ -38,7 +38,10 @@ class GpadlPadding(Enum):
     FULL_HEADER = auto()
     """The header always has room for 26 page numbers, the unused ones are junk."""
     FULL_MESSAGE = auto()
-    """Every message of the driver is posted with 240 bytes."""
+    """Header and bodies are posted with 240 bytes each."""
+    SURPLUS_BODIES = auto()
+    """All bodies but the last have 240 bytes, zeros behind the page numbers, and there are far more
+    of them than the page numbers need: most come when the GPADL is complete."""
 
 
 class Matching(Enum):
@@ -107,6 +110,8 @@ class TransactionIds(Enum):
     """Address of a kernel structure, reused."""
     HIGH_INDEX = auto()
     """Slot number << 32."""
+    INDEX = auto()
+    """Slot number, the first of which is 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,12 +173,15 @@ class Personality:
     garbage_padding: bool = False
     """The header's padding word is not zeroed."""
     exact_sizes: bool = False
-    """Crashes on a reply that is longer than it should be, too."""
+    """Crashes on an offer or a reply that is longer than it should be, too; not on a longer
+    VERSION_RESPONSE or RESCIND_CHANNELOFFER."""
     matching: Matching = Matching.IDS
     max_relid: int = 2047
     """Offers with a higher relid are not served."""
     drops_confidential: bool = False
     """Ignores offers with channel flags 0x2 or 0x4."""
+    long_open: bool = False
+    """OPENCHANNEL has 156 bytes also where the connection knows 148, the rest zeros."""
     open_id_zero: bool = False
     """OPENCHANNEL carries open id 0, else the relid."""
     spreads_vps: bool = False
@@ -200,8 +208,11 @@ class Personality:
     signals_free_space: bool = True
     """Signals a host that waits for room in the incoming ring."""
     full_ring: FullRing = FullRing.RETRY
-    max_packet: int = 16384
-    """Largest incoming ring packet in bytes, of a channel without a limit of its own."""
+    max_packet: int | None = None
+    """Largest incoming ring packet in bytes, of a channel without a limit of its own; None: it is
+    read in the ring, or into a buffer that grows."""
+    too_large: str = ""
+    """What becomes of a larger one."""
     transaction_ids: TransactionIds = TransactionIds.POINTER
 
     def __str__(self) -> str:
@@ -228,7 +239,20 @@ LINUX_6_1 = Personality(
     spreads_vps=True,
     unload_since=_V.V3_0,  # vmbus_initiate_unload
     feature_bits=FeatureBits.BOTH,
+    max_packet=4096,  # VMBUS_DEFAULT_MAX_PKT_SIZE, since 5.13
+    too_large="hv_pkt_iter_first cuts it off and takes the rest for the next packet",
     transaction_ids=TransactionIds.TAG,
+)
+
+# linux-5.4 and 5.10.198, drivers/hv: packets are read in the ring, ids are pointers.
+LINUX_5_10 = dataclasses.replace(
+    LINUX_6_1,
+    key="linux-5.10",
+    name="Linux 5.10",
+    guest_os_id=0x8100 << 48 | 0x050A00 << 16,
+    versions=(*_LADDER_5[1:], _V.V1_1, _V.V0_13),  # vmbus_versions
+    max_packet=None,
+    transaction_ids=TransactionIds.POINTER,
 )
 
 LINUX_NEW = dataclasses.replace(
@@ -273,10 +297,14 @@ OPENBSD = Personality(
     needs_monitor=True,  # hv_process_offer skips the others
     versions=_LADDER_4,
     matching=Matching.TYPE,  # hv_cmd
+    gpadl_padding=GpadlPadding.SURPLUS_BODIES,  # hv_handle_alloc: left / n + left % n bodies
+    numbers_bodies=False,  # hv_handle_alloc
     frees_before_teardown=True,  # hv_channel_close
     rescind=Rescind.IGNORE,  # prints a line
     unload=Unload.NEVER,
     signals_free_space=False,
+    max_packet=4096,  # hv_attach_internal: ch_buf
+    too_large="hv_channel_recv: EINVAL, and it stays in the ring for ever",
     transaction_ids=TransactionIds.HIGH_INDEX,
 )
 
@@ -291,6 +319,7 @@ NETBSD = dataclasses.replace(
     spreads_vps=True,
     frees_before_teardown=False,
     rescind=Rescind.RELEASE,
+    transaction_ids=TransactionIds.INDEX,  # hvs_alloc_ccbs
 )
 
 DPDK = dataclasses.replace(
@@ -299,6 +328,7 @@ DPDK = dataclasses.replace(
     name="DPDK on Linux",
     needs_monitor=True,  # uio_hv_generic refuses the device
     masking=Masking.ALWAYS,
+    max_packet=None,  # rte_vmbus_chan_recv_raw tells how much is needed
 )
 
 MACOS = Personality(
@@ -342,16 +372,15 @@ UEFI = Personality(
     register_signals=True,
     uses_monitor=False,
     versions=(_V.V6_0, _V.V3_0),
-    features=Feature.GUEST_SPECIFIED_SIGNAL_PARAMETERS
-    | Feature.CHANNEL_INTERRUPT_REDIRECTION
-    | Feature.MODIFY_CONNECTION
-    | Feature.CLIENT_ID,
+    features=Feature.CLIENT_ID,  # VmbusRoot.c: VMBUS_SUPPORTED_FEATURE_FLAGS
     connection_from_reply=None,
     exact_sizes=True,
+    long_open=True,  # VmbusChannelOpenChannel: sizeof(sendMessage.OpenChannel)
     open_id_zero=True,
     first_gpadl=1,
     gpadl_reuse=255,
     gpadl_padding=GpadlPadding.FULL_MESSAGE,
+    numbers_bodies=False,  # VmbusRootInitializeMessage
     rescind=Rescind.IGNORE,
     strict_flags=True,
     feature_bits=FeatureBits.OUTGOING,
@@ -368,9 +397,10 @@ HAIKU = Personality(
     register_signals=True,
     uses_monitor=False,
     versions=(*_LADDER_5, _V.V1_1, _V.V0_13),
-    connection_from_reply=_V.V0_13,  # reads the field whatever the version
+    connection_from_reply=None,  # VMBusRequest: VMBUS_CONNID_MESSAGE, whatever the reply says
     max_relid=31,  # its word pointer lags by one from 32 on
     first_gpadl=1,
+    numbers_bodies=False,  # VMBus::AllocateGPADL
     counts_signals=True,
 )
 
@@ -379,6 +409,7 @@ PERSONALITIES: dict[str, Personality] = {
     for each in (
         LINUX_6_1,
         LINUX_NEW,
+        LINUX_5_10,
         FREEBSD,
         ILLUMOS,
         OPENBSD,

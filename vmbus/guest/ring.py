@@ -201,7 +201,7 @@ class InRing:
         data: The data pages.
         personality: Whose habits to follow.
         panic: Called when the host breaks a rule.
-        max_packet: Largest packet in bytes that the driver's buffer holds.
+        max_packet: Largest packet in bytes that the driver's buffer holds; None: any.
     """
 
     def __init__(
@@ -211,12 +211,13 @@ class InRing:
         personality: Personality,
         panic: Panic,
         *,
-        max_packet: int,
+        max_packet: int | None,
     ) -> None:
         self._words = control.cast("I")
         self._data = data
         self._panic = panic
-        self._max_packet = max_packet
+        self._max_packet = data.size if max_packet is None else max_packet
+        self._too_large = personality.too_large
         self._read = 0
         self._signals_free_space = personality.signals_free_space
         self._masks = personality.masking is Masking.WHILE_READING
@@ -274,7 +275,7 @@ class InRing:
             if length > self._max_packet:
                 self._panic(
                     f"ring: {PACKET_NAMES.get(kind, kind)} packet of {length} bytes; the driver "
-                    f"has room for {self._max_packet}"
+                    f"has room for {self._max_packet}: {self._too_large}"
                 )
             packet = data[position : position + length]
             packets.append(Incoming(kind, flags, transaction_id, offset8 * 8, packet))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import trio
 
 from storvsp.guest.habits import HABITS, StorageHabits
-from storvsp.guest.replies import Result, check_answer, check_srb_reply, checked_payload
+from storvsp.guest.replies import Kind, Result, check_answer, check_length, check_srb_reply
 from storvsp.wire import (
     BEGIN_INITIALIZATION,
     CREATE_SUB_CHANNELS,
@@ -45,7 +46,6 @@ from storvsp.wire import (
     build_srb,
     build_sub_channels,
     parse_fibre_channel_untrusted,
-    parse_packet_untrusted,
     parse_properties_untrusted,
     parse_protocol_version_untrusted,
 )
@@ -61,6 +61,8 @@ _NOTIFICATIONS = frozenset({ENUMERATE_BUS, REMOVE_DEVICE, EVENT_NOTIFICATION})
 _MAX_SANE_TRANSFER = 128 << 20
 """Linux keeps the number of pages in 16 bits."""
 _MIN_SANE_TRANSFER = 64 << 10
+_agreed_sizes: WeakKeyDictionary[Guest, int] = WeakKeyDictionary()
+"""Bytes of vstor packets that a guest's last controller has agreed on."""
 
 
 class AttachError(VMBusError):
@@ -93,7 +95,6 @@ class StorvscAdapter(Driver):
             ring_pages=habits.ring_pages,
             queue_depth=queue_depth or habits.queue_depth,
             contiguous=contiguous,
-            max_packet=16 + PACKET_SIZE if habits.exact_reply else None,
             on_packet=self._notification,
         )
         self.habits = habits
@@ -108,9 +109,15 @@ class StorvscAdapter(Driver):
         """Called in the interrupt when the host wants the bus to be scanned again."""
         self.notifications: list[int] = []
         """Operations of all notifications, in order."""
+        self.on_resize: Callable[[int, int, int], None] | None = None
+        """Called with path, target and LUN when the driver notices that a disk has a new size."""
         self._panic = guest.panic
         self._pool = BufferPool(guest.ram, contiguous=contiguous)
         self._size = habits.init_size
+        if habits.size_outlives:
+            self._size = _agreed_sizes.get(guest, habits.init_size)
+        self._ready = False
+        """The handshake is over."""
         self._sense_room = MAX_SENSE
         self._tag = 0
         self._notified = trio.lowlevel.ParkingLot()
@@ -130,11 +137,12 @@ class StorvscAdapter(Driver):
         count = self._wanted_sub_channels(sub_channels)
         if count:
             await self._create_sub_channels(count)
+        self._ready = True
 
     async def _command(self, operation: int, body: bytes = b"") -> Packet:
         payload = build_packet(operation, body, size=self._size)
         packet = await self.channels[0].request(payload, transaction_id=self.habits.init_id)
-        return check_answer(packet, self.habits, self._panic)
+        return check_answer(packet, self.habits, self._panic, sent=self._size)
 
     @staticmethod
     def _demand(answer: Packet, what: str) -> Packet:
@@ -154,11 +162,11 @@ class StorvscAdapter(Driver):
             if exact and echo != version:
                 self._panic(f"QUERY_PROTOCOL_VERSION: {version:#x} asked, {echo:#x} echoed")
             self.version = version
-            if version <= VERSION_4_2:
-                self._size = SHORT_PACKET_SIZE
-                self._sense_room = SHORT_MAX_SENSE
-            else:
-                self._size = PACKET_SIZE
+            short = version <= VERSION_4_2
+            self._sense_room = SHORT_MAX_SENSE if short else MAX_SENSE
+            by_version = short and self.habits.sized_by_version
+            self._size = SHORT_PACKET_SIZE if by_version else PACKET_SIZE
+            _agreed_sizes[self.guest] = self._size
             return
         raise AttachError("the controller refuses all vstor versions of this driver")
 
@@ -257,6 +265,7 @@ class StorvscAdapter(Driver):
             packet,
             self.habits,
             self._panic,
+            sent=self._size,
             requested=length,
             sense_room=self._sense_room,
         )
@@ -268,7 +277,11 @@ class StorvscAdapter(Driver):
         sense = b""
         if reply.srb_status & SRB_AUTOSENSE_VALID:
             sense = reply.sense[: reply.sense_length]
-        return Result(reply.srb_status, reply.scsi_status, sense, reply.transfer_length, data)
+        result = Result(reply.srb_status, reply.scsi_status, sense, reply.transfer_length, data)
+        noticed = result.resized and result.srb_status in self.habits.resize_srb
+        if noticed and self.on_resize is not None:
+            self.on_resize(path, target, lun)
+        return result
 
     def _given_up(self, buffer: Buffer) -> None:
         """The host is done with a request whose caller was cancelled."""
@@ -284,24 +297,27 @@ class StorvscAdapter(Driver):
         """
         payload = build_packet(RESET_BUS, size=self._size)
         packet = await self.channels[0].request(payload, transaction_id=self.habits.reset_id)
-        self._demand(check_answer(packet, self.habits, self._panic), "RESET_BUS")
+        self._demand(check_answer(packet, self.habits, self._panic, sent=len(payload)), "RESET_BUS")
         await self.wait_idle()
 
     # ------------------------------------------------------------------------- notifications
 
     def _notification(self, packet: Incoming) -> None:
         """Handle a packet that is no completion, in the interrupt."""
-        notice = parse_packet_untrusted(checked_payload(packet, self.habits, self._panic))
-        name = OPERATION_NAMES.get(notice.operation, str(notice.operation))
-        if notice.operation not in _NOTIFICATIONS or packet.kind != IN_BAND:
+        payload = check_length(packet, Kind.NOTICE, self.habits, self._panic, sent=self._size)
+        operation = int.from_bytes(payload[:4], "little")
+        name = OPERATION_NAMES.get(operation, str(operation))
+        if operation not in _NOTIFICATIONS or packet.kind != IN_BAND:
             self._panic(f"vstor: {name} in a packet of type {packet.kind} that nobody asked for")
         if packet.transaction_id or packet.flags & FLAG_COMPLETION_REQUESTED:
             self._panic(f"vstor: {name} with a transaction id or a completion wanted")
-        self.notifications.append(notice.operation)
+        if self.habits.init_id == 0 and not self._ready:
+            self._panic(f"vstor: {name} in the handshake, where id 0 is that of the answers")
+        self.notifications.append(operation)
         habits = self.habits
         if self.on_rescan is not None and (
-            (notice.operation == ENUMERATE_BUS and habits.rescans_on_enumerate)
-            or (notice.operation == REMOVE_DEVICE and habits.rescans_on_remove)
+            (operation == ENUMERATE_BUS and habits.rescans_on_enumerate)
+            or (operation == REMOVE_DEVICE and habits.rescans_on_remove)
         ):
             self.on_rescan()
         self._notified.unpark_all()

@@ -15,8 +15,10 @@ from vmbus.errors import LocalProtocolError
 from vmbus.guest import (
     FREEBSD,
     HAIKU,
+    LINUX_5_10,
     LINUX_6_1,
     MACOS,
+    NETBSD,
     OPENBSD,
     UEFI,
     GuestPanic,
@@ -148,6 +150,7 @@ async def test_transaction_ids_follow_the_personality():
         (TransactionIds.TAG, [1, 2, 1]),
         (TransactionIds.POINTER, [0xFFFFF80004200000, 0xFFFFF80004200180, 0xFFFFF80004200000]),
         (TransactionIds.HIGH_INDEX, [1 << 32, 2 << 32, 1 << 32]),
+        (TransactionIds.INDEX, [0, 1, 0]),
     ):
         ids = Ids(style)
         first, second = ids.take(), ids.take()
@@ -226,6 +229,27 @@ async def test_a_packet_larger_than_the_drivers_buffer_crashes_the_guest():
         async with opened(max_packet=80) as (_, _channel, theirs):
             theirs.send(6, bytes(80))
             await trio.sleep_forever()
+
+
+@pytest.mark.parametrize(
+    ("personality", "becomes"),
+    [(LINUX_6_1, "takes the rest for the next packet"), (NETBSD, "in the ring for ever")],
+    ids=str,
+)
+async def test_a_packet_of_more_than_a_page_is_too_much_for_some(personality, becomes):
+    """Checklist row 11."""
+    with pytest.raises(GuestPanic, match=f"4104 bytes; .* room for 4096: .*{becomes}"):
+        async with opened(personality, pages=4) as (_, _channel, theirs):
+            theirs.send(6, bytes(4088))
+            await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("personality", [LINUX_5_10, FREEBSD, MACOS, UEFI], ids=str)
+async def test_a_packet_of_more_than_a_page_is_read_by_others(personality):
+    async with opened(personality, pages=4) as (_, channel, theirs):
+        theirs.send(6, bytes(4088))
+        (packet,) = await channel.receive_batch()
+        assert len(packet.data) == 4104
 
 
 @pytest.mark.parametrize("read_index", [4096, 12, 2048])
