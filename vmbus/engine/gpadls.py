@@ -89,9 +89,16 @@ class GpadlTable:
         self._extend_untrusted(channel, assembly, message.data)
 
     def body_untrusted(self, message: GpadlBody) -> None:
-        """GPADL_BODY. The message number says nothing: several drivers leave it 0."""
+        """GPADL_BODY. The message number says nothing: several drivers leave it 0.
+
+        A body behind the last one that was needed is ignored. OpenBSD and NetBSD send n / 28 +
+        n % 28 of them for n further pages (openbsd/sys/dev/pv/hyperv.c: hv_handle_alloc), so most
+        arrive, full of zeros, when the list is complete and answered.
+        """
         channel = self._unfinished.get(message.gpadl)
         if channel is None:
+            if message.gpadl in self._handles:
+                return
             raise GuestProtocolError(
                 f"GPADL {message.gpadl:#x}: no more bodies are expected", field="gpadl"
             )
