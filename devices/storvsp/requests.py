@@ -17,6 +17,7 @@ from collections.abc import Callable
 import trio
 
 from storvsp.scsi import Command, DataDirection, LogicalUnit, Outcome, absent_unit
+from storvsp.scsi.sense import UNIT_ATTENTION
 from storvsp.scsi.unit import TASK_ABORTED
 from storvsp.units import Units
 from storvsp.wire import (
@@ -26,6 +27,7 @@ from storvsp.wire import (
     PACKET_SIZE,
     REQUEST,
     SHORT_MAX_SENSE,
+    SRB_ABORTED,
     SRB_AUTOSENSE_VALID,
     SRB_ERROR,
     SRB_INVALID_LUN,
@@ -299,7 +301,9 @@ class Requests:
         srb_status = SRB_SUCCESS
         if status == STATUS_CHECK_CONDITION:
             sense = sense[: min(self.max_sense, srb.sense_length)]
-            srb_status = SRB_ERROR | SRB_AUTOSENSE_VALID if sense else SRB_ERROR
+            srb_status = SRB_ABORTED if _tells_new_capacity(sense) else SRB_ERROR
+            if sense:
+                srb_status |= SRB_AUTOSENSE_VALID
         # Other SCSI statuses (RESERVATION CONFLICT, BUSY) travel with SRB_SUCCESS: with ERROR and
         # no sense data Linux would make DID_ERROR of them and never look at the SCSI status.
         self._reply(
@@ -338,6 +342,17 @@ class Requests:
                 size=answer_size(packet),
             ),
         )
+
+
+def _tells_new_capacity(sense: bytes) -> bool:
+    """Whether the sense data is UNIT ATTENTION 2A/09, which goes with SRB status ABORTED.
+
+    Linux before 6.1 and the stable kernels of late 2022 looked for it beside that status only, and
+    kept the old size otherwise; later ones take both (linux/drivers/scsi/storvsc_drv.c:
+    storvsc_handle_error). To the others the SCSI status counts, and that there is sense data
+    (openbsd/sys/dev/pv/hvs.c: hvs_scsi_cmd_done; FreeBSD's storvsc_io_done).
+    """
+    return sense[12:14] == b"\x2a\x09" and sense[2] & 0x0F == UNIT_ATTENTION
 
 
 def answer_size(packet: Packet) -> int:

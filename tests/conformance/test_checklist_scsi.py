@@ -146,6 +146,23 @@ async def test_row_22_a_short_answer_says_how_short_it_is():
         assert 36 <= reply.transferred < 255
 
 
+@pytest.mark.parametrize("room", [0, 12, 18, 20])
+async def test_row_22_a_new_capacity_is_told_beside_the_srb_status_that_old_linux_looks_for(room):
+    store = controller()
+    async with line(store) as wire:
+        await clear(wire)
+        await store.resize_disk((0, 0, 0), 2 << 20, shrink=True)
+        await wire.replies()
+        reply = await wire.command(TEST_UNIT_READY, sense_length=room)
+        assert reply.scsi_status == 2
+        if room < 14:  # it cannot be told, whatever the status
+            assert reply.srb_status == (CHECK if room else CHECK & 0x7F)
+        else:
+            assert reply.srb_status == 0x82
+            assert (reply.sense[2] & 0xF, *reply.sense[12:14]) == (6, 0x2A, 0x09)
+        assert (await wire.command(TEST_UNIT_READY)).srb_status == SUCCESS
+
+
 async def test_row_23_no_answer_has_a_status_that_freebsd_panics_on():
     async with line(controller()) as wire:
         for opcode in range(256):

@@ -9,9 +9,10 @@ import trio.testing
 from storvsp.disks.delay import DelayDisk
 from storvsp.disks.fault import Fault, FaultDisk, FaultKind
 from storvsp.disks.ram import RamDisk
-from storvsp.guest import attach, scan
+from storvsp.guest import HABITS, attach, scan
 from tests.support.storage_line import INQUIRY
 from tests.support.worlds import (
+    ALL,
     DISK_SIZE,
     EchoDevice,
     controller,
@@ -22,7 +23,7 @@ from tests.support.worlds import (
     write_10,
 )
 from vmbus.errors import ConfigError
-from vmbus.guest import LINUX_6_1
+from vmbus.guest import LINUX_6_1, PERSONALITIES
 from vmbus.guest.personality import Rescind
 from vmbus.wire import messages as m
 
@@ -145,6 +146,21 @@ async def test_disks_come_and_go_and_change_their_size_under_a_running_guest():
         await exercise(adapter, disk, tasks=2)
         result = await adapter.execute(INQUIRY, lun=1, read=36)
         assert result.data[0] == 0x7F
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if HABITS[name].resize_srb])
+async def test_a_guest_that_looks_for_it_notices_that_a_disk_has_grown(name):
+    personality = PERSONALITIES[name]
+    store = controller(personality, disks=0)
+    address = store.add_disk(RamDisk(1 << 20))
+    async with world(store) as there, there.boot(personality) as guest:
+        adapter, disk = await first_disk(guest)
+        noticed: list[tuple[int, int, int]] = []
+        adapter.on_resize = lambda *place: noticed.append(place)
+        await store.resize_disk(address, 2 << 20)
+        while not noticed:
+            await disk.execute(read_10(0, 1), read=512)
+        assert noticed == [address]
 
 
 async def test_a_disk_is_removed_under_commands_that_wait_and_each_gets_an_answer():
