@@ -23,7 +23,7 @@ RERUNS ?= --reruns 2 --only-rerun 'triple fault' -r R
 GUEST_PYTEST = -m pytest tests/guest -p no:xdist -p no:hypothesispytest -p no:cacheprovider \
   -v --durations=10 $(RERUNS) $(GUEST_ARGS)
 
-.PHONY: help demo test quick quick-tests lint types unit guest-test guest-test-full guest-bench bench docs clean
+.PHONY: help demo test quick quick-tests lint types unit tools guest-test guest-test-full guest-bench bench docs clean
 
 help:
 	@echo "make demo    a guest comes up on our bus, finds its disks and uses them"
@@ -60,7 +60,7 @@ demo: $(VENV)/.run
 test: lint types unit guest-test
 
 # mypy looks at what has changed only, as long as its cache is there.
-quick: $(VENV)/.dev
+quick: $(VENV)/.dev tools
 	@$(MAKE) --no-print-directory --jobs=3 --output-sync lint types quick-tests
 
 quick-tests: $(VENV)/.dev
@@ -73,7 +73,10 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-unit: $(VENV)/.dev
+tools:
+	@.ci/tools
+
+unit: $(VENV)/.dev tools
 	rm -f .coverage .coverage.*
 	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
 	$(BIN)/coverage combine --quiet

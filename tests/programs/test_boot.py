@@ -9,9 +9,9 @@ import subprocess
 import pytest
 
 from tests.support.cli import COMMAND, PATIENCE, child_environment, run_cli, serving
-from tests.support.kvm import assemble, bzimage, needs_assembler, needs_kvm
+from tests.support.kvm import assemble, bzimage, needs_kvm
 
-needs_guests = [needs_kvm, needs_assembler]
+needs_guests = [needs_kvm]
 
 
 def boot(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:

@@ -10,7 +10,6 @@ import trio
 from tests.support.kvm import (
     Run,
     kernel_mode_possible,
-    needs_assembler,
     needs_kvm,
 )
 from vmbus.attach.protocol.limits import ALL_FEATURES, Feature
@@ -23,7 +22,7 @@ from vmbus.kvm.outcome import End, Outcome
 from vmbus.partition.events import PostedMessage
 from vmbus.server import DeviceSetup, GuestServer
 
-pytestmark = [needs_kvm, needs_assembler]
+pytestmark = needs_kvm
 
 MODES = [
     SynicMode.USER,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -43,9 +42,6 @@ _LARGE_PAGE = 2 << 20
 
 HAVE_KVM = os.access("/dev/kvm", os.R_OK | os.W_OK)
 needs_kvm = pytest.mark.skipif(not HAVE_KVM, reason="there is no /dev/kvm to use")
-needs_assembler = pytest.mark.skipif(
-    not (shutil.which("as") and shutil.which("ld")), reason="there is no assembler"
-)
 
 
 @cache

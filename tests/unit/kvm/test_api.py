@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +12,6 @@ from tests.support.kvm_fakes import FakeKvm
 from vmbus.errors import ConfigError
 from vmbus.kvm import api
 
-HEADER = Path("/usr/include/linux/kvm.h")
 NUMBERS = {
     "KVM_GET_API_VERSION": api.GET_API_VERSION,
     "KVM_CREATE_VM": api.CREATE_VM,
@@ -86,9 +83,6 @@ NUMBERS = {
 }
 
 
-@pytest.mark.skipif(
-    not (HEADER.exists() and shutil.which("cc")), reason="there is no C compiler with kvm.h"
-)
 def test_every_number_is_that_of_the_systems_header(tmp_path):
     source = "#include <stddef.h>\n#include <stdio.h>\n#include <linux/kvm.h>\nint main(void) {\n"
     for text in NUMBERS:
