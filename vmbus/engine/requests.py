@@ -154,8 +154,8 @@ class ChannelRequests:
             if not isinstance(channel.life, Closed):
                 raise GuestProtocolError("the channel is in use", field="relid")
             self._presences.revoke_subchannels(channel)
-        elif not isinstance(presence, Rescinded):
-            raise GuestProtocolError("the channel has not been rescinded", field="relid")
+        else:
+            assert isinstance(presence, Rescinded), "_known lets no other presence pass"
         self._presences.release(channel, presence)
 
     # --- Reserved channels -----------------------------------------------------------------------

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from tests.guest.rig import images, outer, packages
 from tests.guest.rig.assets import ENVIRONMENT, Assets
+from tests.guest.rig.contained import contained, end_in_order
 from tests.guest.rig.packages import RigError, say
 
 PASSED_ON = ("VMBUS_LONG", "VMBUS_SEED")
@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run the command line. Returns an exit code."""
     options = parser().parse_args()
+    end_in_order()
     if (options.kernel is None) != (options.modules is None):
         print("rig: KERNEL and MODULES belong together; give both", file=sys.stderr)
         return 2
@@ -120,9 +121,10 @@ def _run(options: argparse.Namespace) -> int:
         description = Path(folder) / "assets.json"
         assets.save(description)
         environment[ENVIRONMENT] = str(description)
-        return subprocess.run(
-            command, env={**os.environ, **environment}, cwd=outer.REPOSITORY, check=False
-        ).returncode
+        everything = {**os.environ, **environment}
+        with contained(command, env=everything, cwd=outer.REPOSITORY) as process:
+            code: int = process.wait()
+            return code
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import fcntl
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +24,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.guest.rig.assets import ENVIRONMENT, Assets
+from tests.guest.rig.code_tree import check_space, copy_repository, copy_tree
+from tests.guest.rig.contained import contained
 from tests.guest.rig.packages import RigError, run, say
 
 REPOSITORY = Path(__file__).parents[3]
@@ -33,6 +34,8 @@ CPUS = 1
 MEMORY = "6G"
 DISK_SIZE = "8G"
 """Sparse; holds the disks of tests too."""
+FREE_SPACE = 4 << 30
+"""Bytes: the disk with everything on it, twice for a moment, and room for what tests write."""
 ATTEMPTS = 3
 SILENCE = 1800.0
 """Seconds without a word of the command after which the machine is given up."""
@@ -44,13 +47,8 @@ guests no clock that they can read without an exit: with it, a guest does three 
 _UNUSED_LIBRARY = ("test", "idlelib", "tkinter", "lib2to3", "ensurepip", "site-packages",
                    "dist-packages", "turtledemo", "pydoc_data")  # fmt: skip
 _UNUSED_PACKAGES = ("mypy", "mypyc", "ruff", "pip", "scapy", "*.so.dbg", "typeshed")
-_UNUSED_FILES = (".git", ".mypy_cache", ".ruff_cache", ".hypothesis", ".pytest_cache")
-
-
-def _copy(source: Path, target: Path, leave_out: Sequence[str]) -> None:
-    shutil.copytree(
-        source, target, symlinks=True, ignore=shutil.ignore_patterns(*leave_out), dirs_exist_ok=True
-    )
+OUTPUT = Path("/run/rig-output")
+"""What the outer machine shares with us, wherever it is outside."""
 
 
 def _make_disk(path: Path, assets: Assets) -> list[tuple[str, str]]:
@@ -59,21 +57,16 @@ def _make_disk(path: Path, assets: Assets) -> list[tuple[str, str]]:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         tree = Path(folder) / "tree"
         library = Path(sysconfig.get_path("stdlib"))
-        for number, (source, leave_out) in enumerate(
-            (
-                (REPOSITORY, (*_UNUSED_FILES, *_UNUSED_PACKAGES)),
-                (Path(sys.prefix), _UNUSED_PACKAGES),
-                (library, _UNUSED_LIBRARY),
-            )
-        ):
-            if number == 1 and source.is_relative_to(REPOSITORY):
-                continue
-            _copy(source, tree / f"code{number}", leave_out)
-            if source == REPOSITORY:
-                # Nothing in there may write: each program would compile all that it imports.
-                for name in ("vmbus", "devices", "tests"):
-                    compileall.compile_dir(tree / f"code{number}" / name, quiet=2)
-            mounts.append((f"code{number}", str(source)))
+        code, prefix = tree / "code", Path(sys.prefix)
+        copy_repository(REPOSITORY, code)
+        # Nothing in there may write: each program would compile all that it imports.
+        for name in ("vmbus", "devices", "tests"):
+            compileall.compile_dir(code / name, quiet=2)
+        if prefix.is_relative_to(REPOSITORY):
+            (code / prefix.relative_to(REPOSITORY)).mkdir(parents=True)  # to be mounted over
+        copy_tree(prefix, tree / "prefix", _UNUSED_PACKAGES)
+        copy_tree(library, tree / "library", _UNUSED_LIBRARY)
+        mounts += [("code", str(REPOSITORY)), ("prefix", str(prefix)), ("library", str(library))]
         files = tree / "files"
         files.mkdir()
         for file in (assets.kernel, assets.initramfs, assets.root):
@@ -93,22 +86,33 @@ def _make_disk(path: Path, assets: Assets) -> list[tuple[str, str]]:
 
 def _script(mounts: Sequence[tuple[str, str]], shared: Path, command: Sequence[str],
             environment: Mapping[str, str]) -> str:  # fmt: skip
-    """Return what the outer machine runs."""
+    """Return what the outer machine runs.
+
+    The directory for temporary files comes before what is mounted over its originals, and the
+    shared directory gets another place before that: each may be below it.
+    """
+    temporary = shlex.quote(tempfile.gettempdir())
     lines = [
+        "cd /",
         "modprobe -a virtio_blk kvm-amd loop tun 2>/dev/null",
-        f"mkdir -p {MOUNT_POINT}",
+        f"mkdir -p {MOUNT_POINT} {OUTPUT}",
         f"mount /dev/vda {MOUNT_POINT} || exit 1",
-        *(f"mount --bind {MOUNT_POINT}/{name} {shlex.quote(at)} || exit 1" for name, at in mounts),
+        f"mount --bind {shlex.quote(str(shared))} {OUTPUT} || exit 1",
+        f"mount -t tmpfs temporary {temporary} || exit 1",
+        *(
+            f"mkdir -p {shlex.quote(at)}; "
+            f"mount --bind {MOUNT_POINT}/{name} {shlex.quote(at)} || exit 1"
+            for name, at in mounts
+        ),
         # Guest memory has huge pages then, as QEMU's has anyway.
         "echo advise >/sys/kernel/mm/transparent_hugepage/shmem_enabled",
-        f"mount -t tmpfs temporary {tempfile.gettempdir()}",
         "ulimit -n 65536",
         *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
         f"export {ENVIRONMENT}={MOUNT_POINT}/files/assets.json",
         f"cd {shlex.quote(str(REPOSITORY))}",
-        f"{shlex.join(command)} </dev/null >{shlex.quote(str(shared))}/log 2>&1",
-        f"echo $? >{shlex.quote(str(shared))}/exit.part",
-        f"mv {shlex.quote(str(shared))}/exit.part {shlex.quote(str(shared))}/exit",
+        f"{shlex.join(command)} </dev/null >{OUTPUT}/log 2>&1",
+        f"echo $? >{OUTPUT}/exit.part",
+        f"mv {OUTPUT}/exit.part {OUTPUT}/exit",
     ]
     return "\n".join(lines) + "\n"
 
@@ -188,12 +192,14 @@ def _run_once(
     shared, disk, console = folder / "shared", folder / "disk.img", folder / "console"
     shared.mkdir()
     say("making the outer machine's disk")
+    check_space(folder, FREE_SPACE)
     mounts = _make_disk(disk, assets)
     script = shared / "run.sh"
     script.write_text(_script(mounts, shared, command, environment))
     say("starting the outer machine")
-    with open(console, "wb") as output:
-        process = subprocess.Popen(
+    with (
+        open(console, "wb") as output,
+        contained(
             [
                 *(*arguments, "--rwdir", str(shared), "--disk", str(disk)),
                 *("--", f"sh {shlex.quote(str(script))}"),
@@ -203,14 +209,9 @@ def _run_once(
             stderr=subprocess.STDOUT,
             cwd="/",
             env={**os.environ, "PATH": f"{Path(arguments[0]).parent}:{os.environ['PATH']}"},
-            start_new_session=True,
-        )
-    try:
+        ) as process,
+    ):
         code = _follow(process, shared, console)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
     if code is None:
         tail = "\n".join(console.read_text(errors="replace").splitlines()[-40:])
         raise RigError(f"the outer machine came to an end:\n{tail}")
