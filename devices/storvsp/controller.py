@@ -127,12 +127,12 @@ class ScsiController:
             disk: The medium, with sectors of 2048 bytes.
             replace: Take out the one that is there.
             force: Also if the guest has locked the tray.
-            owned: Close the disk when it is taken out or the controller leaves the bus.
+            owned: Close the disk when it is taken out or the controller leaves the bus, and also if
+                it does not come in.
             source: What people call it.
 
         Returns:
-            False if the tray is locked: the guest has been asked to let go, and the disk is still
-            the caller's.
+            False if the tray is locked: the guest has been asked to let go.
 
         Raises:
             ConfigError: There is no drive, it has a medium, or the disk does not fit.
@@ -236,7 +236,13 @@ class ScsiController:
 
     async def aclose(self) -> None:
         """See :meth:`vmbus.host.Device.aclose`."""
+        self.units.closed = True
         async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self.units.released)
             # One that fails must not keep the others open.
             for address in tuple(self.units.by_address):
-                stack.push_async_callback(self.remove_disk, address)
+                stack.push_async_callback(self._remove_if_there, address)
+
+    async def _remove_if_there(self, address: Address) -> None:
+        if address in self.units.by_address:  # else an operator was quicker
+            await self.units.remove(address)

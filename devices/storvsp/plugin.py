@@ -13,7 +13,7 @@ from storvsp.units import Address, address_text
 from vmbus.errors import ConfigError
 from vmbus.host.device import Device
 from vmbus.plugins.registry import Registry
-from vmbus.plugins.specs import parse_size
+from vmbus.plugins.specs import MAX_DIGITS, parse_size
 
 OPTIONS = ("max_subchannels", "max_transfer_bytes", "monitor")
 
@@ -52,8 +52,8 @@ class ScsiPlugin:
         controller = ScsiController(
             instance_id=instance_id,
             initiator=initiator,
-            max_subchannels=int(options.get("max_subchannels", 15)),
-            max_transfer_bytes=int(options.get("max_transfer_bytes", DEFAULT_MAX_TRANSFER)),
+            max_subchannels=_count(options, "max_subchannels", 15),
+            max_transfer_bytes=_count(options, "max_transfer_bytes", DEFAULT_MAX_TRANSFER),
             monitor=bool(options.get("monitor", False)),
         )
         try:
@@ -131,6 +131,8 @@ async def add(controller: ScsiController, text: str) -> Address:
     spec, place = DiskSpec.parse(text).split()
     numbers = {name: _number(text, name, value) for name, value in place.items()}
     path, target, lun = numbers.get("path", 0), numbers.get("target", 0), numbers.get("lun")
+    if lun is not None:  # before anything is made
+        controller.units.check_free((path, target, lun))
     if spec.scheme == "cd" and not (spec.target or spec.options):
         return controller.add_drive(path=path, target=target, lun=lun)
     disk = await open_disk(spec)
@@ -153,16 +155,12 @@ async def insert(
         ConfigError: It cannot be opened, does not fit, or there is no drive that can take it.
     """
     place = parse_address(address)
-    disk = await open_disk(DiskSpec.parse(text))
-    done = False
-    try:
-        done = await controller.insert_medium(
-            place, disk, replace=replace, force=force, source=text
-        )
-    finally:
-        if controller.units.disk(place) is not disk:
-            await disk.aclose()
-    return done
+    spec, options = DiskSpec.parse(text).split()
+    if options:
+        raise ConfigError(f"{text}: option {min(options)!r} places a disk, not a medium")
+    controller.units.drive_for_medium(place, replace=replace)
+    disk = await open_disk(spec)
+    return await controller.insert_medium(place, disk, replace=replace, force=force, source=text)
 
 
 def _flag(request: Mapping[str, Any], name: str) -> bool:
@@ -172,9 +170,16 @@ def _flag(request: Mapping[str, Any], name: str) -> bool:
     return value
 
 
+def _count(options: Mapping[str, Any], name: str, default: int) -> int:
+    try:
+        return int(options.get(name, default))
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} is a whole number, not {str(options[name])[:40]!r}") from None
+
+
 def _number(text: str, name: str, value: str) -> int:
     try:
-        return int(value)
+        return int(value[:MAX_DIGITS])
     except ValueError:
         raise ConfigError(f"{text}: option {name!r} needs a number, not {value!r}") from None
 
@@ -182,11 +187,11 @@ def _number(text: str, name: str, value: str) -> int:
 def parse_address(text: str) -> Address:
     """Parse ``lun`` or ``path:target:lun``. Raises ConfigError."""
     try:
-        numbers = [int(part) for part in text.split(":")]
+        numbers = [int(part[:MAX_DIGITS]) for part in text.split(":")]
     except ValueError:
         numbers = []
     if len(numbers) == 1:
         return 0, 0, numbers[0]
     if len(numbers) == 3:
         return numbers[0], numbers[1], numbers[2]
-    raise ConfigError(f"{text!r} is not an address; write a LUN, or path:target:lun")
+    raise ConfigError(f"{text[:40]!r} is not an address; write a LUN, or path:target:lun")

@@ -61,7 +61,7 @@ _request = REQUEST.unpack_from
 _good = GOOD.pack
 _DIRECTIONS = (DataDirection.WRITE, DataDirection.READ, DataDirection.NONE)
 
-Otherwise = Callable[[Channel, Packet, trio.Nursery], None]
+Otherwise = Callable[[Channel, Packet, trio.Nursery], bool]
 """Acts on a packet that is not the common case. Cannot block."""
 Complain = Callable[[Channel, Packet, str], None]
 """Told of a rule that a packet broke. Cannot block."""
@@ -75,7 +75,7 @@ class _Execution:
     srb: Srb
     command: Command
     unit: LogicalUnit
-    resets: int
+    aborts: int
     """Resets of the unit before the command came."""
 
 
@@ -114,14 +114,16 @@ class Requests:
             channel: Where the packets came from and the answers go.
             packets: Private copies.
             nursery: Where commands go that have to wait for their disk.
-            otherwise: Gets each packet that is not the common case.
+            otherwise: Gets each packet that is not the common case, and all that come behind one
+                for which it returns False: the session is not ready any more.
         """
         units = self._units.by_address
         initiator = self._units.initiator
         gather = channel.memory.gather
         complete = channel.complete_packet
         inline = 0
-        for packet in packets:
+        left = iter(packets)
+        for packet in left:
             data = packet.data
             start = packet.payload_offset
             if packet.kind == GPA_DIRECT and start > FIRST_PFN and len(data) - start == PACKET_SIZE:
@@ -196,6 +198,9 @@ class Requests:
                                 )
                             )
                     continue
+            if not otherwise(channel, packet, nursery):
+                break
+        for packet in left:
             otherwise(channel, packet, nursery)
         self.inline += inline
 
@@ -260,16 +265,16 @@ class Requests:
             return
         self.waited += 1
         # The unit that is there now: another one may take its place before the task begins.
-        execution = _Execution(packet, srb, command, unit, unit.resets)
+        execution = _Execution(packet, srb, command, unit, unit.aborts)
         self._under_way[execution] = None
         nursery.start_soon(self._execute_slowly, channel, execution)
 
     async def _execute_slowly(self, channel: Channel, execution: _Execution) -> None:
         unit = execution.unit
         try:
-            if unit.resets == execution.resets:
+            if unit.aborts == execution.aborts:
                 outcome = await unit.execute(execution.command)
-            else:  # it came in time, but the reset was quicker than its task
+            else:  # it came in time, but what aborts it was quicker than its task
                 outcome = TASK_ABORTED
         finally:
             del self._under_way[execution]

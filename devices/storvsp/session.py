@@ -159,8 +159,16 @@ class Session:
 
     # -- requests --------------------------------------------------------------------------------
 
-    def handle(self, channel: Channel, packet: Packet, nursery: trio.Nursery) -> None:
-        """Act on any packet: answer it, or start a task that will. Cannot block."""
+    def handle(self, channel: Channel, packet: Packet, nursery: trio.Nursery) -> bool:
+        """Act on any packet: answer it, or start a task that will. Cannot block.
+
+        Returns:
+            Whether SCSI requests may come next.
+        """
+        self._handle(channel, packet, nursery)
+        return self.stage is Stage.READY
+
+    def _handle(self, channel: Channel, packet: Packet, nursery: trio.Nursery) -> None:
         if packet.kind not in {IN_BAND, GPA_DIRECT}:
             # No driver sends these. One that wants an answer gets it: it counts as a request
             # that is under way until then.

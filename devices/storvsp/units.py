@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 from uuid import UUID, uuid5
 
+import trio
+
 from storvsp.disk import Disk
 from storvsp.scsi import CdromUnit, DiskUnit, LogicalUnit
 from storvsp.scsi.sense import REPORTED_LUNS_DATA_HAS_CHANGED
 from vmbus.errors import ConfigError
+
+logger = logging.getLogger("storvsp")
 
 Address = tuple[int, int, int]
 """Path, target, LUN."""
@@ -68,7 +73,11 @@ class Units:
         self._changed = changed
         self._media: dict[Address, _Medium] = {}
         self._names: dict[Address, _Name] = {}
-        self._seen: set[Address] | None = None  # where the guest that is there has found a unit
+        # Where the guest that is there has found which kind of unit.
+        self._seen: dict[Address, type[LogicalUnit]] | None = None
+        self._releasing: set[trio.Event] = set()
+        self.closed = False
+        """The controller has left the bus: nothing can be added any more."""
 
     def __len__(self) -> int:
         """How many there are."""
@@ -97,36 +106,40 @@ class Units:
             taken = set(self.luns(path, target))
             lun = next(free for free in range(MAX_LUN + 2) if free not in taken)
         address = (path, target, lun)
-        self._check_free(address)
+        self.check_free(address)
         identity = self._name(address, disk)
 
         def luns() -> list[int]:
             return self.luns(path, target)
 
+        unit: LogicalUnit
         if disk is None or disk.info.optical:
-            self._place(address, CdromUnit(disk, luns=luns, identity=identity))
+            unit = CdromUnit(disk, luns=luns, identity=identity)
         else:
-            self._place(address, DiskUnit(disk, luns=luns, identity=identity))
+            unit = DiskUnit(disk, luns=luns, identity=identity)
         if disk is not None:
             self._media[address] = _Medium(disk, owned, source, disk.watch(self._changed))
+        self._place(address, unit)
         return address
 
     def add_unit(self, unit: LogicalUnit, *, path: int, target: int, lun: int) -> Address:
         """See :meth:`storvsp.controller.ScsiController.add_unit`."""
         address = (path, target, lun)
-        self._check_free(address)
+        self.check_free(address)
         self._place(address, unit)
         return address
 
     def _place(self, address: Address, unit: LogicalUnit) -> None:
         self.by_address[address] = unit
         if self._seen is not None:
-            unit.introduce(self.initiator, replaces=address in self._seen)
-            self._seen.add(address)
+            unit.introduce(self.initiator, replaces=self._seen.get(address))
+            self._seen[address] = type(unit)
         self._luns_changed(address)
 
-    def _check_free(self, address: Address) -> None:
+    def check_free(self, address: Address) -> None:
+        """Raise ConfigError if nothing can be put at an address."""
         path, target, lun = address
+        self._check_open()
         if not (0 <= path <= MAX_PATH and 0 <= target <= MAX_TARGET and 0 <= lun <= MAX_LUN):
             raise ConfigError(
                 f"no guest looks at path {path}, target {target}, LUN {lun}; there are paths 0 to "
@@ -152,7 +165,7 @@ class Units:
 
     def attended(self) -> None:
         """Take note that a guest is there from now on: what comes is news to it."""
-        self._seen = set(self.by_address)
+        self._seen = {address: type(unit) for address, unit in self.by_address.items()}
 
     def left(self) -> None:
         """Take note that the guest is gone, and forget what units know of it."""
@@ -170,12 +183,38 @@ class Units:
         await self._let_go(unit, self._media.pop(address, None))
 
     async def _let_go(self, unit: LogicalUnit, medium: _Medium | None) -> None:
-        """Close a disk that a unit does not use any more, when nothing is under way."""
-        await unit.ended()
-        if medium is not None:
-            medium.unwatch()
-            if medium.owned:
-                await medium.disk.aclose()
+        """Close a disk that a unit does not use any more, when nothing is under way.
+
+        That is done by a task of its own: whoever asked for it may lose patience with commands that
+        do not end, and the disk must not stay open, and locked, for that.
+        """
+        ended = trio.Event()
+        errors: list[Exception] = []
+
+        async def release() -> None:
+            try:
+                await unit.ended()
+                if medium is not None:
+                    medium.unwatch()
+                    if medium.owned:
+                        await medium.disk.aclose()
+            except Exception as error:
+                errors.append(error)
+                logger.debug("a disk that was taken away could not be closed", exc_info=error)
+            finally:
+                self._releasing.discard(ended)
+                ended.set()
+
+        self._releasing.add(ended)
+        trio.lowlevel.spawn_system_task(release)
+        await ended.wait()
+        if errors:
+            raise errors[0]
+
+    async def released(self) -> None:
+        """Wait until the disks that were taken away are closed. A checkpoint if any is not."""
+        for ended in tuple(self._releasing):
+            await ended.wait()
 
     async def insert(
         self,
@@ -188,18 +227,34 @@ class Units:
         source: str = "",
     ) -> bool:
         """See :meth:`storvsp.controller.ScsiController.insert_medium`."""
-        drive = self._drive(address)
-        drive.check_medium(disk)
-        if drive.present:
-            if not replace:
-                raise ConfigError(f"there is a medium in the drive at {address_text(address)}")
-            if drive.eject(force=force) is None:
+        taken = False
+        try:
+            drive = self.drive_for_medium(address, replace=replace)
+            drive.check_medium(disk)
+            if drive.present and drive.eject(force=force) is None:
                 return False
-        drive.insert(disk)
+            drive.insert(disk)
+            taken = True
+        finally:
+            if owned and not taken:
+                with trio.CancelScope(shield=True):
+                    await disk.aclose()
         old = self._media.pop(address, None)
         self._media[address] = _Medium(disk, owned, source, disk.watch(self._changed))
         await self._let_go(drive, old)
         return True
+
+    def drive_for_medium(self, address: Address, *, replace: bool) -> CdromUnit:
+        """Return the drive at an address. Raises ConfigError if it cannot take a medium."""
+        self._check_open()
+        drive = self._drive(address)
+        if drive.present and not replace:
+            raise ConfigError(f"there is a medium in the drive at {address_text(address)}")
+        return drive
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ConfigError("the controller has left the bus")
 
     async def eject(self, address: Address, *, force: bool) -> bool:
         """See :meth:`storvsp.controller.ScsiController.eject_medium`."""
@@ -226,6 +281,8 @@ class Units:
         if disk is None or (size is not None and action is None):
             kind = type(disk or self.by_address[address]).__name__
             raise ConfigError(f"{address_text(address)} is {kind}, which cannot be resized")
+        if size is not None:
+            await disk.look_again()  # it may have grown outside
         if size is not None and size < disk.info.size and not shrink:
             raise ConfigError(
                 f"{address_text(address)} has {disk.info.size} bytes; {size} would cut off what is "

@@ -50,8 +50,11 @@ class Life:
         """
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            nursery.start_soon(self._accept)
-            await self._serve(self.primary)
+            nursery.start_soon(self._accept, nursery)
+            try:
+                await self._serve(self.primary)
+            finally:
+                self._nursery = None  # it takes no more tasks when the last one has ended
             nursery.cancel_scope.cancel()
 
     def flush_soon(self) -> None:
@@ -63,14 +66,13 @@ class Life:
         if self._nursery is not None:
             self._nursery.start_soon(self.primary.flush)
 
-    async def _accept(self) -> None:
-        assert self._nursery is not None
+    async def _accept(self, nursery: trio.Nursery) -> None:
         while True:
             try:
                 channel = await self.primary.accept_subchannel()
             except trio.EndOfChannel:
                 return
-            self._nursery.start_soon(self._serve_subchannel, channel)
+            nursery.start_soon(self._serve_subchannel, channel)
 
     async def _serve_subchannel(self, channel: Channel) -> None:
         try:

@@ -32,6 +32,13 @@ from vmbus.plugins.words import enumerate_words, suggest
 
 T = TypeVar("T")
 
+MAX_TEXT = 16384
+"""Characters of a specification: some paths of the greatest length."""
+MAX_DIGITS = 20
+"""Digits of a number, before the suffix of a size."""
+MAX_SIZE = (1 << 63) - 1
+"""Bytes: the largest offset in a file (off_t)."""
+
 _SCHEME = re.compile(r"([a-z][a-z0-9_-]*):", re.ASCII)
 _NAME = re.compile(r"[a-z][a-z0-9_-]*", re.ASCII)
 _SIZE = re.compile(r"([0-9]+)([KMGT]?)", re.ASCII)
@@ -80,6 +87,7 @@ class Spec:
         Raises:
             ConfigError: Says where the text is wrong.
         """
+        check_text(text, f"{cls.noun} specification")
         match = _SCHEME.match(text)
         if match is None:
             if not text:
@@ -167,6 +175,8 @@ class OptionReader:
         def convert(text: str) -> int:
             if not (text.isascii() and text.isdigit()):
                 raise ConfigError(f"{text!r} is not a whole number")
+            if len(text) > MAX_DIGITS:
+                raise ConfigError(f"{text[:MAX_DIGITS]}... has {len(text)} digits")
             return int(text)
 
         value = self._convert(name, convert)
@@ -227,6 +237,16 @@ class OptionReader:
         return ConfigError(f"{self._spec}: option {name!r} {text}")
 
 
+def check_text(text: str, what: str) -> None:
+    """Raise ConfigError for what no file can be called, and for what nobody has typed."""
+    if len(text) > MAX_TEXT:
+        raise ConfigError(f"a {what} of {len(text)} characters; {MAX_TEXT} are possible")
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        # NUL ends a name for the kernel. Undecodable bytes of an argument are surrogates in Python,
+        # and cannot be sent or logged.
+        raise ConfigError(f"a {what} with NUL or undecodable bytes: {text[:80]!a}")
+
+
 def parse_size(text: str) -> int:
     """Bytes from ``512``, ``64K``, ``10G``; suffixes K, M, G, T are powers of 1024.
 
@@ -236,7 +256,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.upper())
     if match is None:
         raise ConfigError(f"{text!r} is not a size; write bytes, or a number with K, M, G or T")
-    return int(match[1]) << _SIZE_SHIFT[match[2]]
+    size = int(match[1]) << _SIZE_SHIFT[match[2]] if len(match[1]) <= MAX_DIGITS else -1
+    if not 0 <= size <= MAX_SIZE:
+        raise ConfigError(f"{text[:40]} is more than a file can have")
+    return size
 
 
 def parse_duration(text: str) -> float:

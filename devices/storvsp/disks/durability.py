@@ -12,6 +12,8 @@ about other data.
 
 from __future__ import annotations
 
+import collections
+import itertools
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -32,8 +34,9 @@ class Durability:
 
     def __init__(self, *, cached: bool) -> None:
         self._cached = cached
-        self._under_way: dict[object, None] = {}
-        self._ended = trio.lowlevel.ParkingLot()
+        self._numbers = itertools.count()
+        self._under_way: dict[int, None] = {}  # in the order of their beginnings
+        self._waiting: collections.deque[tuple[int, trio.Event]] = collections.deque()
         self.lost = ""
         """Why it cannot, in the kernel's words; empty as long as it can."""
 
@@ -58,18 +61,29 @@ class Durability:
         if not self._cached:
             return await make()
         self.check()
-        key = object()
-        self._under_way[key] = None
+        number = next(self._numbers)
+        self._under_way[number] = None
         try:
             made = await make()
         except SyncError as error:
             self.lost = error.strerror or str(error)
             raise
         finally:
-            del self._under_way[key]
-            self._ended.unpark_all()
-        others = list(self._under_way)
-        while any(other in self._under_way for other in others):
-            await self._ended.park()
+            del self._under_way[number]
+            self._wake()
+        last = next(self._numbers)  # all that began before have a lower one
+        if self._oldest(last) < last:
+            ended = trio.Event()
+            self._waiting.append((last, ended))
+            await ended.wait()
         self.check()
         return made
+
+    def _oldest(self, default: int) -> int:
+        return next(iter(self._under_way), default)
+
+    def _wake(self) -> None:
+        """Wake those whose predecessors have all ended: the first of the queue, no others."""
+        waiting = self._waiting
+        while waiting and self._oldest(waiting[0][0]) >= waiting[0][0]:
+            waiting.popleft()[1].set()

@@ -48,6 +48,10 @@ _NOT_SUPPORTED = {
 }
 
 
+_BEFORE_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL, errno.EOPNOTSUPP,
+                   errno.EBADF, errno.EPERM, errno.EFAULT}  # fmt: skip
+
+
 @functools.cache
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
@@ -241,7 +245,8 @@ def write_fully(fd: int, buffers: Buffers, offset: int, durable: bool) -> None:
     Raises:
         OSError: It could not be written.
         SyncError: It could, but not be made to last. One system call does both and does not say
-            which of them failed; writing once more without the second tells.
+            which of them failed. Where it had no room, or did not want to, writing once more
+            without the second tells; anything else may have been the kernel's only report.
     """
     if not durable:
         _write(fd, buffers, offset, 0)
@@ -249,7 +254,8 @@ def write_fully(fd: int, buffers: Buffers, offset: int, durable: bool) -> None:
     try:
         _write(fd, buffers, offset, os.RWF_DSYNC)
     except OSError as error:
-        _write(fd, buffers, offset, 0)
+        if error.errno in _BEFORE_WRITING:
+            _write(fd, buffers, offset, 0)
         raise SyncError(error.errno, error.strerror) from error
 
 

@@ -23,7 +23,7 @@ def identify(fd: int) -> bytes:
 
     A file that is renamed stays the same disk, a copy of it is another one, and so is what takes
     over the inode number of a deleted file, as far as the file system counts that. Empty if a
-    block device has no name that outlives a restart of the host.
+    block device or a file system has no name that outlives a restart of the host.
     """
     status = os.fstat(fd)
     if stat.S_ISBLK(status.st_mode):
@@ -31,7 +31,8 @@ def identify(fd: int) -> bytes:
         parts = [b"block device", name.encode()] if name else []
     else:
         numbers = (os.fstatvfs(fd).f_fsid, status.st_ino, linux.generation(fd))
-        parts = [b"file", *(str(number).encode() for number in numbers)]
+        # NFS and FUSE do not say which file system it is: inodes of two of them could be the same.
+        parts = [b"file", *(str(number).encode() for number in numbers)] if numbers[0] else []
     return hashlib.blake2b(b"\0".join(parts), digest_size=16).digest() if parts else b""
 
 

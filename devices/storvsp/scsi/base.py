@@ -233,6 +233,8 @@ class DispatchUnit(LogicalUnit):
             initiator: Whose commands; None for everybody's. A command whose work cannot be
                 interrupted any more ends with its own outcome.
         """
+        if initiator is None:
+            self.aborts += 1
         for scope, command in list(self._running.items()):
             if initiator is None or command.initiator == initiator:
                 scope.cancel()
@@ -258,7 +260,6 @@ class DispatchUnit(LogicalUnit):
 
     def reset(self) -> None:
         """Do a logical unit reset; see :meth:`LogicalUnit.reset`."""
-        self.resets += 1
         self.abort()
         self.modes.reset()
         self.raise_attention(sense.DEVICE_RESET)
@@ -273,10 +274,15 @@ class DispatchUnit(LogicalUnit):
         self.attentions.add_all(code, but=but)
         self.refresh()
 
-    def introduce(self, initiator: Hashable, *, replaces: bool) -> None:
+    def introduce(self, initiator: Hashable, *, replaces: type[LogicalUnit] | None) -> None:
         """Raise what news there is; see :meth:`LogicalUnit.introduce`."""
+        codes: tuple[int, ...] = (sense.POWER_ON_OR_RESET,)
+        if replaces is not None:
+            codes = self.replaced
+            if replaces is not type(self):  # another device type
+                codes = (sense.INQUIRY_DATA_HAS_CHANGED, *codes)
         self.attentions.know(initiator)
-        for code in self.replaced if replaces else (sense.POWER_ON_OR_RESET,):
+        for code in codes:  # each at most once
             self.attentions.add(initiator, code)
         self.refresh()
 

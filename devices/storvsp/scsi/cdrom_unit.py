@@ -30,6 +30,7 @@ from storvsp.scsi.unit import (
     STATUS_GOOD,
     STEP,
     Command,
+    LogicalUnit,
     Outcome,
     data_in_untrusted,
     fill,
@@ -140,7 +141,7 @@ class CdromUnit(DispatchUnit):
             self.refresh()
         return disk
 
-    def introduce(self, initiator: Hashable, *, replaces: bool) -> None:
+    def introduce(self, initiator: Hashable, *, replaces: type[LogicalUnit] | None) -> None:
         """Raise what news there is; see the base class."""
         if replaces and self.disk is not None:
             self.event = mmc.EVENT_NEW_MEDIA
@@ -166,13 +167,22 @@ class CdromUnit(DispatchUnit):
                 await self.disk.look_again()
 
     def _resized(self) -> None:
-        # A download that goes on, a session that was added: for guests that is another medium.
-        if self.present:
+        # A download that goes on, a session that was added: for guests that is another medium, and
+        # none at all while the image is being written anew.
+        if self.tray.open:
+            return
+        self._measure()
+        if self.blocks:
             self._new_medium()
+        else:
+            self.event = mmc.EVENT_MEDIA_REMOVAL
 
-    def _new_medium(self) -> None:
+    def _measure(self) -> None:
         assert self.disk is not None
         self.blocks = min(self.disk.info.size // mmc.SECTOR, 0xFFFFFFFF)
+
+    def _new_medium(self) -> None:
+        self._measure()
         self.event = mmc.EVENT_NEW_MEDIA
         self.raise_attention(sense.MEDIUM_MAY_HAVE_CHANGED)
 

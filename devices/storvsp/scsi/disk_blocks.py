@@ -143,6 +143,8 @@ async def start_stop(unit: DiskCore, command: Command) -> Outcome:
         unit.tray.check_unlocked()
     if not start and not cdb[4] & 0x04:  # NO_FLUSH
         await unit.disk.flush()
+        if load:
+            unit.tray.check_unlocked()  # it may have been locked meanwhile
     if load and unit.tray.open == start:
         unit.tray.open = not start
         if start:

@@ -8,47 +8,41 @@ waiting cannot interleave with anything, so they need not pass; they only check 
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 
 import trio
 
 
 class Gate:
-    """A shared/exclusive lock on the trio thread.
-
-    A waiting exclusive user holds up new shared ones.
+    """A shared/exclusive lock on the trio thread. First come, first served.
 
     Args:
         changed: Called whenever :attr:`closed` has changed.
     """
 
-    __slots__ = ("_changed", "_lot", "_shared", "_waiting", "closed")
+    __slots__ = ("_changed", "_queue", "_shared", "closed")
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self.closed = False
         """True while a command is alone inside."""
         self._changed = changed
-        self._lot = trio.lowlevel.ParkingLot()
         self._shared = 0
-        self._waiting = 0
+        self._queue: collections.OrderedDict[trio.Event, bool] = collections.OrderedDict()
 
     async def acquire(self, *, exclusive: bool) -> None:
         """Pass the gate. A checkpoint only if it has to wait."""
-        if not exclusive:
-            while self.closed or self._waiting:
-                await self._lot.park()
-            self._shared += 1
+        if not self._queue and self._free(exclusive=exclusive):
+            self._enter(exclusive=exclusive)
             return
-        self._waiting += 1
+        turn = trio.Event()
+        self._queue[turn] = exclusive
         try:
-            while self.closed or self._shared:
-                await self._lot.park()
-            self.closed = True
-        finally:
-            self._waiting -= 1
-            if not self.closed:  # cancelled: let those in that were held up by us
-                self._lot.unpark_all()
-        self._changed()
+            await turn.wait()  # whoever wakes us has let us in
+        except trio.Cancelled:
+            del self._queue[turn]
+            self._admit()  # those that were held up by us
+            raise
 
     def release(self, *, exclusive: bool) -> None:
         """Leave; the same mode as :meth:`acquire`. Cannot block."""
@@ -57,4 +51,24 @@ class Gate:
             self._changed()
         else:
             self._shared -= 1
-        self._lot.unpark_all()
+        self._admit()
+
+    def _free(self, *, exclusive: bool) -> bool:
+        return not self.closed and not (exclusive and self._shared)
+
+    def _enter(self, *, exclusive: bool) -> None:
+        if exclusive:
+            self.closed = True
+            self._changed()
+        else:
+            self._shared += 1
+
+    def _admit(self) -> None:
+        """Let in whoever is first, and all shared ones that are behind without one in between."""
+        while self._queue:
+            turn, exclusive = next(iter(self._queue.items()))
+            if not self._free(exclusive=exclusive):
+                return
+            del self._queue[turn]
+            self._enter(exclusive=exclusive)
+            turn.set()

@@ -117,9 +117,9 @@ def good_outcomes(sector_size: int) -> tuple[Outcome, ...]:
 class LogicalUnit(abc.ABC):
     """A SCSI logical unit. One instance may serve several initiators at once."""
 
-    resets = 0
-    """How often :meth:`reset` was called. A command that came in before a reset must not begin
-    after it."""
+    aborts = 0
+    """How often all commands were aborted, by a reset or because another medium was put in. One
+    that came in before that must not begin after it."""
 
     @abc.abstractmethod
     def try_execute(self, command: Command) -> Outcome | None:
@@ -172,14 +172,14 @@ class LogicalUnit(abc.ABC):
             but: An initiator that needs no telling.
         """
 
-    def introduce(self, initiator: Hashable, *, replaces: bool) -> None:
+    def introduce(self, initiator: Hashable, *, replaces: type[LogicalUnit] | None) -> None:
         """Tell an initiator, by unit attentions, that this unit has come while it was there.
 
         Cannot block.
 
         Args:
             initiator: Who would take the unit for the one that it knows.
-            replaces: Another unit had the same address before.
+            replaces: What kind of unit had the same address before; None if there was none.
         """
         del initiator, replaces
 

@@ -113,7 +113,8 @@ def _run(options: argparse.Namespace) -> int:
     if nested:
         return outer.run_inside(
             command, assets,
-            kernel=outer_kernel, cache=cache, environment=environment, cpus=options.cpus,
+            kernel=outer_kernel, busybox=userland / "bin/busybox", cache=cache,
+            environment=environment, cpus=options.cpus,
         )  # fmt: skip
     say("this machine's KVM is used")
     assets.scratch.mkdir(exist_ok=True)

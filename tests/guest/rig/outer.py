@@ -138,6 +138,7 @@ def run_inside(
     assets: Assets,
     *,
     kernel: Path,
+    busybox: Path,
     cache: Path,
     environment: Mapping[str, str],
     cpus: int = CPUS,
@@ -152,6 +153,7 @@ def run_inside(
         command: Runs in the repository, with the same paths as here.
         assets: As they are here; the command finds them through :data:`ENVIRONMENT`.
         kernel: The outer machine's bzImage, in an unpacked package that has its modules too.
+        busybox: A static one, for the initramfs that mounts this machine's files.
         cache: The rig's; the disk image is made there.
         environment: For the command.
         cpus: Processors of the outer machine.
@@ -169,7 +171,13 @@ def run_inside(
     arguments = [
         *(str(program), "--qemu", str(assets.emulator), "--run", str(kernel), "--disable-kvm"),
         *("--verbose", "--user", "root", "--memory", memory, "--cpus", str(cpus)),
-        *("--append", OUTER_PARAMETERS, "--qemu-opts=-cpu EPYC,+svm,+npt"),
+        *(
+            "--busybox",
+            str(busybox),
+            "--append",
+            OUTER_PARAMETERS,
+            "--qemu-opts=-cpu EPYC,+svm,+npt",
+        ),
     ]
     for attempt in range(ATTEMPTS):
         with _run_folder(cache) as folder:

@@ -135,3 +135,24 @@ async def test_what_nobody_asked_for_is_flushed_in_a_task_of_the_life():
         assert len(await guest.receive()) == 1
         channel.end()
     channel.close_doorbell()
+
+
+async def test_a_life_that_is_over_takes_no_more_tasks():
+    """Whoever adds a disk in the moment in which a ring turns out to be corrupt gets no error."""
+    primary, guest = channel_pair()
+    life = Life(primary, Answers().serve)
+
+    async def run() -> None:
+        with pytest.raises(BaseExceptionGroup) as caught:
+            await life.run()
+        assert [type(each) for each in leaves(caught.value)] == [RingError]
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        await trio.testing.wait_all_tasks_blocked()
+        guest.memory.page(0)[:4] = b"\xff" * 4
+        guest.ring_doorbell()
+        for _ in range(50):  # in each turn of its end
+            life.flush_soon()
+            await trio.lowlevel.checkpoint()
+    primary.close_doorbell()

@@ -12,9 +12,8 @@ from vmbus.plugins.specs import parse_duration, parse_size
 FIRST = string.ascii_lowercase
 REST = f"{FIRST}{string.digits}_-"
 NAMES = st.tuples(st.sampled_from(FIRST), st.text(REST, max_size=8)).map("".join)
-SPECS = st.builds(
-    DiskSpec, NAMES, st.dictionaries(NAMES, st.text(max_size=12), max_size=4), st.text(max_size=20)
-)
+TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+SPECS = st.builds(DiskSpec, NAMES, st.dictionaries(NAMES, TEXTS, max_size=4), TEXTS)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +56,16 @@ def test_mistakes_are_named(text, hint):
     with pytest.raises(ConfigError) as caught:
         DiskSpec.parse(text)
     assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["raw:a\0b", "raw:\udcff", "raw:[x=\ud800]y", "raw:" + "x" * 20000]
+)
+def test_what_nobody_has_typed_is_refused(text):
+    with pytest.raises(ConfigError, match="disk specification") as caught:
+        DiskSpec.parse(text)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
 
 
 @given(SPECS)

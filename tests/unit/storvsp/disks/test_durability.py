@@ -176,13 +176,44 @@ async def test_one_that_begins_later_is_not_waited_for():
         nursery.cancel_scope.cancel()
 
 
-def test_what_failed_is_told_from_a_second_write_without_the_promise(image, kernel):
+@pytest.mark.parametrize("plain", [[], [errno.EIO], [errno.EROFS]], ids=str)
+def test_a_failed_promise_is_one_whatever_a_second_write_says(image, kernel, plain):
+    """The first call may have had the kernel's only report: ext4 goes read-only after it."""
     fd = os.open(image, os.O_RDWR)
-    kernel.durable_writes, kernel.plain_writes = [errno.EIO], []
+    kernel.durable_writes, kernel.plain_writes = [errno.EIO], list(plain)
     with pytest.raises(SyncError):
         linux.write_fully(fd, DATA, 0, True)
-    kernel.durable_writes, kernel.plain_writes = [errno.EIO], [errno.EIO]
-    with pytest.raises(OSError, match="Input/output error") as caught:
+    os.close(fd)
+
+
+def test_a_write_that_had_no_room_is_told_from_one_that_does_not_last(image, kernel):
+    fd = os.open(image, os.O_RDWR)
+    kernel.durable_writes, kernel.plain_writes = [errno.ENOSPC], [errno.ENOSPC]
+    with pytest.raises(OSError, match="No space left") as caught:
         linux.write_fully(fd, DATA, 0, True)
     assert not isinstance(caught.value, SyncError)
+    kernel.durable_writes, kernel.plain_writes = [errno.ENOSPC], []
+    with pytest.raises(SyncError):
+        linux.write_fully(fd, DATA, 0, True)
     os.close(fd)
+
+
+async def test_promises_that_end_out_of_order_are_told_in_time():
+    durability = Durability(cached=True)
+    gates = [trio.Event() for _ in range(5)]
+    told: list[int] = []
+
+    async def promise(index: int) -> None:
+        await durability.promise(gates[index].wait)
+        told.append(index)
+
+    async with trio.open_nursery() as nursery:
+        for index in range(5):
+            nursery.start_soon(promise, index)
+        await trio.testing.wait_all_tasks_blocked()
+        for index, expected in ((4, []), (2, []), (0, []), (1, []), (3, [0, 1, 2, 3, 4])):
+            gates[index].set()
+            await trio.testing.wait_all_tasks_blocked()
+            assert sorted(told) == expected
+    assert not durability._waiting
+    assert not durability._under_way

@@ -86,3 +86,37 @@ async def test_a_cancelled_exclusive_command_lets_the_others_in():
                 scope.cancel()
     assert entered
     assert not gate.closed
+
+
+async def test_first_come_first_served():
+    """A flush gets its turn beside loops of COMPARE AND WRITE, and one release wakes who may go."""
+    gate = Gate(lambda: None)
+    order: list[str] = []
+
+    async def pass_by(name: str, *, exclusive: bool) -> None:
+        await gate.acquire(exclusive=exclusive)
+        order.append(name)
+        await trio.lowlevel.checkpoint()
+        gate.release(exclusive=exclusive)
+
+    await gate.acquire(exclusive=True)
+    async with trio.open_nursery() as nursery:
+        waiting = [("w1", True), ("r1", False), ("r2", False), ("given up", True), ("w2", True)]
+        scope = trio.CancelScope()
+        for name, exclusive in waiting:
+
+            async def run(name: str = name, exclusive: bool = exclusive) -> None:
+                with scope if name == "given up" else trio.CancelScope():
+                    await pass_by(name, exclusive=exclusive)
+
+            nursery.start_soon(run)
+            await trio.testing.wait_all_tasks_blocked()
+        scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert order == []
+        gate.release(exclusive=True)
+    assert order[0] == "w1"
+    assert sorted(order[1:3]) == ["r1", "r2"]
+    assert order[3:] == ["w2"]
+    assert not gate.closed
+    await pass_by("late", exclusive=True)
