@@ -9,7 +9,7 @@ import trio.testing
 from storvsp.disks.delay import DelayDisk
 from storvsp.disks.fault import Fault, FaultDisk, FaultKind
 from storvsp.disks.ram import RamDisk
-from storvsp.guest import HABITS, attach, scan
+from storvsp.guest import HABITS, ScsiError, attach, scan
 from tests.support.storage_line import INQUIRY
 from tests.support.worlds import (
     ALL,
@@ -208,3 +208,14 @@ async def test_another_disk_in_the_same_place_gets_no_command_of_its_predecessor
         check = bytearray(512)
         await new.readv(0, [memoryview(check)])
         assert not any(check)
+
+
+async def test_a_drive_without_a_medium_is_found_and_says_so():
+    store = controller(disks=0)
+    store.add_drive()
+    async with world(store) as there, there.boot(LINUX_6_1) as guest:
+        (offer,) = await guest.connection.connect()
+        (drive,) = await scan(await attach(guest, offer, sub_channels=0))
+        assert drive.size == 0
+        with pytest.raises(ScsiError, match="sense 2/3a/01"):
+            await drive.read(0, 1)

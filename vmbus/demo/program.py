@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
@@ -13,6 +13,27 @@ from vmbus.demo.guest import DemoGuest
 from vmbus.demo.half import Half, Options
 from vmbus.demo.story import Story
 from vmbus.guest import PERSONALITIES
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """Return a type of arguments for ``argparse``: numbers from ``least`` to ``most``."""
+
+    def number(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and least <= int(text[:20]) <= most):
+            raise argparse.ArgumentTypeError(f"a number from {least} to {most}, not {text[:40]!r}")
+        return int(text)
+
+    return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"seconds, not {text[:40]!r}")
+    return value
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,8 +62,10 @@ class Program:
         parser = argparse.ArgumentParser(prog=self.name, description=self.description)
         parser.add_argument("--socket", required=True, help="where vmbus serve listens")
         parser.add_argument("--guest", choices=PERSONALITIES, default="linux-6.1")
-        parser.add_argument("--channels", type=int, default=4, help="channels, and VPs")
-        parser.add_argument("--seconds", type=float, default=6.0, help="of work, in all")
+        parser.add_argument(
+            "--channels", type=whole_number(1, 16), default=4, help="channels, and VPs, 1 to 16"
+        )
+        parser.add_argument("--seconds", type=_seconds, default=6.0, help="of work, in all")
         for half in self.halves:
             half.add_options(parser)
         parsed = parser.parse_args(arguments)

@@ -33,6 +33,7 @@ from storvsp.demo.trial import LARGE, CorruptionError, DiskTrial, Meter
 from storvsp.guest import HABITS, GuestDisk, ScsiError, StorvscAdapter, attach, scan
 from storvsp.wire import OPERATION_NAMES
 from vmbus.demo import Half, Options, Program, Story
+from vmbus.demo.program import whole_number
 from vmbus.errors import ConfigError, VMBusError
 from vmbus.guest import Guest
 from vmbus.plugins.specs import parse_size
@@ -59,7 +60,9 @@ class StorageHalf(Half[StorvscAdapter]):
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """See :meth:`vmbus.demo.Half.add_options`."""
-        parser.add_argument("--depth", type=int, default=32, help="requests in flight")
+        parser.add_argument(
+            "--depth", type=whole_number(1, 1024), default=32, help="requests in flight, 1 to 1024"
+        )
         parser.add_argument(
             "--size", type=_size, default=32 << 20, help="used of each disk, as in 8M"
         )
@@ -188,9 +191,12 @@ def _text(raw: bytes) -> str:
 
 def _size(text: str) -> int:
     try:
-        return parse_size(text)
+        size = parse_size(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    if not size or size % 4096:  # it would verify nothing, and say that all is well
+        raise argparse.ArgumentTypeError(f"at least 4K, in whole 4K, not {text[:40]}")
+    return size
 
 
 PROGRAM = Program(

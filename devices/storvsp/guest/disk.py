@@ -92,7 +92,8 @@ class GuestDisk:
         return _CDB_16.pack(long, flags, block, count, 0, 0)
 
     def _blocks_per_request(self) -> int:
-        return max(1, self.adapter.max_transfer // self.block_size)
+        # A drive without a medium has no block size; its answer to one block says why.
+        return max(1, self.adapter.max_transfer // (self.block_size or 512))
 
     async def read(self, block: int, count: int) -> bytes:
         """Read ``count`` blocks, in as many requests as it takes. A checkpoint.

@@ -72,6 +72,12 @@ def test_every_half_finds_its_options_and_has_its_share_of_the_time():
         (["--socket", "s", "--guest", "plan9"], "plan9"),
         (["--socket", "s", "--count", "many"], "--count"),
         (["--socket", "s", "--weight", "1"], "--weight"),
+        (["--socket", "s", "--channels", "0"], "a number from 1 to 16, not '0'"),
+        (["--socket", "s", "--channels", "-1"], "--channels"),
+        (["--socket", "s", "--channels", "9" * 5000], "a number from 1 to 16"),
+        (["--socket", "s", "--seconds", "-1"], "seconds, not '-1'"),
+        (["--socket", "s", "--seconds", "nan"], "seconds, not 'nan'"),
+        (["--socket", "s", "--seconds", "soon"], "seconds, not 'soon'"),
     ],
 )
 def test_wrong_arguments_end_with_2(arguments, complaint, capsys):

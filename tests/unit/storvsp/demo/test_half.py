@@ -86,6 +86,17 @@ async def test_the_guest_does_not_outlive_its_server(tmp_path, capsys):
     assert "the server" in problems[0][1]
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--depth", "0"), ("--depth", "-3"), ("--size", "0"), ("--size", "100"), ("--size", "many")],
+)
+def test_what_would_verify_nothing_is_a_mistake(option, value, capsys):
+    with pytest.raises(SystemExit) as ended:
+        PROGRAM.main(["--socket", "s", option, value])
+    assert ended.value.code == 2
+    assert option in capsys.readouterr().err
+
+
 def test_sizes_are_written_as_everywhere(capsys):
     (storage,) = guest_for("s", size="8M").halves
     assert isinstance(storage, half.StorageHalf)
