@@ -13,7 +13,7 @@ from storvsp.units import Address, address_text
 from vmbus.errors import ConfigError
 from vmbus.host.device import Device
 from vmbus.plugins.registry import Registry
-from vmbus.plugins.specs import MAX_DIGITS, parse_size
+from vmbus.plugins.specs import parse_number, parse_size
 
 OPTIONS = ("max_subchannels", "max_transfer_bytes", "monitor")
 
@@ -179,16 +179,16 @@ def _count(options: Mapping[str, Any], name: str, default: int) -> int:
 
 def _number(text: str, name: str, value: str) -> int:
     try:
-        return int(value[:MAX_DIGITS])
-    except ValueError:
-        raise ConfigError(f"{text}: option {name!r} needs a number, not {value!r}") from None
+        return parse_number(value, signed=True)
+    except ConfigError as error:
+        raise ConfigError(f"{text}: option {name!r} needs a number: {error}") from None
 
 
 def parse_address(text: str) -> Address:
     """Parse ``lun`` or ``path:target:lun``. Raises ConfigError."""
     try:
-        numbers = [int(part[:MAX_DIGITS]) for part in text.split(":")]
-    except ValueError:
+        numbers = [parse_number(part, signed=True) for part in text.split(":")]
+    except ConfigError:
         numbers = []
     if len(numbers) == 1:
         return 0, 0, numbers[0]

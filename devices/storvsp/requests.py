@@ -76,7 +76,7 @@ class _Execution:
     command: Command
     unit: LogicalUnit
     aborts: int
-    """Resets of the unit before the command came."""
+    """:attr:`LogicalUnit.aborts` when the command came."""
 
 
 class Requests:

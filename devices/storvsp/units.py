@@ -190,6 +190,7 @@ class Units:
         """
         ended = trio.Event()
         errors: list[Exception] = []
+        alone = False
 
         async def release() -> None:
             try:
@@ -200,14 +201,18 @@ class Units:
                         await medium.disk.aclose()
             except Exception as error:
                 errors.append(error)
-                logger.debug("a disk that was taken away could not be closed", exc_info=error)
+                if alone:  # nobody else would hear of it
+                    logger.warning("a disk that was taken away could not be closed: %s", error)
             finally:
                 self._releasing.discard(ended)
                 ended.set()
 
         self._releasing.add(ended)
         trio.lowlevel.spawn_system_task(release)
-        await ended.wait()
+        try:
+            await ended.wait()
+        finally:
+            alone = not ended.is_set()
         if errors:
             raise errors[0]
 
@@ -281,16 +286,13 @@ class Units:
         if disk is None or (size is not None and action is None):
             kind = type(disk or self.by_address[address]).__name__
             raise ConfigError(f"{address_text(address)} is {kind}, which cannot be resized")
-        if size is not None:
-            await disk.look_again()  # it may have grown outside
+        await disk.look_again()  # it may have become another size outside
         if size is not None and size < disk.info.size and not shrink:
             raise ConfigError(
                 f"{address_text(address)} has {disk.info.size} bytes; {size} would cut off what is "
                 "behind, which has to be asked for (--shrink)"
             )
-        if size is None:
-            await disk.look_again()
-        else:
+        if size is not None:
             done = action(size)  # type: ignore[misc]  # checked above
             if inspect.isawaitable(done):
                 await done

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from vmbus.demo.guest import DemoGuest
 from vmbus.demo.half import Half, Options
-from vmbus.demo.program import Program
+from vmbus.demo.program import Program, whole_number
 from vmbus.demo.story import Story
 
-__all__ = ["DemoGuest", "Half", "Options", "Program", "Story"]
+__all__ = ["DemoGuest", "Half", "Options", "Program", "Story", "whole_number"]

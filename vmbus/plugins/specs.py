@@ -171,15 +171,7 @@ class OptionReader:
             name: Option.
             choices: The only values allowed; empty for any number from 0.
         """
-
-        def convert(text: str) -> int:
-            if not (text.isascii() and text.isdigit()):
-                raise ConfigError(f"{text!r} is not a whole number")
-            if len(text) > MAX_DIGITS:
-                raise ConfigError(f"{text[:MAX_DIGITS]}... has {len(text)} digits")
-            return int(text)
-
-        value = self._convert(name, convert)
+        value = self._convert(name, parse_number)
         if value is not None and choices and value not in choices:
             raise self._error(
                 name, f"is {value}; it can be {enumerate_words(map(str, choices), 'or')}"
@@ -245,6 +237,24 @@ def check_text(text: str, what: str) -> None:
         # NUL ends a name for the kernel. Undecodable bytes of an argument are surrogates in Python,
         # and cannot be sent or logged.
         raise ConfigError(f"a {what} with NUL or undecodable bytes: {text[:80]!a}")
+
+
+def parse_number(text: str, *, signed: bool = False) -> int:
+    """A whole decimal number.
+
+    Args:
+        text: Digits.
+        signed: A minus may stand before them.
+
+    Raises:
+        ConfigError: The text is no number, or has more digits than any that means something.
+    """
+    digits = text.removeprefix("-") if signed else text
+    if not (digits.isascii() and digits.isdigit()):
+        raise ConfigError(f"{text[:40]!r} is not a whole number")
+    if len(digits) > MAX_DIGITS:
+        raise ConfigError(f"{text[:MAX_DIGITS]}... has {len(digits)} digits")
+    return int(text)
 
 
 def parse_size(text: str) -> int:

@@ -32,8 +32,7 @@ from functools import partial
 from storvsp.demo.trial import LARGE, CorruptionError, DiskTrial, Meter
 from storvsp.guest import HABITS, GuestDisk, ScsiError, StorvscAdapter, attach, scan
 from storvsp.wire import OPERATION_NAMES
-from vmbus.demo import Half, Options, Program, Story
-from vmbus.demo.program import whole_number
+from vmbus.demo import Half, Options, Program, Story, whole_number
 from vmbus.errors import ConfigError, VMBusError
 from vmbus.guest import Guest
 from vmbus.plugins.specs import parse_size

@@ -47,7 +47,7 @@ _NOT_SUPPORTED = {
     errno.EFBIG,  # beyond the largest file that the file system has
 }
 
-
+# With these a write ends before it has written anything, and so before it could be made to last.
 _BEFORE_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL, errno.EOPNOTSUPP,
                    errno.EBADF, errno.EPERM, errno.EFAULT}  # fmt: skip
 

@@ -95,6 +95,26 @@ async def test_an_operator_who_loses_patience_leaves_no_disk_open(ending):
     assert (disk.closed, disk.closed_in_use) == (1, False)
 
 
+async def test_an_error_that_nobody_waits_for_is_logged(caplog):
+    class Failing(Medium):
+        async def aclose(self) -> None:
+            raise OSError("no more")
+
+    store, disk = ScsiController(), Failing()
+    store.add_disk(disk)
+    async with line(store) as wire:
+        await clear(wire)
+        wire.start(read_10(0, 1), read=2048)
+        await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.remove_disk, (0, 0, 0))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        disk.go.set()
+        await store.aclose()
+    assert caplog.messages == ["a disk that was taken away could not be closed: no more"]
+
+
 async def test_two_changes_of_one_drive_close_each_medium_once_and_not_in_use():
     store = ScsiController()
     first, second, third = (Medium(letter) for letter in (b"A", b"B", b"C"))
@@ -228,6 +248,8 @@ HUGE = "9" * 5000
         {"action": "insert", "address": "1", "spec": "cd:\0"},
         {"action": "insert", "address": "1", "spec": "cd:[lun=3]x"},
         {"action": "remove", "address": HUGE},
+        {"action": "remove", "address": "0" * 30},
+        {"action": "add", "spec": f"ram:[lun={'0' * 30}7]1M"},
         {"action": "resize", "address": "0", "size": HUGE},
         {"action": "resize", "address": "0", "size": "99999999T"},
     ],
