@@ -25,6 +25,7 @@ from vmbus.attach.protocol.framing import (
 )
 from vmbus.attach.protocol.limits import Feature, Role
 from vmbus.attach.protocol.messages import Number
+from vmbus.attach.protocol.sockets import CONTROL_SUFFIX
 from vmbus.attach.protocol.to_server import (
     Goodbye,
     Hello,
@@ -34,7 +35,8 @@ from vmbus.attach.protocol.to_server import (
     VmInfo,
 )
 from vmbus.attach.protocol.to_vmm import ErrorReply
-from vmbus.attach.server import Handler, ServerLimits, open_listener, serve
+from vmbus.attach.server import Handler, ServerLimits, open_listener, serve, serve_operators
+from vmbus.attach.server.management import CommandCallback, QueryCallback
 from vmbus.attach.server.transport import SocketTransport
 from vmbus.partition.events import (
     MemoryRemoval,
@@ -69,7 +71,7 @@ def send_raw(sock: socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> Non
 
 
 NO_FEATURES = Feature(0)
-HELLO = Hello(1, 1, NO_FEATURES, 64, Role.VMM, "vmm")
+HELLO = Hello(1, 1, NO_FEATURES, 64, Role.VMM, "")
 INFO = VmInfo(2, 4096, bytes(range(16)), 0, 0)
 TABLE = SetMemTable((MemoryRegion(0, RAM_SIZE, 0, 0, 0),))
 
@@ -168,7 +170,7 @@ class RawVmm:
             await self.send(frame.kind, flags=REPLY, seq=frame.seq)
 
     async def greet(self, features: Feature = NO_FEATURES) -> None:
-        hello = Hello(1, 1, features, 64, Role.VMM, "vmm")
+        hello = Hello(1, 1, features, 64, Role.VMM, "")
         await self.ok(Number.HELLO, hello.encode())
 
     async def attach(self, features: Feature = NO_FEATURES, *, info: VmInfo = INFO) -> None:
@@ -233,6 +235,11 @@ def done_of(event: PartitionEvent) -> Callable[[], None]:
     return event.done
 
 
+def control(path: Path) -> Path:
+    """Where the operators of a server at ``path`` connect."""
+    return Path(f"{path}{CONTROL_SUFFIX}")
+
+
 @contextlib.asynccontextmanager
 async def running_server(
     path: Path,
@@ -240,16 +247,26 @@ async def running_server(
     *,
     mode: str = "seqpacket",
     limits: ServerLimits | None = None,
+    query: QueryCallback | None = None,
+    command: CommandCallback | None = None,
     **options: Any,
 ) -> AsyncIterator[Path]:
-    """Serve on ``path`` while the block runs."""
-    with open_listener(path, mode=mode) as listener:
+    """Serve on ``path``, and operators beside it, while the block runs."""
+    with (
+        open_listener(path, mode=mode) as listener,
+        open_listener(control(path), mode=mode) as operators,
+    ):
         async with trio.open_nursery() as nursery:
 
             async def run() -> None:
-                await serve(listener, handler, limits=limits, **options)
+                own = None if query is None else lambda _, kind: query(kind)
+                await serve(listener, handler, limits=limits, query=own, **options)
+
+            async def run_operators() -> None:
+                await serve_operators(operators, limits=limits, query=query, command=command)
 
             nursery.start_soon(run)
+            nursery.start_soon(run_operators)
             yield path
             nursery.cancel_scope.cancel()
 

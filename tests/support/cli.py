@@ -18,8 +18,7 @@ from uuid import UUID
 import trio
 from click.testing import CliRunner, Result
 
-from vmbus.attach.server import open_listener, serve
-from vmbus.attach.server.transport import SocketTransport
+from vmbus.attach.server import open_listener, serve_operators
 from vmbus.cli.program import program
 
 PATIENCE = 60
@@ -133,15 +132,12 @@ def scripted_server(
 ) -> Iterator[str]:
     """Answer operators on ``path`` with two functions, in a thread."""
 
-    async def no_guest(_: SocketTransport) -> None:
-        raise AssertionError("no guest is expected here")
-
     def run(listener: socket.socket) -> None:
         async def main() -> None:
             with scope:
                 token.append(trio.lowlevel.current_trio_token())
                 started.set()
-                await serve(listener, no_guest, query=query, command=command)
+                await serve_operators(listener, query=query, command=command)
 
         trio.run(main)
 

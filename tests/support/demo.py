@@ -35,7 +35,7 @@ async def server_for(tmp_path, *specs, controllers=1, **options):
         async with trio.open_nursery() as nursery:
 
             async def run():
-                await serve(listener, server.handle, query=server.query, command=server.command)
+                await serve(listener, server.handle, query=server.query_own)
 
             nursery.start_soon(run)
             yield server, str(path), nursery

@@ -35,6 +35,7 @@ ROOMS: dict[str, str] = {
     "vmbus.demo": "a demo's guest as far as it knows no device, and the seam for those",
     "vmbus.testing": "checks and scenery for authors of devices and back-ends",
     "vmbus.server": "the guest server program",
+    "vmbus.supervisor": "guests in processes of their own",
     "vmbus.kvm": "the reference VMM",
     "storvsp.wire": "vstor as bytes",
     "storvsp.disk": "the contract of a disk",

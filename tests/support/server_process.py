@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import trio
 import trio.testing
 
 from tests.support.house import ROOT
 from tests.support.worlds import DISK_SIZE, SAFETY
-from vmbus.attach.server import listen_path, serve
+from vmbus.attach.protocol.sockets import CONTROL_SUFFIX
+from vmbus.attach.server import listen_path, serve, serve_operators
 from vmbus.server import DeviceSetup, GuestServer
 
 
@@ -42,10 +43,6 @@ def server_process(path: str | os.PathLike[str], mode: str) -> Iterator[subproce
             assert process.wait(SAFETY) == 0
 
 
-async def _run_server(listener: socket.socket, server: GuestServer) -> None:
-    await serve(listener, server.handle, query=server.query, command=server.command)
-
-
 async def _serve(path: str, mode: str) -> None:
     disk = f"ram:{DISK_SIZE}"
     server = GuestServer(
@@ -54,13 +51,17 @@ async def _serve(path: str, mode: str) -> None:
             DeviceSetup("storvsp", (disk,), {"max_subchannels": 0}),
         ]
     )
-    listener = listen_path(path, mode=mode)
+    listener, control = listen_path(path, mode=mode), listen_path(path + CONTROL_SUFFIX)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_run_server, listener, server)
+        nursery.start_soon(partial(serve, listener, server.handle, query=server.query_own))
+        nursery.start_soon(
+            partial(serve_operators, control, query=server.query, command=server.command)
+        )
         print("ready", flush=True)  # the parent waits for it
         await trio.to_thread.run_sync(sys.stdin.read)
         nursery.cancel_scope.cancel()
     listener.close()
+    control.close()
 
 
 if __name__ == "__main__":

@@ -13,12 +13,16 @@ from vmbus.errors import AttachError
 
 
 def ask_guests(path: str) -> dict[str, Any]:
-    """Return what the server behind ``path`` knows of its guests. Raises Failure, AttachError."""
+    """Return what a server knows of its guests. Raises Failure, AttachError.
+
+    Args:
+        path: Of its socket for operators, or of the one for VMMs beside it.
+    """
     return _ask(path, lambda: operator.query(path, "guests"))
 
 
 def send_command(path: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Have the server behind ``path`` do something. Raises Failure, AttachError."""
+    """Have a server do something; arguments and exceptions as for :func:`ask_guests`."""
     return _ask(path, lambda: operator.command(path, request))
 
 
@@ -26,6 +30,11 @@ def _ask(path: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return ask()
     except RefusedError as error:
+        if error.errno == errno.EPERM and error.request == "HELLO":
+            raise Failure(
+                f"{path} is a socket for VMMs; operators have one of their own, see --control of "
+                "vmbus serve"
+            ) from error
         # "COMMAND: EINVAL: the text", of which the last part is for people.
         text = str(error).split(": ", 2)[-1]
         kind = UsageFailure if error.errno == errno.EINVAL else Failure

@@ -1,56 +1,23 @@
-"""``vmbus serve``: a server that VMMs attach their guests to.
-
-Everything that can be wrong with the command line is found before the socket exists: back-ends
-are opened and closed once, so that a mistake ends the program and not the first guest.
-"""
+"""``vmbus serve``: the command line of a server that VMMs attach their guests to."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import logging
 import shlex
-import signal
-import socket
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from vmbus.attach.protocol.sockets import CONTROL_SUFFIX
 from vmbus.cli.logs import logging_to
-from vmbus.cli.notify import notify
 from vmbus.cli.params import parse_permissions, parse_size
-from vmbus.cli.program import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PROTOCOL, Failure
-from vmbus.errors import ConfigError, ProtocolError
+from vmbus.cli.serving import Settings, Socket, run
 from vmbus.wire.versions import Version
 
 if TYPE_CHECKING:
-    import trio
-
-    from vmbus.attach.server import SocketTransport
-    from vmbus.server import DeviceSetup, GuestServer
-
-_log = logging.getLogger("vmbus.cli")
+    from vmbus.server import DeviceSetup
 
 _SWITCHES = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The command line of ``vmbus serve``, understood."""
-
-    setups: tuple[DeviceSetup, ...]
-    max_version: Version
-    max_vps: int
-    poll: float | None
-    """Seconds; None for what is worth while on this machine."""
-    path: str | None
-    fd: int | None
-    mode: str
-    permissions: int
-    once: bool
-    trust_vmm: bool
 
 
 @click.command(
@@ -58,10 +25,30 @@ class Settings:
     "\b\n"
     "  vmbus serve --socket /run/vmbus.sock --disk raw:disk.img\n"
     "  vmbus serve --socket s --disk 'raw:[ro]base.img' --disk 'ram:[lun=5]1G'\n"
-    "  vmbus serve --socket s --disk 'raw:[create=10G]{guest}.img'\n"
+    "  vmbus serve --socket a=a.sock --socket b=b.sock --disk 'raw:[create=10G]{guest}.img'\n"
     "  vmbus serve --socket s --device 'NAME OPTION=on ram:64M ram:1G'"
 )
-@click.option("--socket", "path", metavar="PATH", help="Listen on a new socket file.")
+@click.option(
+    "--socket",
+    "sockets",
+    multiple=True,
+    metavar="[NAME=]PATH",
+    help="Listen for VMMs on a new socket file; may be repeated. A guest that comes by a socket "
+    "with a NAME has that name, whatever its VMM says.",
+)
+@click.option(
+    "--control",
+    metavar="PATH",
+    help=f"Listen for operators on another one.  [default: PATH{CONTROL_SUFFIX} of the first "
+    "--socket]",
+)
+@click.option(
+    "--identity",
+    type=click.Choice(["hello", "user"]),
+    help="What names guests that come by a socket without a NAME: hello, what the VMM says, so "
+    "that whoever may connect may be any guest; or user, the user who runs the VMM. {guest} in a "
+    "disk needs one of these, or names.",
+)
 @click.option(
     "--fd",
     type=click.IntRange(0),
@@ -75,7 +62,8 @@ class Settings:
     default="600",
     show_default=True,
     metavar="OCTAL",
-    help="Of the socket file: who may connect may attach a guest.",
+    help="Of the sockets for VMMs: who may connect may attach a guest. The one for operators is "
+    "always its owner's only.",
 )
 @click.option(
     "--disk",
@@ -83,7 +71,7 @@ class Settings:
     multiple=True,
     metavar="SPEC",
     help="A disk on each guest's SCSI controller, scheme:[options]target; may be repeated. "
-    "{guest} in it is the guest's name. See vmbus devices.",
+    "{guest} in it is the guest's name (see --identity). See vmbus devices.",
 )
 @click.option(
     "--device",
@@ -132,6 +120,33 @@ class Settings:
     help="Longest look for requests before sleeping; 0 sleeps at once; by default what is worth "
     "while on this machine, 200 or more.",
 )
+@click.option(
+    "--allow",
+    "allowed",
+    multiple=True,
+    metavar="DIR",
+    type=click.Path(exists=True),
+    help="Once a guest is there, open files below DIR only, and those that --disk names; may be "
+    "repeated. Without it, operators may add any file that the server may open.",
+)
+@click.option(
+    "--max-guests",
+    type=click.IntRange(1, 4096),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Guests at once.",
+)
+@click.option(
+    "--single-process",
+    is_flag=True,
+    help="Serve all guests in this process: less memory, and one guest can slow all of them.",
+)
+@click.option(
+    "--no-sandbox",
+    is_flag=True,
+    help="Do not confine the guests' processes; for plug-ins that start programs.",
+)
 @click.option("--once", is_flag=True, help="Exit when the first guest is gone.")
 @click.option(
     "--trust-vmm",
@@ -145,7 +160,9 @@ class Settings:
 def command(
     ctx: click.Context,
     *,
-    path: str | None,
+    sockets: tuple[str, ...],
+    control: str | None,
+    identity: str | None,
     fd: int | None,
     stream: bool,
     permissions: int,
@@ -157,6 +174,10 @@ def command(
     max_version: str,
     max_vps: int,
     poll: int | None,
+    allowed: tuple[str, ...],
+    max_guests: int,
+    single_process: bool,
+    no_sandbox: bool,
     once: bool,
     trust_vmm: bool,
     verbose: int,
@@ -165,19 +186,25 @@ def command(
 ) -> None:
     """Serve guests until stopped.
 
-    VMMs connect to the socket and attach their guests; each guest gets a bus and devices of its
-    own. Without --socket and --fd, the socket is one that systemd passes. What happens is logged
-    to standard error, beginning with "listening on ..." when VMMs may connect.
+    VMMs connect to the socket and attach their guests; each guest gets a bus, devices and a
+    process of its own. Operators (vmbus top, vmbus disk) connect to the --control socket. Without
+    --socket and --fd, the sockets are those that systemd passes; one with the name "control" is for
+    operators. What happens is logged to standard error, beginning with "listening on ..." when VMMs
+    may connect.
 
-    SIGTERM ends the server with exit code 0, Ctrl-C with 130. With --once, the exit code is 1 if
-    the guest could not be served, and 3 if it broke a rule.
+    SIGTERM and SIGHUP say goodbye to all guests and end the server with exit code 0, Ctrl-C with
+    130. With --once, the exit code is 1 if the guest could not be served, and 3 if it broke a rule.
     """
-    if path is not None and fd is not None:
+    if sockets and fd is not None:
         raise click.UsageError("--socket and --fd are two places; give one of them")
-    if stream and path is None:
+    if stream and not sockets:
         raise click.UsageError(
             "--stream is about the socket that --socket makes; add --socket PATH"
         )
+    if single_process and no_sandbox:
+        raise click.UsageError("--no-sandbox is about the processes that --single-process omits")
+    places = tuple(map(parse_socket, sockets))
+    check_guest_names(places, identity, (*disks, *devices))
     options: dict[str, Any] = {}
     if subchannels is not None:
         options["max_subchannels"] = subchannels
@@ -191,16 +218,45 @@ def command(
             max_version=Version.from_text(max_version),
             max_vps=max_vps,
             poll=None if poll is None else poll / 1e6,
-            path=path,
+            sockets=places,
+            control=control,
+            identity=identity or "hello",
             fd=fd,
             mode="stream" if stream else "seqpacket",
             permissions=permissions,
+            allowed=allowed or None,
+            max_guests=max_guests,
+            single_process=single_process,
+            sandbox=not no_sandbox,
             once=once,
             trust_vmm=trust_vmm,
         )
         import trio
 
         ctx.exit(trio.run(run, settings))
+
+
+def parse_socket(text: str) -> Socket:
+    """Parse ``[NAME=]PATH``; what is before ``=`` is a name unless it has a slash."""
+    name, equals, path = text.partition("=")
+    if not equals or "/" in name:
+        return Socket(None, text)
+    if not name or not path:
+        raise click.UsageError(f"--socket {text!r}: write PATH, or NAME=PATH")
+    return Socket(name, path)
+
+
+def check_guest_names(
+    sockets: tuple[Socket, ...], identity: str | None, specs: tuple[str, ...]
+) -> None:
+    """Raise click.UsageError if a guest could be any ``{guest}`` and nobody said it may."""
+    named = bool(sockets) and all(each.name is not None for each in sockets)
+    if identity is None and not named and any("{guest}" in spec for spec in specs):
+        raise click.UsageError(
+            "{guest} stands for a guest's name; say where names come from: --socket NAME=PATH, one "
+            "for each guest; --identity user, the user who runs the VMM; or --identity hello, "
+            "what the VMM says, if whoever may connect may have any guest's disk"
+        )
 
 
 def device_setups(
@@ -262,152 +318,3 @@ def _value(text: str) -> int | bool | str:
         return parse_size(text)
     except click.BadParameter:
         return text
-
-
-@contextlib.contextmanager
-def listener(settings: Settings) -> Iterator[tuple[socket.socket, str]]:
-    """Open the socket for the length of a ``with`` block; yields it and what to call it.
-
-    Raises:
-        ConfigError: There is none, too many, or something else in its place.
-        Failure: It cannot be made.
-    """
-    from vmbus.attach.protocol.sockets import from_fd
-    from vmbus.attach.server import from_systemd, open_listener
-
-    if settings.path is not None:
-        with contextlib.ExitStack() as stack:
-            try:
-                sock = stack.enter_context(
-                    open_listener(
-                        settings.path, mode=settings.mode, permissions=settings.permissions
-                    )
-                )
-            except OSError as error:
-                raise Failure(f"cannot listen on {settings.path}: {error.strerror}") from error
-            yield sock, f"listening on {settings.path}"
-        return
-    if settings.fd is not None:
-        sock = from_fd(settings.fd)
-    else:
-        passed = from_systemd()
-        if not passed:
-            raise ConfigError(
-                "there is nowhere to listen; give --socket PATH or --fd N, or pass a socket "
-                "from systemd"
-            )
-        if len(passed) > 1:
-            raise ConfigError(f"systemd passed {len(passed)} sockets; give the unit one only")
-        (sock,) = passed
-    with sock:
-        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        number = sock.fileno()
-        yield (
-            sock,
-            f"listening on descriptor {number}" if listens else f"serving descriptor {number}",
-        )
-
-
-class _Guests:
-    """Hands guests to the server, and keeps in mind how they fared."""
-
-    def __init__(self, server: GuestServer) -> None:
-        self._server = server
-        self.failed = False
-        self.faults = 0
-
-    async def handle(self, transport: SocketTransport) -> None:
-        try:
-            await self._server.handle(transport)
-        except ProtocolError:
-            self.faults += 1
-            raise
-        except Exception:
-            self.failed = True
-            raise
-        finally:
-            self.faults += transport.dropped_messages
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of a server that was there for one guest."""
-        if self.failed:
-            return EXIT_FAILED
-        return EXIT_PROTOCOL if self.faults or self._server.faults else 0
-
-
-async def run(settings: Settings) -> int:
-    """Serve until the end of it all; returns the exit code. Is a checkpoint.
-
-    Raises:
-        ConfigError: The settings cannot be honoured.
-        Failure: The socket cannot be made.
-        OSError: The socket is broken.
-    """
-    import trio
-
-    from vmbus.attach.server import ServerLimits, serve
-    from vmbus.engine import EngineConfig
-    from vmbus.host import BusConfig
-    from vmbus.host.lookout import longest_worth_while
-    from vmbus.server import GuestServer, raise_descriptor_limit
-
-    longest = settings.poll
-    if longest is None:
-        longest = await longest_worth_while()
-        _log.debug("looking for requests for up to %.0f us", longest * 1e6)
-    config = BusConfig(engine=EngineConfig(max_version=settings.max_version), longest_look=longest)
-    raise_descriptor_limit()
-    server = GuestServer(settings.setups, config)
-    await check(server)
-    guests = _Guests(server)
-    async with trio.open_nursery() as nursery:
-        stop = _Stop(nursery.cancel_scope)
-        await nursery.start(stop.run)
-        with listener(settings) as (sock, words):
-            _log.info("%s", words)
-            notify("READY=1")
-            await serve(
-                sock,
-                guests.handle,
-                limits=ServerLimits(max_vps=settings.max_vps),
-                trust_vmm=settings.trust_vmm,
-                query=server.query,
-                command=server.command,
-                exit_after_guest=settings.once,
-            )
-        nursery.cancel_scope.cancel()
-    notify("STOPPING=1")
-    if stop.signal is not None:
-        return EXIT_INTERRUPTED if stop.signal == signal.SIGINT else 0
-    return guests.exit_code
-
-
-async def check(server: GuestServer) -> None:
-    """Open every back-end once. Is a checkpoint. Raises ConfigError."""
-    try:
-        await server.check()
-    except ConfigError:
-        raise
-    except ValueError as error:
-        # What a device's own conversion of an option says.
-        raise ConfigError(str(error)) from error
-
-
-class _Stop:
-    """Ends the server at the first SIGTERM or SIGINT; a second one does what it always does."""
-
-    def __init__(self, scope: trio.CancelScope) -> None:
-        self._scope = scope
-        self.signal: int | None = None
-
-    async def run(self, task_status: trio.TaskStatus[None]) -> None:
-        import trio
-
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            task_status.started()
-            async for number in signals:
-                self.signal = number
-                break
-        _log.info("stopping: %s", signal.Signals(number).name)
-        self._scope.cancel()

@@ -17,14 +17,16 @@ class LogBudget:
     every n-th line would still let it fill the disk, only n times slower.
     """
 
-    def __init__(self) -> None:
-        self._left = float(BURST)
+    def __init__(self, *, burst: int = BURST, interval: float = INTERVAL) -> None:
+        self._burst = burst
+        self._interval = interval
+        self._left = float(burst)
         self._since = trio.current_time()
 
     def spend(self) -> bool:
         """Whether the next line may be logged; counts it. Cannot block."""
         now = trio.current_time()
-        self._left = min(BURST, self._left + (now - self._since) / INTERVAL)
+        self._left = min(self._burst, self._left + (now - self._since) / self._interval)
         self._since = now
         if self._left < 1:
             return False

@@ -6,8 +6,10 @@
 
     raise_descriptor_limit()
     server = GuestServer([DeviceSetup(device_with("disk"), ("raw:disk.img",))])
-    await vmbus.attach.server.serve(listener, server.handle, query=server.query,
-                                    command=server.command)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(serve, vmms, server.handle, query=server.query_own))
+        nursery.start_soon(partial(serve_operators, operators, query=server.query,
+                                   command=server.command))
 
 Every guest gets its own back-ends: a specification is opened once per guest. ``{guest}`` in it
 stands for the guest's name, so that each can have its own file. A file that is opened for writing
@@ -20,8 +22,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from vmbus import __version__
 from vmbus.errors import ConfigError
@@ -31,6 +33,8 @@ from vmbus.server.devices import DeviceSetup, MadeDevice, make_devices, pick_dev
 from vmbus.server.process import resident_bytes
 
 _log = logging.getLogger("vmbus.server")
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(slots=True)
@@ -51,6 +55,35 @@ class _Guest:
         for each in found["devices"]:
             each.update(labels.get(id(devices[each["key"]]), {}))
         return found
+
+
+def check_kind(kind: str) -> None:
+    """Raise ConfigError unless a QUERY may be of that kind."""
+    if kind not in {"status", "guests"}:
+        raise ConfigError(f"there is no query {kind!r}; there are 'status' and 'guests'")
+
+
+def pick_guest(guests: Mapping[str, T], name: object) -> T:
+    """Return the guest that a COMMAND means.
+
+    Args:
+        guests: Those that are attached, by name.
+        name: Of the guest, or None if there is one only.
+
+    Raises:
+        ConfigError: There is none of that name, or several to choose from.
+    """
+    attached = ", ".join(guests) or "none"
+    if name is None:
+        if len(guests) == 1:
+            return next(iter(guests.values()))
+        if not guests:
+            raise ConfigError("no guest is attached")
+        raise ConfigError(f"which guest? attached are: {attached}")
+    guest = guests.get(name) if isinstance(name, str) else None
+    if guest is None:
+        raise ConfigError(f"there is no guest {name!r}; attached are: {attached}")
+    return guest
 
 
 class GuestServer:
@@ -90,10 +123,12 @@ class GuestServer:
         """Serve one guest until it is gone. Is a checkpoint.
 
         Raises:
-            ConfigError: A back-end cannot be opened for this guest.
+            ConfigError: A back-end cannot be opened for this guest, or another has its name.
         """
         self._served += 1
-        name = self._unique(transport.name)
+        name = transport.name
+        if name in self._guests:
+            raise ConfigError(f"a guest called {name!r} is attached")
         self._guests[name] = guest = _Guest(self._served, transport)
         try:
             guest.devices = await make_devices(name, self.setups)
@@ -110,14 +145,6 @@ class GuestServer:
             del self._guests[name]
         _log.info("%s: gone", name)
 
-    def _unique(self, wanted: str) -> str:
-        wanted = name = wanted or "guest"
-        suffix = 2
-        while name in self._guests:
-            name = f"{wanted}-{suffix}"
-            suffix += 1
-        return name
-
     # -- operators -------------------------------------------------------------------------------
 
     def query(self, kind: str) -> dict[str, Any]:
@@ -126,8 +153,7 @@ class GuestServer:
         Raises:
             ConfigError: There is no such kind.
         """
-        if kind not in {"status", "guests"}:
-            raise ConfigError(f"there is no query {kind!r}; there are 'status' and 'guests'")
+        check_kind(kind)
         status: dict[str, Any] = {
             "server": f"vmbus {__version__}",
             "pid": os.getpid(),
@@ -140,6 +166,22 @@ class GuestServer:
                 {**guest.snapshot(guest.bus), "name": name, "number": guest.number}
                 for name, guest in self._guests.items()
                 if guest.bus is not None
+            ]
+        return status
+
+    def query_own(self, transport: Transport, kind: str) -> dict[str, Any]:
+        """Answer a QUERY of a guest's own VMM: of other guests it hears nothing. Cannot block.
+
+        Raises:
+            ConfigError: There is no such kind.
+        """
+        check_kind(kind)
+        status: dict[str, Any] = {"server": f"vmbus {__version__}"}
+        if kind == "guests":
+            status["guests"] = [
+                {**guest.snapshot(guest.bus), "name": name}
+                for name, guest in self._guests.items()
+                if guest.transport is transport and guest.bus is not None
             ]
         return status
 
@@ -157,19 +199,6 @@ class GuestServer:
         Raises:
             ConfigError: There is no such guest or device, or it cannot do that.
         """
-        made = pick_device(self._pick_guest(request.get("guest")).devices, request)
+        attached = {name: each for name, each in self._guests.items() if each.bus is not None}
+        made = pick_device(pick_guest(attached, request.get("guest")).devices, request)
         return await made.plugin.command(made.device, request)
-
-    def _pick_guest(self, name: object) -> _Guest:
-        guests = {name: guest for name, guest in self._guests.items() if guest.bus is not None}
-        attached = ", ".join(guests) or "none"
-        if name is None:
-            if len(guests) == 1:
-                return next(iter(guests.values()))
-            if not guests:
-                raise ConfigError("no guest is attached")
-            raise ConfigError(f"which guest? attached are: {attached}")
-        guest = guests.get(name) if isinstance(name, str) else None
-        if guest is None:
-            raise ConfigError(f"there is no guest {name!r}; attached are: {attached}")
-        return guest

@@ -43,7 +43,7 @@ async def test_a_guest_attaches_posts_is_delivered_to_and_leaves(tmp_path: Path,
         with raw_vmm(path, mode) as vmm:
             await vmm.attach()
             transport = bus.transport
-            assert (transport.name, transport.vp_count) == ("vmm", 2)
+            assert (transport.name, transport.vp_count) == ("guest", 2)
             assert transport.memory.size == RAM_SIZE
             transport.memory.write(0x1234, b"written")
             assert os.pread(vmm.memfd, 7, 0x1234) == b"written"

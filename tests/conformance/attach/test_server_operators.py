@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.support.attach import POST, Bus, raw_vmm, running_server
+from tests.support.attach import POST, Bus, control, raw_vmm, running_server
 from vmbus.attach.protocol.limits import Role
 from vmbus.attach.protocol.messages import Number
 from vmbus.attach.protocol.to_server import Goodbye, Hello
@@ -31,7 +31,7 @@ async def test_an_operator_queries_and_commands(tmp_path: Path) -> None:
         return {"did": value}
 
     async with running_server(tmp_path / "s", Bus(), query=query, command=command) as path:
-        with raw_vmm(path) as vmm:
+        with raw_vmm(control(path)) as vmm:
             await vmm.ok(Number.HELLO, OPERATOR)
             assert await vmm.ok(Number.QUERY, b"status") == b'{"kind":"status"}'
             assert await vmm.ok(Number.COMMAND, b'{"a":1}') == b'{"did":{"a":1}}'
@@ -47,10 +47,24 @@ async def test_an_operator_queries_and_commands(tmp_path: Path) -> None:
             assert await vmm.ok(Number.QUERY, b"memory") == b'{"kind":"memory"}'
 
 
+@pytest.mark.parametrize("role", Role)
+async def test_a_role_is_had_by_whoever_may_open_its_socket(tmp_path: Path, role: Role) -> None:
+    hello = Hello(1, 1, 0, 1, role, "me").encode()
+    async with running_server(tmp_path / "s", Bus()) as path:
+        right, wrong = (path, control(path)) if role is Role.VMM else (control(path), path)
+        with raw_vmm(wrong) as peer:
+            code, text = await peer.refused(Number.HELLO, hello)
+            assert code == errno.EPERM
+            assert "have one of their own" in text
+            assert (await peer.refused(Number.COMMAND, b"{}"))[0] == errno.EPERM
+        with raw_vmm(right) as peer:
+            await peer.ok(Number.HELLO, hello)
+
+
 async def test_an_answer_that_is_too_long_comes_in_a_memfd(tmp_path: Path) -> None:
     big = {"list": ["x" * 100] * 1000}
     async with running_server(tmp_path / "s", Bus(), query=lambda _: big) as path:
-        with raw_vmm(path) as vmm:
+        with raw_vmm(control(path)) as vmm:
             await vmm.ok(Number.HELLO, OPERATOR)
             frame = await vmm.ask(Number.QUERY, b"all")
             assert frame.payload == b""
@@ -74,7 +88,7 @@ async def test_callbacks_that_fail_refuse_and_the_server_goes_on(
         raise ZeroDivisionError("a bug")
 
     async with running_server(tmp_path / "s", Bus(), query=query) as path:
-        with raw_vmm(path) as vmm:
+        with raw_vmm(control(path)) as vmm:
             await vmm.ok(Number.HELLO, OPERATOR)
             assert await vmm.refused(Number.QUERY, b"none") == (errno.EINVAL, "no such kind")
             assert (await vmm.refused(Number.QUERY, b"disk"))[0] == errno.ENOENT
@@ -83,7 +97,7 @@ async def test_callbacks_that_fail_refuse_and_the_server_goes_on(
             assert (await vmm.refused(Number.COMMAND, b"{}"))[0] == errno.ENOSYS
     assert "a bug" in caplog.text
     async with running_server(tmp_path / "s", Bus()) as path:
-        with raw_vmm(path) as vmm:
+        with raw_vmm(control(path)) as vmm:
             await vmm.ok(Number.HELLO, OPERATOR)
             assert (await vmm.refused(Number.QUERY, b"none"))[0] == errno.ENOSYS
 
@@ -96,7 +110,7 @@ async def test_one_question_at_a_time(tmp_path: Path) -> None:
         return {}
 
     async with running_server(tmp_path / "s", Bus(), query=query) as path:
-        with raw_vmm(path) as vmm:
+        with raw_vmm(control(path)) as vmm:
             await vmm.ok(Number.HELLO, OPERATOR)
             seq = await vmm.send(Number.QUERY, b"slow")
             assert (await vmm.refused(Number.QUERY, b"fast"))[0] == errno.EBUSY

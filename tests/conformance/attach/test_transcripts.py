@@ -22,6 +22,7 @@ from tests.support.attach import (
     RAM_SIZE,
     RawVmm,
     Recorder,
+    control,
     make_eventfd,
     make_memfd,
     running_server,
@@ -119,7 +120,7 @@ async def play_against_server(path: Path, tmp_path: Path) -> None:
         tmp_path / "socket", scripted_bus, query=answer_query, command=answer_command
     ) as address:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sock.connect(os.fspath(address))
+        sock.connect(os.fspath(control(address) if "operator" in path.name else address))
         vmm = RawVmm(sock)
         for entry in entries:
             if entry.to_server:

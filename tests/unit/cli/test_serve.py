@@ -6,9 +6,7 @@ import click
 import pytest
 
 from tests.support.cli import run_cli
-from vmbus.cli import serve as serve_module
 from vmbus.cli.serve import device_setups, parse_device
-from vmbus.errors import GuestProtocolError
 from vmbus.server import DeviceSetup
 
 # -- the command line ------------------------------------------------------------------------------
@@ -96,37 +94,3 @@ def test_an_option_after_a_specification_is_a_specification():
 def test_a_device_may_not_look_like_a_path():
     with pytest.raises(click.UsageError, match="does not begin with a device's name"):
         parse_device("a/b")
-
-
-# -- guests ----------------------------------------------------------------------------------------
-
-
-class FailingServer:
-    def __init__(self, error):
-        self.error = error
-        self.faults = 0
-
-    async def handle(self, transport):
-        self.faults += 1
-        raise self.error
-
-    async def check(self):
-        raise self.error
-
-
-class FakeTransport:
-    dropped_messages = 2
-    name = "fake"
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "faults"),
-    [(GuestProtocolError("bad"), 3, 3), (OSError(5, "broken"), 1, 2)],
-)
-async def test_how_guests_fared_is_kept_in_mind(error, code, faults):
-    guests = serve_module._Guests(FailingServer(error))  # type: ignore[arg-type]
-    transport = FakeTransport()
-    assert guests.exit_code == 0
-    with pytest.raises(type(error)):
-        await guests.handle(transport)  # type: ignore[arg-type]
-    assert (guests.exit_code, guests.faults) == (code, faults)

@@ -15,6 +15,7 @@ from storvsp.guest import attach, scan
 from tests.support.cli import PATIENCE, run_child, run_cli, serving
 from vmbus.attach.client import operator
 from vmbus.attach.client.machine import attach_machine
+from vmbus.attach.protocol.sockets import CONTROL_SUFFIX
 from vmbus.errors import AttachError
 from vmbus.guest import boot
 from vmbus.guest.personality import LINUX_6_1
@@ -24,6 +25,9 @@ from vmbus.wire.messages import RequestOffers
 pytestmark = pytest.mark.slow
 
 MEMORY = 8 << 20
+
+MODES = [[], ["--single-process"]]
+"""A process per guest, and one for all."""
 
 
 @contextlib.asynccontextmanager
@@ -55,6 +59,11 @@ async def refusal(path, name):
     return text
 
 
+def ask(path):
+    """Ask a server how it is, as operators do."""
+    return operator.query(path + CONTROL_SUFFIX, "status")
+
+
 async def in_thread(function, *arguments):
     return await trio.to_thread.run_sync(function, *arguments)
 
@@ -62,7 +71,9 @@ async def in_thread(function, *arguments):
 # -- the socket and signals ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)]
+)
 def test_a_signal_ends_the_server_and_removes_its_socket(path, number, code):
     with serving("--socket", path, "--disk", "ram:1M") as server:
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
@@ -77,7 +88,7 @@ def test_a_socket_in_use_is_left_to_its_server(path):
         second = run_child("serve", "--socket", path)
         assert second.returncode == 2
         assert "another server is using it" in second.stderr
-        assert operator.query(path, "status")["pid"] == server.process.pid
+        assert ask(path)["pid"] == server.process.pid
         assert server.stop() == 0
 
 
@@ -85,7 +96,7 @@ def test_a_socket_that_nobody_listens_on_is_replaced(path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
         dead.bind(path)
     with serving("--socket", path) as server:
-        assert operator.query(path, "status")["guests_attached"] == 0
+        assert ask(path)["guests_attached"] == 0
         assert server.stop() == 0
 
 
@@ -94,7 +105,7 @@ def test_stream_sockets_and_permissions(path):
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o660
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
             peer.connect(path)
-        assert operator.query(path, "status")["pid"] == server.process.pid
+        assert ask(path)["pid"] == server.process.pid
 
 
 def test_an_inherited_socket_is_listened_on(path):
@@ -102,20 +113,24 @@ def test_an_inherited_socket_is_listened_on(path):
         listener.bind(path)
         listener.listen()
         fd = listener.fileno()
-        with serving("--fd", str(fd), pass_fds=[fd]) as server:
+        control = path + CONTROL_SUFFIX
+        with serving("--fd", str(fd), "--control", control, pass_fds=[fd]) as server:
             server.wait_line(f"listening on descriptor {fd}")
-            assert operator.query(path, "status")["pid"] == server.process.pid
+            assert ask(path)["pid"] == server.process.pid
             assert server.stop() == 0
     assert os.path.lexists(path), "it was not this server's to remove"
 
 
-def test_a_connected_socket_is_the_only_connection():
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_connected_socket_is_the_only_connection(mode):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         fd = theirs.fileno()
-        with serving("--fd", str(fd), ready="serving descriptor", pass_fds=[fd]) as server:
-            assert operator.query(ours, "status")["pid"] == server.process.pid
-            assert server.wait() == 0
+        with serving("--fd", str(fd), *mode, ready="serving descriptor", pass_fds=[fd]) as server:
+            async with guest_on(ours) as (guest, _):
+                await guest.connection.connect()
+                await guest.connection.unload()
+            assert await in_thread(server.wait) == 0
 
 
 SYSTEMD = """
@@ -125,19 +140,30 @@ for index, fd in enumerate(sockets):
     os.dup2(fd, 3 + index)
 os.environ["LISTEN_PID"] = str(os.getpid())
 os.environ["LISTEN_FDS"] = str(len(sockets))
+os.environ["LISTEN_FDNAMES"] = sys.argv[2]
 from vmbus.cli import main
 sys.argv = ["vmbus", "serve"]
 sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_systemd_passes_exactly_one_socket(tmp_path, monkeypatch, count):
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        ("vmm:control", ""),
+        ("a:control:b", ""),
+        ("control:control:vmm", "systemd passed 2 sockets called control"),
+        ("control", "there is nowhere to listen"),
+    ],
+)
+def test_systemd_passes_sockets_for_vmms_and_one_for_operators(
+    tmp_path, monkeypatch, names, complaint
+):
     with contextlib.ExitStack() as stack:
         listeners = []
-        for number in range(count):
+        for number, name in enumerate(names.split(":")):
             sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            sock.bind(str(tmp_path / str(number)))
+            sock.bind(str(tmp_path / name) if number == names.split(":").index(name) else "")
             sock.listen()
             # Out of the way of descriptors 3 and 4, which the program puts them on.
             high = os.dup(sock.fileno())
@@ -145,16 +171,16 @@ def test_systemd_passes_exactly_one_socket(tmp_path, monkeypatch, count):
             stack.callback(os.close, high)
         monkeypatch.setattr(
             "tests.support.cli.COMMAND",
-            [sys.executable, "-c", SYSTEMD, ",".join(map(str, listeners))],
+            [sys.executable, "-c", SYSTEMD, ",".join(map(str, listeners)), names],
         )
-        ready = "listening on descriptor 3" if count == 1 else "systemd passed 2 sockets"
+        ready = complaint or "listening on descriptor"
         with serving(ready=ready, pass_fds=listeners) as server:
-            if count == 1:
-                pid = operator.query(str(tmp_path / "0"), "status")["pid"]
+            if complaint:
+                assert server.wait() == 2
+            else:
+                pid = operator.query(str(tmp_path / "control"), "status")["pid"]
                 assert pid == server.process.pid
                 assert server.stop() == 0
-            else:
-                assert server.wait() == 2
 
 
 def test_a_service_manager_is_told_when_vmms_may_connect(path, tmp_path):
@@ -176,7 +202,7 @@ def test_the_log_can_be_quiet_or_json(path):
         assert record["level"] == "info"
         assert server.stop() == 0
     with serving("--socket", path, "-v", "-v") as server:
-        operator.query(path, "status")
+        ask(path)
         server.wait_line("connection: closed: goodbye")
         assert server.stop() == 0
     assert run_child("serve", "--socket", "/nonexistent/socket", "-q").stderr.count("\n") == 1
@@ -185,8 +211,9 @@ def test_the_log_can_be_quiet_or_json(path):
 # -- guests ----------------------------------------------------------------------------------------
 
 
-async def test_a_guest_uses_its_disks_while_operators_look_and_change_them(path):
-    with serving("--socket", path, "--disk", "ram:4M") as server:
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_guest_uses_its_disks_while_operators_look_and_change_them(path, mode):
+    with serving("--socket", path, "--disk", "ram:4M", *mode) as server:
         async with guest_on(path) as (guest, _):
             (offer,) = await guest.connection.connect()
             adapter = await attach(guest, offer)
@@ -236,7 +263,7 @@ async def test_a_guest_uses_its_disks_while_operators_look_and_change_them(path)
 
 async def test_several_guests_have_disks_of_their_own(path, tmp_path):
     spec = f"raw:[create=1M]{tmp_path}/{{guest}}.img"
-    with serving("--socket", path, "--disk", spec) as server:
+    with serving("--socket", path, "--identity", "hello", "--disk", spec) as server:
         async with guest_on(path, "one"), guest_on(path, "two"):
             listed = await in_thread(run_child, "disk", "list", "--socket", path, "--json")
             assert [each["guest"] for each in json.loads(listed.stdout)] == ["one", "two"]
@@ -248,8 +275,13 @@ async def test_several_guests_have_disks_of_their_own(path, tmp_path):
         assert server.stop() == 0
 
 
-async def test_a_guest_whose_disk_is_taken_is_turned_away_with_a_line_in_the_log(path, tmp_path):
-    with serving("--socket", path, "--disk", f"raw:[create=1M]{tmp_path}/disk.img") as server:
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_guest_whose_disk_is_taken_is_turned_away_with_a_line_in_the_log(
+    path, tmp_path, mode
+):
+    with serving(
+        "--socket", path, "--disk", f"raw:[create=1M]{tmp_path}/disk.img", *mode
+    ) as server:
         async with guest_on(path, "one"):
             assert "could not serve this guest" in await refusal(path, "two")
             line = await in_thread(server.wait_line, "error: two: serving this guest failed")
@@ -258,8 +290,9 @@ async def test_a_guest_whose_disk_is_taken_is_turned_away_with_a_line_in_the_log
     assert not any("Traceback" in line for line in server.lines)
 
 
-async def test_a_signal_ends_the_server_under_a_guest(path):
-    with serving("--socket", path, "--disk", "ram:1M") as server:
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_signal_ends_the_server_under_a_guest(path, mode):
+    with serving("--socket", path, "--disk", "ram:1M", *mode) as server:
         async with guest_on(path) as (guest, delegate):
             (offer,) = await guest.connection.connect()
             adapter = await attach(guest, offer)
@@ -270,10 +303,11 @@ async def test_a_signal_ends_the_server_under_a_guest(path):
     assert not any("Traceback" in line for line in server.lines), server.lines
 
 
-async def test_once_ends_with_the_first_guest(path):
-    with serving("--socket", path, "--once") as server:
+@pytest.mark.parametrize("mode", MODES)
+async def test_once_ends_with_the_first_guest(path, mode):
+    with serving("--socket", path, "--once", *mode) as server:
         # An operator is no guest.
-        await in_thread(operator.query, path, "status")
+        await in_thread(ask, path)
         async with guest_on(path) as (guest, _):
             await guest.connection.connect()
             await guest.connection.unload()
@@ -281,8 +315,9 @@ async def test_once_ends_with_the_first_guest(path):
     assert not os.path.lexists(path)
 
 
-async def test_once_tells_of_a_guest_that_broke_a_rule(path):
-    with serving("--socket", path, "--once") as server:
+@pytest.mark.parametrize("mode", MODES)
+async def test_once_tells_of_a_guest_that_broke_a_rule(path, mode):
+    with serving("--socket", path, "--once", *mode) as server:
         async with guest_on(path) as (guest, _):
             await guest.connection.connect()
             # Once per connection is what a guest may ask.
@@ -291,9 +326,11 @@ async def test_once_tells_of_a_guest_that_broke_a_rule(path):
         assert await in_thread(server.wait) == 3
 
 
-async def test_once_tells_of_a_guest_that_could_not_be_served(path, tmp_path):
+@pytest.mark.parametrize("mode", MODES)
+async def test_once_tells_of_a_guest_that_could_not_be_served(path, tmp_path, mode):
     spec = f"raw:{tmp_path}/{{guest}}.img"
-    with serving("--socket", path, "--once", "--disk", spec) as server:
+    arguments = ("--socket", path, "--once", "--identity", "hello", "--disk", spec, *mode)
+    with serving(*arguments) as server:
         assert "could not serve this guest" in await refusal(path, "vm1")
         assert await in_thread(server.wait) == 1
         server.wait_line("No such file or directory")

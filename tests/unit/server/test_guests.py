@@ -49,31 +49,18 @@ async def test_a_guest_is_served_until_it_is_gone(machines):
     assert server.query("status")["guests_served"] == 1
 
 
-async def test_guests_of_one_name_are_told_apart(machines):
+async def test_a_guest_cannot_take_the_name_of_another(machines):
     server = GuestServer(SETUPS)
-    links = [transport(machine) for machine in machines]
+    first, second = (transport(machine) for machine in machines[:2])
     async with trio.open_nursery() as nursery:
-        for link in links:
-            nursery.start_soon(server.handle, link)
+        nursery.start_soon(server.handle, first)
         await trio.testing.wait_all_tasks_blocked()
-        names = [guest["name"] for guest in server.query("guests")["guests"]]
-        assert sorted(names) == ["vm", "vm-2", "vm-3"]
+        with pytest.raises(ConfigError, match="a guest called 'vm' is attached"):
+            await server.handle(second)
+        assert [guest["name"] for guest in server.query("guests")["guests"]] == ["vm"]
         json.dumps(server.query("guests"))
-        for link in links:
-            link.close()
+        first.close()
     assert server.query("guests")["guests"] == []
-
-
-async def test_a_guest_without_a_name_gets_one(machines):
-    server = GuestServer(SETUPS)
-    links = [transport(machine, "") for machine in machines[:2]]
-    async with trio.open_nursery() as nursery:
-        for link in links:
-            nursery.start_soon(server.handle, link)
-        await trio.testing.wait_all_tasks_blocked()
-        assert sorted(server._guests) == ["guest", "guest-2"]
-        for link in links:
-            link.close()
 
 
 async def test_a_guest_that_is_gone_at_once_leaves_no_file_locked(machines, tmp_path):
@@ -120,7 +107,7 @@ async def test_each_guest_has_files_of_its_own(machines, tmp_path):
     for name in ("vm", "vm-2"):
         (tmp_path / f"{name}.img").write_bytes(bytes(1 << 20))
     server = GuestServer([DeviceSetup("storvsp", (f"raw:{tmp_path}/{{guest}}.img",))])
-    links = [transport(machine) for machine in machines[:2]]
+    links = [transport(*each) for each in zip(machines, ("vm", "vm-2"), strict=False)]
     async with trio.open_nursery() as nursery:
         for link in links:
             nursery.start_soon(server.handle, link)

@@ -22,6 +22,7 @@ from vmbus.attach.protocol.framing import (
 )
 from vmbus.attach.protocol.limits import VERSION_MAX, VERSION_MIN, Role
 from vmbus.attach.protocol.messages import Number, RefusedError
+from vmbus.attach.protocol.sockets import control_path
 from vmbus.attach.protocol.to_server import Goodbye, Hello, HelloReply, JsonObject, Query
 from vmbus.attach.protocol.to_vmm import ErrorReply
 from vmbus.errors import AttachError, PeerProtocolError
@@ -34,7 +35,8 @@ def query(path: Target, kind: str, *, timeout: float = 10.0) -> dict[str, Any]:
     """Ask the server behind ``path`` about ``kind``.
 
     Args:
-        path: Socket path, or a connected descriptor or socket.
+        path: Path of its socket for operators, or of the one for VMMs beside it; or a connected
+            descriptor or socket.
         kind: What to ask about; the server program defines the kinds.
         timeout: Seconds for everything.
 
@@ -122,6 +124,8 @@ class _Conversation:
 
 
 def _transact(target: Target, kind: Number, payload: bytes, timeout: float) -> dict[str, Any]:
+    if isinstance(target, str | os.PathLike):
+        target = control_path(os.fspath(target))
     conversation = _Conversation(connect_socket(target), timeout)
     try:
         hello = Hello(VERSION_MIN, VERSION_MAX, 0, 0, Role.OPERATOR, "operator")

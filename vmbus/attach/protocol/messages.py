@@ -195,12 +195,14 @@ class RefusedError(AttachError):
     """The peer answered a request with an error.
 
     Attributes:
+        request: Name of the request.
         errno: Linux errno.
     """
 
     def __init__(self, request: str, code: int, text: str) -> None:
         name = errno.errorcode.get(code, str(code))
         super().__init__(f"{request}: {name}: {text}")
+        self.request = request
         self.errno = code
 
 

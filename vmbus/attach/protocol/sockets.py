@@ -11,6 +11,19 @@ from vmbus.errors import ConfigError
 MODES = {"seqpacket": socket.SOCK_SEQPACKET, "stream": socket.SOCK_STREAM}
 """Socket types by the name that options have for them."""
 
+CONTROL_SUFFIX = ".control"
+"""What the path of a server's socket for operators ends in, after that of its first for VMMs."""
+
+
+def control_path(path: str) -> str:
+    """Return where the operators of the server at ``path`` connect, if it has such a socket.
+
+    Args:
+        path: Of its socket for VMMs, or of that for operators itself.
+    """
+    beside = path + CONTROL_SUFFIX
+    return beside if os.path.exists(beside) else path
+
 
 def socket_kind(mode: str) -> socket.SocketKind:
     """Return the socket type of ``seqpacket`` or ``stream``. Raises ConfigError."""

@@ -1,7 +1,8 @@
 """The server's end of ``vmbus-user``.
 
 ================ ===========================================================================
-`connections`    :func:`serve`: several guests and operators at once
+`connections`    :func:`serve`: several guests at once; :func:`serve_operators`
+`admission`      what guests are called, and that no two are called the same
 `link`           one connection, reader and writer
 `transport`      a :class:`vmbus.partition.transport.Transport` over a link
 `events`         what the VMM tells the bus, in order and bounded by credits
@@ -13,21 +14,34 @@
 ================ ===========================================================================
 """
 
-from vmbus.attach.server.connections import Handler as Handler, serve as serve
+from vmbus.attach.server.admission import Admission as Admission, Names as Names, Roll as Roll
+from vmbus.attach.server.connections import (
+    Handler as Handler,
+    accept as accept,
+    serve as serve,
+    serve_operators as serve_operators,
+)
 from vmbus.attach.server.link import ServerLimits as ServerLimits
 from vmbus.attach.server.listen import (
     from_systemd as from_systemd,
     listen_path as listen_path,
+    named_from_systemd as named_from_systemd,
     open_listener as open_listener,
 )
 from vmbus.attach.server.transport import SocketTransport as SocketTransport
 
 __all__ = [
     "serve",
+    "serve_operators",
+    "accept",
+    "Admission",
+    "Names",
+    "Roll",
     "Handler",
     "ServerLimits",
     "SocketTransport",
     "listen_path",
     "open_listener",
     "from_systemd",
+    "named_from_systemd",
 ]

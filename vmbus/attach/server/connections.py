@@ -1,12 +1,18 @@
-"""The server: accepts VMMs and operators and gives each guest its own task."""
+"""The server: accepts VMMs, or operators, and gives each guest its own task.
+
+VMMs and operators have sockets of their own. Whoever can open the one may attach a guest, whoever
+can open the other may change all of them: a role in HELLO says what a peer wants, and never what it
+may.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import socket
-import uuid
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import trio
 
@@ -22,6 +28,7 @@ from vmbus.attach.protocol.limits import (
 )
 from vmbus.attach.protocol.messages import MessageSpec, Number, State
 from vmbus.attach.protocol.to_server import Goodbye, Hello, HelloReply, choose_version
+from vmbus.attach.server.admission import Admission, Names, Peer
 from vmbus.attach.server.link import Link, ServerLimits
 from vmbus.attach.server.management import CommandCallback, Management, QueryCallback
 from vmbus.attach.server.transport import SocketTransport
@@ -31,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[SocketTransport], Awaitable[None]]
 """Serves one partition; returns once :meth:`SocketTransport.incoming` has ended."""
+OwnQuery = Callable[[SocketTransport, str], "dict[str, Any] | Awaitable[dict[str, Any]]"]
+"""Takes a VMM's transport and a kind, returns what this VMM may know."""
 
 
 class _OperatorSession:
@@ -56,84 +65,113 @@ class _OperatorSession:
         logger.debug("operator: %s", error)
 
 
+_WRONG_SOCKET = {
+    Role.VMM: "HELLO: this socket is for VMMs; operators have one of their own",
+    Role.OPERATOR: "HELLO: this socket is for operators; VMMs have one of their own",
+}
+
+
 class _Greeter:
     """The session until HELLO: negotiates, then puts the right session in its place."""
 
     state = State.NEW
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, peer: Peer) -> None:
         self._server = server
+        self._peer = peer
+        self._busy = False
         self.link: Link
         self.greeted = trio.Event()
+        self.name: str | None = None
+        """Of the guest, once it is admitted."""
         self.transport: SocketTransport | None = None
 
     def handle(self, spec: MessageSpec, frame: Frame) -> None:
         """Negotiate; ``spec`` can only be HELLO in state NEW."""
-        server, link = self._server, self.link
         hello = Hello.decode_untrusted(frame.payload)
         version = choose_version(hello)
-        management = Management(server.query, server.command)
-        features = Feature(0)
+        require(not self._busy, "HELLO: another one is being answered", errno.EBUSY)
+        require(hello.role == self._server.role, _WRONG_SOCKET[self._server.role], errno.EPERM)
+        kind, seq = frame.kind, frame.seq
         if hello.role == Role.OPERATOR:
-            link.session = _OperatorSession(link, management)
-        else:
-            limit = link.limits.max_vps
-            require(hello.max_vps >= 1, "HELLO: max_vps must not be 0")
-            require(
-                hello.max_vps <= limit,
-                f"HELLO: max_vps {hello.max_vps} is above {limit}, all that is served here",
-                errno.E2BIG,
+            server = self._server
+            self.link.session = _OperatorSession(
+                self.link, Management(server.query, server.command)
             )
-            features = Feature(hello.features & ALL_FEATURES)
-            self.transport = link.session = SocketTransport(
-                link,
-                hello,
-                features=features,
-                management=management,
-                claim=server.claim,
-                trust_vmm=server.trust_vmm,
-            )
-        reply = HelloReply(
-            version, MAX_FDS, features, MAX_PAYLOAD, link.limits.post_credits, server.name
+            self._welcome(kind, seq, version, Feature(0))
+            return
+        limit = self.link.limits.max_vps
+        require(hello.max_vps >= 1, "HELLO: max_vps must not be 0")
+        require(
+            hello.max_vps <= limit,
+            f"HELLO: max_vps {hello.max_vps} is above {limit}, all that is served here",
+            errno.E2BIG,
         )
-        link.reply(frame.kind, frame.seq, reply.encode())
+        self._busy = True
+
+        async def admit() -> None:
+            try:
+                self.name = await self._server.admission.admit(hello.name, self._peer)
+            except PeerProtocolError as error:
+                self.link.reply_error(kind, seq, error.errno, str(error))
+            else:
+                features = Feature(hello.features & ALL_FEATURES)
+                self.transport = self.link.session = self._transport(hello, self.name, features)
+                self._welcome(kind, seq, version, features)
+            finally:
+                self._busy = False
+
+        self.link.spawn(admit)
+
+    def _transport(self, hello: Hello, name: str, features: Feature) -> SocketTransport:
+        own_query = self._server.own_query
+
+        def query(kind: str) -> dict[str, Any] | Awaitable[dict[str, Any]]:
+            assert own_query is not None
+            return own_query(transport, kind)
+
+        transport = SocketTransport(
+            self.link,
+            hello,
+            name=name,
+            features=features,
+            management=Management(query if own_query is not None else None, None),
+            claim=lambda vm_id: self._server.admission.claim(name, vm_id),
+            trust_vmm=self._server.trust_vmm,
+        )
+        return transport
+
+    def _welcome(self, kind: int, seq: int, version: int, features: Feature) -> None:
+        credits_ = self.link.limits.post_credits
+        reply = HelloReply(version, MAX_FDS, features, MAX_PAYLOAD, credits_, self._server.name)
+        self.link.reply(kind, seq, reply.encode())
         self.greeted.set()
+
+    def leave(self) -> None:
+        """Give the guest's name back. Idempotent."""
+        name, self.name = self.name, None
+        if name is not None:
+            self._server.admission.leave(name)
 
     def dropped(self, error: PeerProtocolError) -> None:
         """Nothing to drop it for yet."""
         logger.debug("before HELLO: %s", error)
 
 
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Server:
-    """The state that connections share; use :func:`serve`."""
+    """The state that connections share; use :func:`serve` and :func:`serve_operators`."""
 
-    def __init__(
-        self,
-        handler: Handler,
-        *,
-        name: str,
-        limits: ServerLimits,
-        trust_vmm: bool,
-        query: QueryCallback | None,
-        command: CommandCallback | None,
-    ) -> None:
-        self._handler = handler
-        self._vm_ids: set[uuid.UUID] = set()
-        self.name = name
-        self.limits = limits
-        self.trust_vmm = trust_vmm
-        self.query = query
-        self.command = command
-
-    def claim(self, vm_id: uuid.UUID) -> None:
-        """Reserve a VM's identity; all zeros is anonymous. Raises PeerProtocolError, EBUSY."""
-        if vm_id.int:
-            require(
-                vm_id not in self._vm_ids,
-                "VM_INFO: a VM with this vm_id is attached; if it was you, try again shortly",
-                errno.EBUSY,
-            )
-            self._vm_ids.add(vm_id)
+    role: Role
+    """Of those who may connect."""
+    name: str
+    limits: ServerLimits
+    handler: Handler | None = None
+    admission: Admission = dataclasses.field(default_factory=Names)
+    trust_vmm: bool = False
+    own_query: OwnQuery | None = None
+    query: QueryCallback | None = None
+    command: CommandCallback | None = None
 
     async def serve_connection(self, sock: socket.socket) -> bool:
         """Serve one connected socket until it is closed; owns ``sock``.
@@ -141,14 +179,14 @@ class Server:
         Returns:
             Whether a guest was attached.
         """
-        greeter = _Greeter(self)
+        greeter = _Greeter(self, Peer.of(sock))
         link = greeter.link = Link(sock, greeter, self.limits)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_run_shielded, link)
             try:
                 await _first_of(greeter.greeted, link.closed, self.limits.hello_timeout)
                 if greeter.transport is not None:
-                    await self._serve_guest(link, greeter.transport)
+                    await self._serve_guest(link, greeter.transport, greeter.leave)
                 elif greeter.greeted.is_set():
                     await link.closed.wait()
                 else:
@@ -156,18 +194,22 @@ class Server:
                 await link.closed.wait()
             finally:
                 link.fail("the server let go")
+                greeter.leave()
         transport = greeter.transport
         logger.info("%s: closed: %s", transport.name if transport else "connection", link.reason)
         return transport is not None and transport.attached.is_set()
 
-    async def _serve_guest(self, link: Link, transport: SocketTransport) -> None:
+    async def _serve_guest(
+        self, link: Link, transport: SocketTransport, leave: Callable[[], None]
+    ) -> None:
         reason = GoodbyeReason.SHUTDOWN
         try:
             await _first_of(transport.attached, link.closed)
             if transport.attached.is_set():
                 reason = await self._run_handler(link, transport)
         finally:
-            self._vm_ids.discard(transport.vm_id)
+            # Whoever is told goodbye may come again at once.
+            leave()
             transport.release(reason)
 
     async def _run_handler(self, link: Link, transport: SocketTransport) -> GoodbyeReason:
@@ -178,6 +220,7 @@ class Server:
 
             async def watch() -> None:
                 await link.closed.wait()
+                self.admission.leaving(transport.name)
                 transport.end()
                 with trio.move_on_after(link.limits.handler_grace):
                     await finished.wait()
@@ -185,7 +228,8 @@ class Server:
 
             nursery.start_soon(watch)
             try:
-                await self._handler(transport)
+                assert self.handler is not None  # VMMs have one
+                await self.handler(transport)
             except Exception as error:
                 # One guest's failure must not end the others; the log has it all.
                 gone = link.closed.is_set() or transport.state is State.CLOSED
@@ -229,11 +273,11 @@ async def serve(
     name: str = "vmbus",
     limits: ServerLimits | None = None,
     trust_vmm: bool = False,
-    query: QueryCallback | None = None,
-    command: CommandCallback | None = None,
+    admission: Admission | None = None,
+    query: OwnQuery | None = None,
     exit_after_guest: bool = False,
 ) -> None:
-    """Serve VMMs and operators until cancelled; see ``docs/reference/vmbus-user.md``.
+    """Serve VMMs until cancelled; see ``docs/reference/vmbus-user.md``.
 
     Args:
         listener: AF_UNIX, SOCK_SEQPACKET or SOCK_STREAM, listening; or connected already, which
@@ -246,21 +290,61 @@ async def serve(
         limits: Budgets per connection.
         trust_vmm: Accept guest memory that its owner could truncate (which would kill this
             process with SIGBUS).
-        query: Answers QUERY, of operators and of VMMs.
-        command: Answers COMMAND, of operators.
+        admission: Says what a guest is called, or that it may not come in; by default what its
+            VMM says it is called. Sockets that lead to the same guests share one.
+        query: Answers QUERY of a VMM, which should hear of its own guest and no other.
         exit_after_guest: Return when the first guest that was attached is gone.
 
     Raises:
         OSError: The listener is broken.
     """
-    limits = limits or ServerLimits()
     server = Server(
-        handler, name=name, limits=limits, trust_vmm=trust_vmm, query=query, command=command
+        role=Role.VMM,
+        handler=handler,
+        name=name,
+        limits=limits or ServerLimits(),
+        trust_vmm=trust_vmm,
+        admission=admission or Names(),
+        own_query=query,
     )
+    await _serve(listener, server, exit_after_guest=exit_after_guest)
+
+
+async def serve_operators(
+    listener: socket.socket,
+    *,
+    name: str = "vmbus",
+    limits: ServerLimits | None = None,
+    query: QueryCallback | None = None,
+    command: CommandCallback | None = None,
+) -> None:
+    """Serve operators until cancelled. Whoever may connect may do whatever ``command`` does.
+
+    Args:
+        listener: As in :func:`serve`.
+        name: The server's name in HELLO.
+        limits: Budgets per connection.
+        query: Answers QUERY.
+        command: Answers COMMAND.
+
+    Raises:
+        OSError: The listener is broken.
+    """
+    server = Server(
+        role=Role.OPERATOR,
+        name=name,
+        limits=limits or ServerLimits(),
+        query=query,
+        command=command,
+    )
+    await _serve(listener, server, exit_after_guest=False)
+
+
+async def _serve(listener: socket.socket, server: Server, *, exit_after_guest: bool) -> None:
     if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         await server.serve_connection(listener)
         return
-    slots = trio.CapacityLimiter(limits.max_connections)
+    slots = trio.CapacityLimiter(server.limits.max_connections)
     async with trio.open_nursery() as nursery:
 
         async def connection(sock: socket.socket, slot: object) -> None:
@@ -274,10 +358,10 @@ async def serve(
         while True:
             slot = object()
             await slots.acquire_on_behalf_of(slot)
-            nursery.start_soon(connection, await _accept(listener), slot)
+            nursery.start_soon(connection, await accept(listener), slot)
 
 
-async def _accept(listener: socket.socket) -> socket.socket:
+async def accept(listener: socket.socket) -> socket.socket:
     """Accept one connection; waits out a lack of descriptors."""
     listener.setblocking(False)
     while True:

@@ -95,15 +95,33 @@ def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
 def from_systemd(
     name: str | None = None, *, environ: MutableMapping[str, str] | None = None
 ) -> list[socket.socket]:
-    """Adopt the sockets that a service manager passed (sd_listen_fds(3)).
+    """Adopt the sockets that a service manager passed, as :func:`named_from_systemd` does.
 
     Args:
-        name: Only those with this name in LISTEN_FDNAMES (``FileDescriptorName=`` of the unit).
+        name: Only those with this name; the others are closed.
+        environ: As there.
+    """
+    found = []
+    for label, sock in named_from_systemd(environ=environ):
+        if name is None or label == name:
+            found.append(sock)
+        else:
+            sock.close()
+    return found
+
+
+def named_from_systemd(
+    *, environ: MutableMapping[str, str] | None = None
+) -> list[tuple[str, socket.socket]]:
+    """Adopt the sockets that a service manager passed, with their names (sd_listen_fds(3)).
+
+    Args:
         environ: Where to look, ``os.environ`` by default; the LISTEN variables are removed, so
             that children do not take the sockets for theirs.
 
     Returns:
-        The sockets, none if nothing was passed to this process.
+        Names (``FileDescriptorName=`` of the unit) and sockets, the caller's; none if nothing was
+        passed to this process.
 
     Raises:
         ConfigError: The variables make no sense, or a descriptor is not a socket we speak on.
@@ -119,9 +137,7 @@ def from_systemd(
     if int(pid) != os.getpid():
         return []
     labels = names.split(":") if names else []
-    found = []
-    for index in range(int(count)):
-        label = labels[index] if index < len(labels) else "unknown"
-        if name is None or label == name:
-            found.append(from_fd(_LISTEN_FDS_START + index))
-    return found
+    return [
+        (labels[index] if index < len(labels) else "unknown", from_fd(_LISTEN_FDS_START + index))
+        for index in range(int(count))
+    ]

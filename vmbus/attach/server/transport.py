@@ -67,6 +67,7 @@ class SocketTransport:
     Args:
         link: The connection.
         hello: What the VMM said about itself.
+        name: What its guest is called here.
         features: As agreed.
         management: Answers QUERY.
         claim: Called with the VM's id when it becomes known; raises PeerProtocolError to refuse.
@@ -78,6 +79,7 @@ class SocketTransport:
         link: Link,
         hello: Hello,
         *,
+        name: str,
         features: Feature,
         management: Management,
         claim: Callable[[uuid.UUID], None],
@@ -88,7 +90,7 @@ class SocketTransport:
         self._management = management
         self._claim = claim
         self.features = features
-        self.name = hello.name or "vmm"
+        self.name = name
         self.memory = GuestMemory()
         self.vp_count = 0
         self.vm_id = uuid.UUID(int=0)

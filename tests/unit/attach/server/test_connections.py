@@ -10,7 +10,7 @@ import trio
 
 from tests.support.attach import Bus, raw_vmm
 from vmbus.attach.server import open_listener, serve
-from vmbus.attach.server.connections import _accept
+from vmbus.attach.server.connections import accept
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
@@ -41,13 +41,13 @@ async def test_a_lack_of_descriptors_is_waited_out(
             listener,
             [OSError(errno.EMFILE, "too many"), ConnectionAbortedError(), BlockingIOError()],
         )
-        sock = await _accept(failing)  # type: ignore[arg-type]
+        sock = await accept(failing)  # type: ignore[arg-type]
         assert failing.failures == []
         sock.close()
         with raw_vmm(tmp_path / "s"):
             failing.failures.append(OSError(errno.EINVAL, "broken"))
             with pytest.raises(OSError, match="broken"):
-                await _accept(failing)  # type: ignore[arg-type]
+                await accept(failing)  # type: ignore[arg-type]
 
 
 async def test_a_broken_listener_ends_the_server(tmp_path: Path) -> None:

@@ -108,10 +108,10 @@ def test_systemd_sockets_have_names(
 ) -> None:
     numbers = passed(monkeypatch)
     (sock,) = from_systemd(name, environ=activation(LISTEN_FDNAMES=names))
-    assert sock.fileno() == numbers[index]
-    sock.detach()
-    for number in numbers:
-        os.close(number)
+    with sock:
+        assert sock.fileno() == numbers[index]
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(numbers[1 - index])  # nobody else would close it
 
 
 def test_sockets_for_another_process_are_not_ours() -> None:

@@ -1,0 +1,80 @@
+"""A worker's line to its supervisor without a process: the test has the worker's ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import trio
+
+from tests.support.worlds import SAFETY
+from vmbus.supervisor.parcels import pack, receive_down
+from vmbus.supervisor.workers import Worker, make_ends
+
+
+class FakeOwner:
+    """A supervisor that only takes notes."""
+
+    def __init__(self, full: str = "") -> None:
+        self.killed: list[int] = []
+        self.gone: list[Worker] = []
+        self._full = full
+
+    def kill(self, pid: int) -> None:
+        self.killed.append(pid)
+
+    def left(self, worker: Worker) -> None:
+        self.gone.append(worker)
+
+    def full(self) -> str:
+        return self._full
+
+
+class Ends:
+    """What a worker process has of its line."""
+
+    def __init__(self, down: int, up: int, claims: int) -> None:
+        self.down = socket.socket(fileno=down)
+        self.up = up
+        self.claims = claims
+
+    def say(self, **parcel: Any) -> None:
+        os.write(self.up, pack(parcel))
+
+    def hear(self) -> dict[str, Any]:
+        """Take the next message; the descriptors that came with it are closed."""
+        self.down.settimeout(SAFETY)
+        received = receive_down(self.down)
+        assert received is not None
+        for fd in received[1]:
+            os.close(fd)
+        return json.loads(json.dumps(received[0]))  # type: ignore[no-any-return]
+
+    def hang_up(self) -> None:
+        if self.up >= 0:
+            os.close(self.up)
+            self.up = -1
+
+    def close(self) -> None:
+        self.hang_up()
+        self.down.close()
+        os.close(self.claims)
+
+
+@contextlib.asynccontextmanager
+async def fake_worker(owner: FakeOwner) -> AsyncIterator[tuple[Worker, Ends]]:
+    """A worker as the supervisor sees it, running, with the test at its other end."""
+    down, up, claims, theirs = make_ends()
+    worker, ends = Worker(owner, down, up, claims), Ends(*theirs)
+    worker.pid = 4711
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.run)
+            yield worker, ends
+            nursery.cancel_scope.cancel()
+    finally:
+        ends.close()

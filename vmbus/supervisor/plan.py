@@ -1,0 +1,25 @@
+"""What workers have to know before there is a guest; all of it can be pickled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from vmbus.attach.server import ServerLimits
+from vmbus.host import BusConfig
+from vmbus.server import DeviceSetup
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How each guest is to be served."""
+
+    setups: tuple[DeviceSetup, ...]
+    """The devices that every guest gets."""
+    config: BusConfig = dataclasses.field(default_factory=BusConfig)
+    limits: ServerLimits = dataclasses.field(default_factory=ServerLimits)
+    trust_vmm: bool = False
+    """Accept guest memory that its owner could truncate, which kills the guest's worker only."""
+    sandbox: bool = True
+    """Give up what a worker does not need; see :mod:`vmbus.supervisor.sandbox`."""
+    allowed: tuple[str, ...] | None = None
+    """Directories below which files may be opened once the guest is there; None: everywhere."""

@@ -1,0 +1,382 @@
+"""The supervisor: accepts VMMs, gives each a worker, and speaks for all guests to operators.
+
+It reads nothing that a VMM sends, not a byte, and takes no descriptor of one: those belong to the
+worker from the beginning. So there is nothing that a VMM could hold it up with. What it keeps is
+small: names, ids, and a pipe for each worker.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import pickle
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+
+from vmbus import __version__
+from vmbus.attach.server import Admission, Names, accept
+from vmbus.attach.server.admission import Peer
+from vmbus.errors import AttachError, ConfigError
+from vmbus.server.guests import check_kind, pick_guest
+from vmbus.server.process import resident_bytes
+from vmbus.supervisor import relay
+from vmbus.supervisor.parcels import MAX_DOWN, send_down
+from vmbus.supervisor.plan import Plan
+from vmbus.supervisor.workers import Gone, Worker, describe_status, make_ends
+
+_log = logging.getLogger("vmbus.server")
+
+RETRY = 0.5
+"""Seconds until making a worker is tried again."""
+MAX_GREETING = 16
+"""Connections that have not said who they are; the oldest has to go when there are more."""
+QUERY_PATIENCE = 2.0
+"""Seconds for a worker to describe its guest."""
+STOP_PATIENCE = 8.0
+"""Seconds for workers to say goodbye; longer than a handler has for its end."""
+
+
+class Supervisor:
+    """Serves any number of guests, each in a process of its own. Use :func:`Supervisor.open`.
+
+    Args:
+        plan: What each worker has to know.
+        zygote: Socket to the zygote; owned.
+    """
+
+    def __init__(self, plan: Plan, zygote: socket.socket) -> None:
+        zygote.setblocking(False)
+        self.plan = plan
+        self._zygote = zygote
+        self._nursery: trio.Nursery
+        self._workers: dict[int, Worker] = {}
+        """Those whose process is there, by pid."""
+        self._spare_in, self._spare = trio.open_memory_channel[Worker](0)
+        self._starting: dict[int, tuple[trio.Event, list[dict[str, Any]]]] = {}
+        self._making = trio.CancelScope()
+        self._listening: set[trio.CancelScope] = set()
+        self._greeting: list[Worker] = []
+        self._ended = trio.Event()
+        self._count = 0
+        self._stopping = False
+        self.served = 0
+        """Guests that were attached, in all."""
+        self.failed = False
+        """Whether serving a guest that has left failed."""
+        self.faults = 0
+        """Rules broken by guests and VMMs that have left."""
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, plan: Plan) -> AsyncIterator[Supervisor]:
+        """Run a supervisor for the length of a ``async with`` block. Is a checkpoint.
+
+        At its end the guests are told goodbye, and all processes have ended when it is left.
+
+        Raises:
+            AttachError: Processes cannot be started here.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                process = await trio.lowlevel.open_process(
+                    [sys.executable, "-m", "vmbus.supervisor.zygote", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                )
+            try:
+                _send_plan(ours, plan)
+            except OSError as error:
+                raise AttachError("the process that starts workers has ended") from error
+            supervisor = cls(plan, ours)
+            async with trio.open_nursery() as nursery:
+                supervisor._nursery = nursery
+                await nursery.start(supervisor._to_the_end, supervisor._listen)
+                nursery.start_soon(supervisor._keep_spare)
+                try:
+                    yield supervisor
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await supervisor._stop()
+                    for scope in tuple(supervisor._listening):
+                        scope.cancel()
+                    nursery.cancel_scope.cancel()
+        finally:
+            ours.close()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+
+    # -- workers ---------------------------------------------------------------------------------
+
+    async def _to_the_end(
+        self,
+        listen: Callable[..., Awaitable[None]],
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Listen until all has ended: whoever cancels us waits for what is heard then."""
+        with trio.CancelScope(shield=True) as scope:
+            self._listening.add(scope)
+            try:
+                await listen(task_status)
+            finally:
+                self._listening.discard(scope)
+
+    async def _listen(self, task_status: trio.TaskStatus[None]) -> None:
+        """Hear what the zygote has to say."""
+        while True:
+            await trio.lowlevel.wait_readable(self._zygote)
+            data = self._zygote.recv(MAX_DOWN)
+            if not data:
+                break
+            parcel = json.loads(data)
+            match parcel:
+                case {"ready": True}:
+                    task_status.started()
+                case {"spawned": number} | {"failed": number}:
+                    event, answers = self._starting.pop(number)
+                    answers.append(parcel)
+                    event.set()
+                case {"exited": pid, "status": status}:
+                    self._exited(pid, status)
+                case _:
+                    raise AssertionError(f"the zygote says what it cannot: {parcel}")
+        if not self._stopping:
+            raise AttachError("the process that starts workers has ended")
+
+    def _exited(self, pid: int, status: int) -> None:
+        worker = self._workers.pop(pid, None)
+        if worker is None:
+            return
+        worker.status = status
+        how = describe_status(status)
+        if how and not self._stopping and worker.name is not None:
+            _log.error("%s: its worker %s", worker.label, how)
+            self.failed = self.failed or worker.attached
+        self._ended.set()
+        self._ended = trio.Event()
+
+    def kill(self, pid: int) -> None:
+        """See :class:`vmbus.supervisor.workers.Owner`."""
+        send_down(self._zygote, {"kill": pid})
+
+    def left(self, worker: Worker) -> None:
+        """See :class:`vmbus.supervisor.workers.Owner`."""
+        self.served += worker.attached
+        how = worker.ended or {}
+        self.failed = self.failed or bool(how.get("failed"))
+        faults = how.get("faults")
+        self.faults += faults if isinstance(faults, int) else 0
+
+    def full(self) -> str:
+        """See :class:`vmbus.supervisor.workers.Owner`."""
+        limit = self.plan.limits.max_connections
+        if sum(worker.name is not None for worker in self._workers.values()) < limit:
+            return ""
+        return f"this server has {limit} guests, its limit; try again later"
+
+    async def _keep_spare(self) -> None:
+        """Have one worker ready at any time."""
+        with self._making:
+            while True:
+                worker = await self._spawn()
+                if worker is None:
+                    await trio.sleep(RETRY)
+                    continue
+                await worker.ready.wait()
+                await self._spare_in.send(worker)
+
+    async def _spawn(self) -> Worker | None:
+        """Make a worker; None if that is impossible now."""
+        try:
+            down, up, claims, theirs = make_ends()
+        except OSError as error:
+            _log.warning("cannot make a worker now: %s", error.strerror)
+            return None
+        worker = Worker(self, down, up, claims)
+        try:
+            pid = await self._ask_for_process(theirs)
+        except BaseException:
+            worker.discard()
+            raise
+        if pid is None:
+            worker.discard()
+            return None
+        worker.pid = pid
+        self._workers[pid] = worker
+        self._nursery.start_soon(self._to_the_end, worker.run)
+        return worker
+
+    async def _ask_for_process(self, theirs: list[int]) -> int | None:
+        """Have the zygote make a process with these descriptors, which are owned here."""
+        self._count += 1
+        number = self._count
+        event, answers = self._starting[number] = trio.Event(), []
+        try:
+            send_down(self._zygote, {"spawn": number}, theirs)
+        finally:
+            for fd in theirs:
+                os.close(fd)
+        await event.wait()
+        answer = answers[0]
+        if "error" in answer:
+            _log.warning("cannot make a worker now: %s", answer["error"])
+            return None
+        pid: int = answer["pid"]
+        return pid
+
+    async def _stop(self) -> None:
+        self._stopping = True
+        self._making.cancel()
+        for worker in tuple(self._workers.values()):
+            worker.stop()
+        with trio.move_on_after(STOP_PATIENCE):
+            while self._workers:
+                await self._ended.wait()
+        for worker in tuple(self._workers.values()):
+            _log.warning("%s: did not end by itself", worker.label)
+            self.kill(worker.pid)
+        while self._workers:
+            await self._ended.wait()
+
+    # -- VMMs ------------------------------------------------------------------------------------
+
+    async def serve(
+        self,
+        listener: socket.socket,
+        *,
+        admission: Admission | None = None,
+        exit_after_guest: bool = False,
+    ) -> None:
+        """Serve the VMMs that come by a socket, until cancelled.
+
+        Args:
+            listener: As in :func:`vmbus.attach.server.serve`.
+            admission: Says what a guest is called.
+            exit_after_guest: Return when the first guest that was attached is gone.
+
+        Raises:
+            OSError: The listener is broken.
+        """
+        admission = admission or Names()
+        if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            worker = await self._hand_over(listener, admission)
+            await worker.gone.wait()
+            return
+        async with trio.open_nursery() as nursery:
+
+            async def watch(worker: Worker) -> None:
+                await worker.gone.wait()
+                if worker.attached and exit_after_guest:
+                    nursery.cancel_scope.cancel()
+
+            while True:
+                sock = await accept(listener)
+                nursery.start_soon(watch, await self._hand_over(sock, admission))
+
+    async def _hand_over(self, sock: socket.socket, admission: Admission) -> Worker:
+        """Give a connection to a worker. Owns the socket."""
+        with sock:
+            peer = Peer.of(sock)
+            while True:
+                worker = await self._spare.receive()
+                self._count += 1
+                try:
+                    worker.serve(sock, peer, admission, self._count)
+                except Gone:
+                    continue
+                break
+        self._greeting = [each for each in self._greeting if _is_greeting(each)]
+        while len(self._greeting) >= MAX_GREETING:
+            self.kill(self._greeting.pop(0).pid)
+        self._greeting.append(worker)
+        return worker
+
+    # -- operators -------------------------------------------------------------------------------
+
+    def _attached(self) -> dict[str, Worker]:
+        return {
+            worker.name: worker
+            for worker in self._workers.values()
+            if worker.name is not None and worker.attached and not worker.gone.is_set()
+        }
+
+    async def query(self, kind: str) -> dict[str, Any]:
+        """Answer a QUERY: ``"status"`` or ``"guests"``. Is a checkpoint.
+
+        A guest whose worker does not answer in time is described by its name only.
+
+        Raises:
+            ConfigError: There is no such kind.
+        """
+        check_kind(kind)
+        attached = self._attached()
+        status: dict[str, Any] = {
+            "server": f"vmbus {__version__}",
+            "pid": os.getpid(),
+            "guests_served": self.served + len(attached),
+            "guests_attached": len(attached),
+            "rss": resident_bytes(),
+        }
+        found: dict[str, dict[str, Any]] = {}
+
+        async def describe(name: str, worker: Worker) -> None:
+            known = {"name": name, "number": worker.number, "pid": worker.pid}
+            known["rss"] = resident_bytes(worker.pid)
+            found[name] = {**_UNKNOWN, **known, "answers": False}
+            with trio.move_on_after(QUERY_PATIENCE):
+                try:
+                    answer = await worker.ask({"query": "guests"})
+                    (guest,) = answer["guests"]
+                    found[name] = {**guest, **known, "answers": True}
+                except Gone:
+                    del found[name]
+                except (ConfigError, OSError, KeyError, TypeError, ValueError) as error:
+                    _log.debug("%s: cannot be described: %r", name, error)
+
+        if kind == "guests":
+            async with trio.open_nursery() as nursery:
+                for name, worker in attached.items():
+                    nursery.start_soon(describe, name, worker)
+            status["guests"] = sorted(found.values(), key=lambda guest: int(guest["number"]))
+        return status
+
+    async def command(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer a COMMAND: pass it on to the guest's worker. Is a checkpoint.
+
+        See :meth:`vmbus.server.GuestServer.command`.
+
+        Raises:
+            ConfigError: There is no such guest or device, or it cannot do that.
+            OSError: The disk cannot.
+        """
+        worker = pick_guest(self._attached(), request.get("guest"))
+        try:
+            return await worker.ask({"command": request})
+        except Gone:
+            raise OSError(errno.ENOTCONN, f"{worker.label} has left") from None
+
+
+_UNKNOWN: dict[str, Any] = {
+    "version": None, "memory": 0, "paused": False, "faults": 0, "gpadls": 0,
+    "messages_waiting": 0, "monitor_polls": 0, "devices": [], "channels": [],
+}  # fmt: skip
+"""A guest of which nothing is known now."""
+
+
+def _is_greeting(worker: Worker) -> bool:
+    return worker.name is None and not worker.gone.is_set()
+
+
+def _send_plan(sock: socket.socket, plan: Plan) -> None:
+    fd = os.memfd_create("vmbus-plan", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, pickle.dumps((plan, relay.levels())))
+        send_down(sock, {}, [fd])
+    finally:
+        os.close(fd)

@@ -1,0 +1,227 @@
+"""What runs in a worker: one VMM's connection, a bus, its devices, and a line to the supervisor.
+
+A worker is made before it is needed. It then waits for a connection, greets the VMM, asks the
+supervisor who the guest is, and serves it as a server in one process would. When the connection has
+ended, so does the worker. Nothing here is read from another guest, so there is nothing to protect
+one from but the kernel's own borders between processes.
+
+Down come (JSON, the first with the connection as a descriptor)::
+
+    {"serve": true}
+    {"answer": n, "value": ...}  or  {"answer": n, "error": text, "errno": e}
+    {"ask": n, "query": kind}    or  {"ask": n, "command": {...}}
+    {"stop": true}
+
+Up go::
+
+    {"ready": true}
+    {"ask": n, "admit": what the VMM calls its guest}
+    {"claim": id}                    answered by one byte in a pipe of its own
+    {"attached": true}, {"leaving": true}, {"left": true}
+    {"answer": n, ...}
+    {"log": {...}}
+    {"ended": {"attached": ..., "failed": ..., "faults": ...}}
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import select
+import socket
+import uuid
+from typing import Any
+
+import trio
+
+from vmbus.attach.protocol.layout import require
+from vmbus.attach.server import SocketTransport, serve
+from vmbus.attach.server.admission import Peer
+from vmbus.errors import ConfigError, PeerProtocolError, ProtocolError, VMBusError
+from vmbus.plugins.devices import load_device
+from vmbus.server import GuestServer, raise_descriptor_limit
+from vmbus.supervisor import relay, sandbox
+from vmbus.supervisor.files import named_files
+from vmbus.supervisor.parcels import Parcel, pack, receive_down, write_all
+from vmbus.supervisor.plan import Plan
+
+CLAIM_PATIENCE = 5.0
+"""Seconds for the supervisor to answer what a worker stops for."""
+
+
+def prepare(plan: Plan) -> None:
+    """Import what workers need, for the zygote. Starts nothing."""
+    raise_descriptor_limit()
+    for setup in plan.setups:
+        plugin = load_device(setup.plugin)
+        if plugin.backends is not None:
+            for name in {spec.partition(":")[0] for spec in setup.specs}:
+                try:
+                    plugin.backends.load(name)
+                except ConfigError:
+                    continue  # the guest's own server will say it
+
+
+def main(plan: Plan, levels: dict[str, int], down: int, up: int, claims: int) -> int:
+    """Be a worker until its guest is gone; returns the exit code.
+
+    Args:
+        plan: What the supervisor wants.
+        levels: Of the supervisor's loggers.
+        down: Socket from the supervisor; owned.
+        up: Pipe to it; owned.
+        claims: Pipe with its answers to claims; owned.
+    """
+    sandbox.set_name("vmbus-worker")
+    if plan.sandbox:
+        sandbox.confine()
+        sandbox.restrict_files(None)
+    worker = Worker(plan, socket.socket(fileno=down), up, claims)
+    relay.install(worker.send, levels)
+    trio.run(worker.run)
+    return 0
+
+
+class Worker:
+    """The line to the supervisor, and what it is about. Arguments as in :func:`main`."""
+
+    def __init__(self, plan: Plan, down: socket.socket, up: int, claims: int) -> None:
+        down.setblocking(False)
+        self._plan = plan
+        self._down = down
+        self._up = up
+        self._claims = claims
+        self._server = GuestServer(plan.setups, plan.config)
+        self._asked: dict[int, tuple[trio.Event, list[Parcel]]] = {}
+        self._asking = 0
+        self.attached = False
+        self.failed = False
+        self.faults = 0
+
+    def send(self, parcel: Parcel) -> None:
+        """Send something up. Waits for the supervisor if that is slow."""
+        write_all(self._up, pack(parcel))
+
+    async def run(self) -> None:
+        """Wait for a guest, serve it, end."""
+        gc.collect()
+        gc.freeze()
+        self.send({"ready": True})
+        async with trio.open_nursery() as nursery:
+            await self._listen(nursery)
+
+    async def _listen(self, nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                received = receive_down(self._down)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._down)
+                continue
+            if received is None:
+                break  # the supervisor is gone, and its guests go with it
+            parcel, fds = received
+            match parcel:
+                case {"serve": True}:
+                    nursery.start_soon(self._serve, socket.socket(fileno=fds[0]), nursery)
+                case {"answer": int(number)} if number in self._asked:
+                    event, answers = self._asked.pop(number)
+                    answers.append(parcel)
+                    event.set()
+                case {"ask": int(number)}:
+                    nursery.start_soon(self._answer, number, parcel)
+                case _:  # to stop
+                    break
+        nursery.cancel_scope.cancel()
+
+    # -- the guest -------------------------------------------------------------------------------
+
+    async def _serve(self, sock: socket.socket, nursery: trio.Nursery) -> None:
+        plan = self._plan
+        try:
+            await serve(
+                sock,
+                self._handle,
+                limits=plan.limits,
+                trust_vmm=plan.trust_vmm,
+                admission=self,
+                query=self._server.query_own,
+            )
+        finally:
+            ended = {"attached": self.attached, "failed": self.failed, "faults": self.faults}
+            self.send({"ended": ended})
+        nursery.cancel_scope.cancel()
+
+    async def _handle(self, transport: SocketTransport) -> None:
+        plan = self._plan
+        self.attached = True
+        try:
+            if plan.sandbox and plan.allowed is not None:
+                # No thread is there yet, and those to come take this over.
+                sandbox.restrict_files([*plan.allowed, *named_files(plan.setups, transport.name)])
+            self.send({"attached": True})
+            await self._server.handle(transport)
+        except ProtocolError:
+            self.faults += 1
+            raise
+        except Exception:
+            self.failed = True
+            raise
+        finally:
+            self.faults += transport.dropped_messages + self._server.faults
+
+    # -- vmbus.attach.server.Admission -----------------------------------------------------------
+
+    async def admit(self, said: str, peer: Peer) -> str:
+        """Ask the supervisor, which knows the peer and the other guests. A checkpoint."""
+        del peer
+        self._asking += 1
+        number = self._asking
+        event, answers = self._asked[number] = trio.Event(), []
+        self.send({"ask": number, "admit": said})
+        await event.wait()
+        answer = answers[0]
+        if "error" in answer:
+            raise PeerProtocolError(answer["error"], errno=answer["errno"])
+        name: str = answer["value"]
+        sandbox.set_name(f"vmbus:{name}")
+        return name
+
+    def claim(self, name: str, vm_id: uuid.UUID) -> None:
+        """Ask the supervisor, and wait: there is nothing else to do here than this guest."""
+        del name
+        self.send({"claim": str(vm_id)})
+        poll = select.poll()
+        poll.register(self._claims, select.POLLIN)
+        granted = poll.poll(CLAIM_PATIENCE * 1000) and os.read(self._claims, 1) == b"y"
+        require(
+            bool(granted),
+            "VM_INFO: a VM with this vm_id is attached; if it was you, try again shortly",
+            errno.EBUSY,
+        )
+
+    def leaving(self, name: str) -> None:
+        """Tell the supervisor."""
+        del name
+        self.send({"leaving": True})
+
+    def leave(self, name: str) -> None:
+        """Tell the supervisor."""
+        del name
+        self.send({"left": True})
+
+    # -- operators -------------------------------------------------------------------------------
+
+    async def _answer(self, number: int, parcel: Parcel) -> None:
+        answer: dict[str, Any] = {"answer": number}
+        try:
+            match parcel:
+                case {"query": str(kind)}:
+                    answer["value"] = self._server.query(kind)
+                case _:
+                    answer["value"] = await self._server.command(parcel["command"])
+        except VMBusError as error:
+            answer |= {"error": str(error), "errno": errno.EINVAL}
+        except OSError as error:
+            answer |= {"error": str(error), "errno": error.errno or errno.EIO}
+        self.send(answer)

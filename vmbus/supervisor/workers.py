@@ -1,0 +1,263 @@
+"""One worker, as the supervisor sees it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import signal
+import socket
+import uuid
+from collections.abc import Sequence
+from typing import Protocol
+
+import trio
+
+from vmbus.attach.server.admission import Admission, Peer
+from vmbus.errors import ConfigError, PeerProtocolError
+from vmbus.host.log_budget import LogBudget
+from vmbus.supervisor import relay
+from vmbus.supervisor.parcels import READ_SIZE, Parcel, Unpacker, send_down
+
+_log = logging.getLogger("vmbus.server")
+
+_PIPE_SIZE = 1 << 20
+"""Bytes between a worker and us before it has to wait."""
+
+
+class Gone(Exception):  # noqa: N818 - an end, no error
+    """The worker has ended."""
+
+
+class Owner(Protocol):
+    """What a worker needs of the supervisor."""
+
+    def kill(self, pid: int) -> None:
+        """Have a worker killed, if it is there."""
+
+    def left(self, worker: Worker) -> None:
+        """Take note that a worker's line has ended. Cannot block."""
+
+    def full(self) -> str:
+        """Return why no further guest can be served, or an empty text."""
+
+
+class Worker:
+    """A worker process and the guest that it has.
+
+    Args:
+        owner: The supervisor.
+        down: To the worker; owned.
+        up: From the worker; owned.
+        claims: To the worker; owned.
+    """
+
+    def __init__(self, owner: Owner, down: socket.socket, up: int, claims: int) -> None:
+        down.setblocking(False)
+        os.set_blocking(up, False)
+        self._owner = owner
+        self._down = down
+        self._up = up
+        self._claims = claims
+        self._asked: dict[int, tuple[trio.Event, list[Parcel]]] = {}
+        self._asking = 0
+        self._admission: Admission | None = None
+        self._peer: Peer | None = None
+        self._lines = LogBudget(burst=200, interval=0.2)
+        self._left_out = 0
+        self.pid = 0
+        self.number = 0
+        """Counts the guests of a supervisor."""
+        self.name: str | None = None
+        """The guest's, once it is admitted."""
+        self.attached = False
+        self.ended: Parcel | None = None
+        """What it said when its guest was gone."""
+        self.ready = trio.Event()
+        self.gone = trio.Event()
+        self.status: int | None = None
+        """As ``waitpid`` gives it, once the process is known to have ended."""
+
+    async def run(self, _: object = None) -> None:
+        """Read what comes up, until the worker's end. Never raises but Cancelled."""
+        unpacker = Unpacker()
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(self._up)
+                data = os.read(self._up, READ_SIZE)
+                if not data:
+                    break
+                for parcel in unpacker.feed_untrusted(data):
+                    self._take_untrusted(parcel)
+        except PeerProtocolError as error:
+            _log.error("%s: killed, for it sent %s", self.label, error)
+            self._owner.kill(self.pid)
+        finally:
+            self._close()
+
+    @property
+    def label(self) -> str:
+        """What lines of the log call it."""
+        return self.name if self.name is not None else f"worker {self.pid}"
+
+    def discard(self) -> None:
+        """Close our ends, if the worker's process never came to be."""
+        self._down.close()
+        for fd in (self._up, self._claims):
+            os.close(fd)
+
+    def _close(self) -> None:
+        self.discard()
+        for event, _ in self._asked.values():
+            event.set()
+        self._asked.clear()
+        if self._left_out:
+            _log.warning("%s: %d lines of its log were left out", self.label, self._left_out)
+        self._give_back_name()
+        self._owner.left(self)
+        self.ready.set()
+        self.gone.set()
+
+    def _give_back_name(self) -> None:
+        if self.name is not None and self._admission is not None:
+            self._admission.leave(self.name)
+            self._admission = None
+
+    # -- down ------------------------------------------------------------------------------------
+
+    def send(self, parcel: Parcel, fds: Sequence[int] = ()) -> None:
+        """Send something down. Cannot block. Raises Gone if that is impossible."""
+        try:
+            if self.gone.is_set():
+                raise Gone
+            send_down(self._down, parcel, fds)
+        except BlockingIOError:
+            # A worker that is held up by its guest or disk; it gets no more until it is not.
+            raise Gone from None
+        except OSError as error:
+            raise Gone from error
+
+    def serve(self, sock: socket.socket, peer: Peer, admission: Admission, number: int) -> None:
+        """Hand a connection over. Raises Gone."""
+        self._admission = admission
+        self._peer = peer
+        self.number = number
+        self.send({"serve": True}, [sock.fileno()])
+
+    def stop(self) -> None:
+        """Have it say goodbye and end."""
+        try:
+            self.send({"stop": True})
+        except Gone:
+            if not self.gone.is_set():
+                self._owner.kill(self.pid)
+
+    async def ask(self, what: Parcel) -> Parcel:
+        """Have a worker answer something. Is a checkpoint.
+
+        Raises:
+            Gone: It ended before it had answered.
+            ConfigError: It refuses.
+            OSError: The disk refuses.
+        """
+        self._asking += 1
+        number = self._asking
+        event, answers = self._asked[number] = trio.Event(), []
+        try:
+            self.send({"ask": number, **what})
+            await event.wait()
+        finally:
+            self._asked.pop(number, None)
+        if not answers:
+            raise Gone
+        answer = answers[0]
+        if "error" in answer:
+            code, text = answer.get("errno"), str(answer["error"])
+            if code == errno.EINVAL or not isinstance(code, int):
+                raise ConfigError(text)
+            raise OSError(code, text)
+        value = answer.get("value")
+        return value if isinstance(value, dict) else {}
+
+    # -- up --------------------------------------------------------------------------------------
+
+    def _take_untrusted(self, parcel: Parcel) -> None:
+        match parcel:
+            case {"log": line}:
+                if self._lines.spend():
+                    relay.replay_untrusted(line)
+                else:
+                    self._left_out += 1
+            case {"ready": True}:
+                self.ready.set()
+            case {"ask": int(number), "admit": str(said)}:
+                trio.lowlevel.spawn_system_task(self._admit, number, said)
+            case {"claim": str(text)}:
+                self._claim_untrusted(text)
+            case {"attached": True}:
+                self.attached = True
+            case {"leaving": True} if self.name is not None and self._admission is not None:
+                self._admission.leaving(self.name)
+            case {"left": True}:
+                self._give_back_name()
+            case {"answer": int(number)}:
+                # Whoever asked may have lost patience.
+                event, answers = self._asked.get(number, (trio.Event(), []))
+                answers.append(parcel)
+                event.set()
+            case {"ended": dict(how)}:
+                self.ended = how
+            case _:
+                raise PeerProtocolError("a message that makes no sense", errno=errno.EPROTO)
+
+    async def _admit(self, number: int, said: str) -> None:
+        answer: Parcel = {"answer": number}
+        admission, peer = self._admission, self._peer
+        try:
+            if admission is None or peer is None or self.name is not None:
+                raise PeerProtocolError("HELLO: it has been answered", errno=errno.EPROTO)
+            if full := self._owner.full():
+                raise PeerProtocolError(f"HELLO: {full}", errno=errno.EAGAIN)
+            self.name = await admission.admit(said, peer)
+            answer["value"] = self.name
+            if self.gone.is_set():
+                self._give_back_name()
+        except PeerProtocolError as error:
+            answer |= {"error": str(error), "errno": error.errno}
+        try:
+            self.send(answer)
+        except Gone:
+            return
+
+    def _claim_untrusted(self, text: str) -> None:
+        answer = b"y"
+        try:
+            if self.name is not None and self._admission is not None:
+                self._admission.claim(self.name, uuid.UUID(text))
+        except (PeerProtocolError, ValueError):
+            answer = b"n"
+        os.write(self._claims, answer)
+
+
+def make_ends() -> tuple[socket.socket, int, int, list[int]]:
+    """Return our ends of a new worker's line (down, up, claims) and the descriptors of its own.
+
+    Raises:
+        OSError: Too many files are open.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # Nothing is ever read from the worker here: what it sends fails at its end.
+    ours.shutdown(socket.SHUT_RD)
+    up_read, up_write = os.pipe()
+    claims_read, claims_write = os.pipe()
+    fcntl.fcntl(up_write, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+    return ours, up_read, claims_write, [theirs.detach(), up_write, claims_read]
+
+
+def describe_status(status: int) -> str:
+    """Return in words how a process ended, empty if well."""
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}" if code else ""
