@@ -29,6 +29,7 @@ SERVING = "test_requests_both_ways.py: test_the_fast_path_does_what_the_long_way
 # Steps of a larger decoder. The property test of the whole, named here, gets into all of them:
 # looked up with a profiler, not guessed.
 REACHED_THROUGH = {
+    "_obey_untrusted": "test_shared_any_records.py: test_no_guest_harms_a_keeper_or_its_neighbours",
     "_claim_untrusted": "test_parcels_any_bytes.py: test_any_message_is_taken_or_ends_the_worker",
     "_take_untrusted": "test_parcels_any_bytes.py: test_any_message_is_taken_or_ends_the_worker",
     "_check_pmi_untrusted": SCSI,

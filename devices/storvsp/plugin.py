@@ -9,11 +9,16 @@ from uuid import UUID
 from storvsp.controller import ScsiController
 from storvsp.disks.specs import DISKS, DiskSpec, open_disk
 from storvsp.session import DEFAULT_MAX_TRANSFER
+from storvsp.shared import Keeper, SharedUnit
 from storvsp.units import Address, address_text
 from vmbus.errors import ConfigError
 from vmbus.host.device import Device
 from vmbus.plugins.registry import Registry
+from vmbus.plugins.sharing import Line
 from vmbus.plugins.specs import parse_number, parse_size
+
+MIN_STAGING = 8 << 20
+"""Bytes between a guest and the keeper of a disk that it shares."""
 
 OPTIONS = ("max_subchannels", "max_transfer_bytes", "monitor")
 
@@ -31,6 +36,7 @@ class ScsiPlugin:
         instance_id: UUID,
         initiator: Hashable,
         options: Mapping[str, Any],
+        shared: Mapping[str, Line] | None = None,
     ) -> ScsiController:
         """Make a controller with a disk for each specification. Is a checkpoint.
 
@@ -40,6 +46,7 @@ class ScsiPlugin:
             instance_id: The offer's instance GUID.
             initiator: Who the guest is.
             options: Any of :data:`OPTIONS`, as in :class:`ScsiController`.
+            shared: Lines to the keepers of disks with the option ``shared``; owned.
 
         Raises:
             ConfigError: A specification or an option cannot be honoured; nothing stays open then.
@@ -58,11 +65,23 @@ class ScsiPlugin:
         )
         try:
             for spec in specs:
-                await add(controller, spec)
+                if shared is not None and spec in shared:
+                    await add_shared(controller, spec, shared[spec])
+                else:
+                    await add(controller, spec)
         except BaseException:
             await controller.aclose()
             raise
         return controller
+
+    def shared(self, specs: Sequence[str], options: Mapping[str, Any]) -> dict[str, int]:
+        """See :class:`vmbus.plugins.sharing.SharingPlugin`."""
+        staging = max(2 * _count(options, "max_transfer_bytes", DEFAULT_MAX_TRANSFER), MIN_STAGING)
+        return {spec: staging for spec in specs if _is_shared(spec)}
+
+    async def open_keeper(self, spec: str, *, identity: bytes) -> Keeper:
+        """See :class:`vmbus.plugins.sharing.SharingPlugin`."""
+        return Keeper(await open_disk(DiskSpec.parse(spec).split()[0]), identity)
 
     async def command(self, device: Device, request: Mapping[str, Any]) -> dict[str, Any]:
         """Carry out an operator's request on a disk or a drive. Is a checkpoint.
@@ -122,6 +141,39 @@ PLUGIN = ScsiPlugin()
 """What the entry point names."""
 
 
+def _is_shared(text: str) -> bool:
+    try:
+        return "shared" in DiskSpec.parse(text).options
+    except ConfigError:  # will be said where it is opened
+        return False
+
+
+async def add_shared(controller: ScsiController, text: str, line: Line) -> Address:
+    """Put a disk that is kept elsewhere behind the controller; owns the line. Is a checkpoint.
+
+    Raises:
+        ConfigError: Its place is taken, or its keeper is gone.
+    """
+    path, target, lun = _place(text, DiskSpec.parse(text).split()[1])
+    unit = SharedUnit(
+        line.sock,
+        line.staging_fd,
+        luns=lambda: controller.units.luns(path, target),
+        changed=controller.units.changed,
+        source=text,
+    )
+    try:
+        await unit.known.wait()
+        if not unit.info:
+            raise ConfigError(f"{text}: its keeper is gone")
+        if lun is None:
+            lun = controller.units.free_lun(path, target)
+        return controller.add_unit(unit, path=path, target=target, lun=lun)
+    except BaseException:
+        unit.close()
+        raise
+
+
 async def add(controller: ScsiController, text: str) -> Address:
     """Open the disk ``text`` names and put it behind the controller. Is a checkpoint.
 
@@ -129,8 +181,9 @@ async def add(controller: ScsiController, text: str) -> Address:
         ConfigError: It cannot be opened, or its place is taken.
     """
     spec, place = DiskSpec.parse(text).split()
-    numbers = {name: _number(text, name, value) for name, value in place.items()}
-    path, target, lun = numbers.get("path", 0), numbers.get("target", 0), numbers.get("lun")
+    if "shared" in place:
+        raise ConfigError(f"{text}: only disks that the server was started with are shared")
+    path, target, lun = _place(text, place)
     if lun is not None:  # before anything is made
         controller.units.check_free((path, target, lun))
     if spec.scheme == "cd" and not (spec.target or spec.options):
@@ -141,6 +194,11 @@ async def add(controller: ScsiController, text: str) -> Address:
     except BaseException:
         await disk.aclose()
         raise
+
+
+def _place(text: str, place: Mapping[str, str]) -> tuple[int, int, int | None]:
+    numbers = {name: _number(text, name, place[name]) for name in place if name != "shared"}
+    return numbers.get("path", 0), numbers.get("target", 0), numbers.get("lun")
 
 
 async def insert(

@@ -70,7 +70,7 @@ class Units:
         """Where each is; for look-ups only."""
         self.initiator = initiator
         self._instance_id = instance_id
-        self._changed = changed
+        self.changed = changed
         self._media: dict[Address, _Medium] = {}
         self._names: dict[Address, _Name] = {}
         # Where the guest that is there has found which kind of unit.
@@ -91,6 +91,11 @@ class Units:
         """Return the LUNs that exist at a target, in order."""
         return sorted(each[2] for each in self.by_address if each[:2] == (path, target))
 
+    def free_lun(self, path: int, target: int) -> int:
+        """Return the lowest LUN of a target that is free."""
+        taken = set(self.luns(path, target))
+        return next(free for free in range(MAX_LUN + 2) if free not in taken)
+
     def add_disk(
         self,
         disk: Disk | None,
@@ -103,8 +108,7 @@ class Units:
     ) -> Address:
         """See :meth:`storvsp.controller.ScsiController.add_disk` and ``add_drive``."""
         if lun is None:
-            taken = set(self.luns(path, target))
-            lun = next(free for free in range(MAX_LUN + 2) if free not in taken)
+            lun = self.free_lun(path, target)
         address = (path, target, lun)
         self.check_free(address)
         identity = self._name(address, disk)
@@ -118,7 +122,7 @@ class Units:
         else:
             unit = DiskUnit(disk, luns=luns, identity=identity)
         if disk is not None:
-            self._media[address] = _Medium(disk, owned, source, disk.watch(self._changed))
+            self._media[address] = _Medium(disk, owned, source, disk.watch(self.changed))
         self._place(address, unit)
         return address
 
@@ -245,7 +249,7 @@ class Units:
                 with trio.CancelScope(shield=True):
                     await disk.aclose()
         old = self._media.pop(address, None)
-        self._media[address] = _Medium(disk, owned, source, disk.watch(self._changed))
+        self._media[address] = _Medium(disk, owned, source, disk.watch(self.changed))
         await self._let_go(drive, old)
         return True
 
@@ -312,6 +316,7 @@ class Units:
                 "kind": type(disk).__name__ if disk else type(unit).__name__,
                 "source": self._media[address].source if disk else "",
                 "read_only": disk.info.read_only if disk else None,
+                **unit.describe(),
             }
             for address, unit in sorted(self.by_address.items())
         ]
@@ -333,4 +338,4 @@ class Units:
         for other, unit in self.by_address.items():
             if other[:2] == address[:2] and other != address:
                 unit.raise_attention(REPORTED_LUNS_DATA_HAS_CHANGED)
-        self._changed()
+        self.changed()

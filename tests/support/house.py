@@ -41,6 +41,7 @@ ROOMS: dict[str, str] = {
     "storvsp.disk": "the contract of a disk",
     "storvsp.disks": "disk back-ends",
     "storvsp.scsi": "SCSI logical units",
+    "storvsp.shared": "a disk that several guests have, wherever they are served",
     "storvsp": "the SCSI controller: handshake, requests, units, plug-in",
     "storvsp.guest": "the storage driver, for guests in Python",
     "storvsp.testing": "what every disk owes the controller",

@@ -12,6 +12,8 @@ from typing import Any
 import trio
 
 from tests.support.worlds import SAFETY
+from vmbus.plugins.sharing import Line
+from vmbus.server.devices import SharedKey
 from vmbus.supervisor.parcels import pack, receive_down
 from vmbus.supervisor.workers import Worker, make_ends
 
@@ -21,17 +23,25 @@ class FakeOwner:
 
     def __init__(self, full: str = "") -> None:
         self.killed: list[int] = []
+        self.attached = 0
         self.gone: list[Worker] = []
         self._full = full
 
     def kill(self, pid: int) -> None:
         self.killed.append(pid)
 
+    def came(self) -> None:
+        self.attached += 1
+
     def left(self, worker: Worker) -> None:
         self.gone.append(worker)
 
     def full(self) -> str:
         return self._full
+
+    async def lines(self, _guest: str) -> dict[SharedKey, Line]:
+        await trio.lowlevel.checkpoint()
+        return {}
 
 
 class Ends:

@@ -215,7 +215,7 @@ class _SingleProcess:
 @contextlib.asynccontextmanager
 async def _open_server(settings: Settings, config: BusConfig) -> AsyncIterator[_Server]:
     from vmbus.attach.server import ServerLimits
-    from vmbus.server import GuestServer
+    from vmbus.server import GuestServer, Keepers
     from vmbus.supervisor import Plan, Supervisor
     from vmbus.supervisor.files import named_files
     from vmbus.supervisor.sandbox import no_new_privileges, restrict_files
@@ -225,8 +225,9 @@ async def _open_server(settings: Settings, config: BusConfig) -> AsyncIterator[_
         if settings.allowed is not None:
             no_new_privileges()
             restrict_files([*settings.allowed, *named_files(settings.setups, "guest")])
-        server = GuestServer(settings.setups, config)
-        yield _SingleProcess(server, limits, trust_vmm=settings.trust_vmm)
+        async with Keepers.open(settings.setups) as keepers:
+            server = GuestServer(settings.setups, config, keepers=keepers)
+            yield _SingleProcess(server, limits, trust_vmm=settings.trust_vmm)
         return
     plan = Plan(
         setups=settings.setups,

@@ -3,12 +3,14 @@
 ========= ==================================================================
 `guests`  :class:`GuestServer`: makes a bus per guest, answers operators
 `devices` the devices of one guest, and which one an operator means
+`keepers` what guests share
 `process` memory and descriptors of the process
 ========= ==================================================================
 """
 
 from vmbus.server.devices import DeviceSetup as DeviceSetup
 from vmbus.server.guests import GuestServer as GuestServer
+from vmbus.server.keepers import Keepers as Keepers
 from vmbus.server.process import raise_descriptor_limit as raise_descriptor_limit
 
-__all__ = ["GuestServer", "DeviceSetup", "raise_descriptor_limit"]
+__all__ = ["GuestServer", "DeviceSetup", "Keepers", "raise_descriptor_limit"]

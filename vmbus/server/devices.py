@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID, uuid5
 
 import trio
@@ -13,6 +13,7 @@ import trio
 from vmbus.errors import ConfigError
 from vmbus.host.device import Device
 from vmbus.plugins.devices import DevicePlugin, load_device
+from vmbus.plugins.sharing import Line
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -31,6 +32,14 @@ class DeviceSetup:
     """Its back-ends."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Its settings."""
+
+
+class SharedKey(NamedTuple):
+    """Which back-end of which device several guests share."""
+
+    place: int
+    """Of the device among a guest's."""
+    spec: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -54,8 +63,16 @@ class MadeDevice:
         return {"plugin": self.name, "index": self.index, "backend": self.backend}
 
 
-async def make_devices(guest: str, setups: Sequence[DeviceSetup]) -> list[MadeDevice]:
+async def make_devices(
+    guest: str, setups: Sequence[DeviceSetup], lines: Mapping[SharedKey, Line] | None = None
+) -> list[MadeDevice]:
     """Make a guest's devices. Is a checkpoint.
+
+    Args:
+        guest: Its name.
+        setups: What to make.
+        lines: To what the guest shares with others, by the device's place and the specification;
+            owned.
 
     Raises:
         ConfigError: A back-end cannot be opened, and nothing stays open.
@@ -65,11 +82,13 @@ async def make_devices(guest: str, setups: Sequence[DeviceSetup]) -> list[MadeDe
     try:
         for place, setup in enumerate(setups):
             plugin = load_device(setup.plugin)
+            shared = {spec: line for (at, spec), line in (lines or {}).items() if at == place}
             device = await plugin.from_specs(
                 [for_guest(spec, guest) for spec in setup.specs],
                 instance_id=uuid5(INSTANCE_NAMESPACE, f"{setup.plugin}/{place}"),
                 initiator=guest,
                 options=setup.options,
+                **({"shared": shared} if shared else {}),
             )
             index = counts[setup.plugin] = counts.get(setup.plugin, -1) + 1
             made.append(MadeDevice(device, plugin, setup.plugin, index))

@@ -30,6 +30,7 @@ from vmbus.errors import ConfigError
 from vmbus.host import Bus, BusConfig, open_bus
 from vmbus.partition.transport import Transport
 from vmbus.server.devices import DeviceSetup, MadeDevice, make_devices, pick_device
+from vmbus.server.keepers import LineMaker, NoKeepers, open_keeper, shared_backends
 from vmbus.server.process import resident_bytes
 
 _log = logging.getLogger("vmbus.server")
@@ -92,11 +93,19 @@ class GuestServer:
     Args:
         setups: The devices each guest gets, in the order in which they are offered.
         config: Budgets and limits of every bus.
+        keepers: Where what guests share is kept; see :class:`vmbus.server.Keepers`.
     """
 
-    def __init__(self, setups: Sequence[DeviceSetup], config: BusConfig | None = None) -> None:
+    def __init__(
+        self,
+        setups: Sequence[DeviceSetup],
+        config: BusConfig | None = None,
+        *,
+        keepers: LineMaker | None = None,
+    ) -> None:
         self.setups = tuple(setups)
         self.config = config or BusConfig()
+        self._keepers = keepers or NoKeepers()
         self._guests: dict[str, _Guest] = {}
         self._served = 0
         self.faults = 0
@@ -110,12 +119,20 @@ class GuestServer:
         Raises:
             ConfigError: One of them cannot be opened.
         """
+        shared = shared_backends(self.setups)
         fixed = [
             dataclasses.replace(
-                setup, specs=tuple(spec for spec in setup.specs if "{guest}" not in spec)
+                setup,
+                specs=tuple(
+                    spec
+                    for spec in setup.specs
+                    if "{guest}" not in spec and (place, spec) not in shared
+                ),
             )
-            for setup in self.setups
+            for place, setup in enumerate(self.setups)
         ]
+        for key in shared:
+            await (await open_keeper(self.setups, key)).aclose()
         for made in await make_devices("check", fixed):
             await made.device.aclose()
 
@@ -131,7 +148,8 @@ class GuestServer:
             raise ConfigError(f"a guest called {name!r} is attached")
         self._guests[name] = guest = _Guest(self._served, transport)
         try:
-            guest.devices = await make_devices(name, self.setups)
+            lines = await self._keepers.lines(name)
+            guest.devices = await make_devices(name, self.setups, dict(lines))
             devices = [made.device for made in guest.devices]
             async with open_bus(transport, devices, config=self.config) as bus:
                 guest.bus = bus

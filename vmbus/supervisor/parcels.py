@@ -24,6 +24,8 @@ MAX_UP = 8 << 20
 """Bytes of a message from a worker; the description of a guest with 2 000 channels has 1 MiB."""
 MAX_DOWN = 128 << 10
 """Bytes of a message to a worker; a COMMAND has 32 KiB."""
+MAX_DESCRIPTORS = 64
+"""With a message to a worker: a connection, and two for each disk that the guest shares."""
 READ_SIZE = 64 << 10
 """Bytes that are taken from a worker's pipe in one turn."""
 
@@ -104,7 +106,7 @@ def receive_down(sock: socket.socket) -> tuple[Parcel, list[int]] | None:
     """Take a message of the supervisor's; None at the end. The descriptors are the caller's."""
     try:
         data, ancillary, _, _ = sock.recvmsg(
-            MAX_DOWN, socket.CMSG_SPACE(4 * 4), socket.MSG_CMSG_CLOEXEC
+            MAX_DOWN, socket.CMSG_SPACE(4 * MAX_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC
         )
     except ConnectionResetError:  # it has left without reading all that we said
         return None

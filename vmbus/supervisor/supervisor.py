@@ -24,7 +24,10 @@ from vmbus import __version__
 from vmbus.attach.server import Admission, Names, accept
 from vmbus.attach.server.admission import Peer
 from vmbus.errors import AttachError, ConfigError
+from vmbus.plugins.sharing import Line, make_line
+from vmbus.server.devices import SharedKey
 from vmbus.server.guests import check_kind, pick_guest
+from vmbus.server.keepers import shared_backends
 from vmbus.server.process import resident_bytes
 from vmbus.supervisor import relay
 from vmbus.supervisor.parcels import MAX_DOWN, send_down
@@ -62,6 +65,9 @@ class Supervisor:
         self._starting: dict[int, tuple[trio.Event, list[dict[str, Any]]]] = {}
         self._making = trio.CancelScope()
         self._listening: set[trio.CancelScope] = set()
+        self._staging = shared_backends(plan.setups)
+        self._keepers: dict[SharedKey, Worker] = {}
+        self._keeping = trio.Lock()
         self._greeting: list[Worker] = []
         self._ended = trio.Event()
         self._count = 0
@@ -131,7 +137,10 @@ class Supervisor:
         """Hear what the zygote has to say."""
         while True:
             await trio.lowlevel.wait_readable(self._zygote)
-            data = self._zygote.recv(MAX_DOWN)
+            try:
+                data = self._zygote.recv(MAX_DOWN)
+            except ConnectionResetError:  # it ended before it had read everything
+                data = b""
             if not data:
                 break
             parcel = json.loads(data)
@@ -155,7 +164,7 @@ class Supervisor:
             return
         worker.status = status
         how = describe_status(status)
-        if how and not self._stopping and worker.name is not None:
+        if how and not self._stopping and (worker.peer is not None or worker.keeps):
             _log.error("%s: its worker %s", worker.label, how)
             self.failed = self.failed or worker.attached
         self._ended.set()
@@ -165,9 +174,12 @@ class Supervisor:
         """See :class:`vmbus.supervisor.workers.Owner`."""
         send_down(self._zygote, {"kill": pid})
 
+    def came(self) -> None:
+        """See :class:`vmbus.supervisor.workers.Owner`."""
+        self.served += 1
+
     def left(self, worker: Worker) -> None:
         """See :class:`vmbus.supervisor.workers.Owner`."""
-        self.served += worker.attached
         how = worker.ended or {}
         self.failed = self.failed or bool(how.get("failed"))
         faults = how.get("faults")
@@ -233,16 +245,53 @@ class Supervisor:
     async def _stop(self) -> None:
         self._stopping = True
         self._making.cancel()
-        for worker in tuple(self._workers.values()):
+        # What guests share is kept until the last one has let go of it.
+        keepers = set(self._keepers.values())
+        await self._end([each for each in self._workers.values() if each not in keepers])
+        await self._end(list(self._workers.values()))
+
+    async def _end(self, workers: list[Worker]) -> None:
+        for worker in workers:
             worker.stop()
         with trio.move_on_after(STOP_PATIENCE):
-            while self._workers:
+            while any(each.pid in self._workers for each in workers):
                 await self._ended.wait()
-        for worker in tuple(self._workers.values()):
-            _log.warning("%s: did not end by itself", worker.label)
-            self.kill(worker.pid)
-        while self._workers:
+        for worker in workers:
+            if worker.pid in self._workers:
+                _log.warning("%s: did not end by itself", worker.label)
+                self.kill(worker.pid)
+        while any(each.pid in self._workers for each in workers):
             await self._ended.wait()
+
+    # -- what guests share -----------------------------------------------------------------------
+
+    async def lines(self, guest: str) -> dict[SharedKey, Line]:
+        """See :class:`vmbus.supervisor.workers.Owner`."""
+        made: dict[SharedKey, Line] = {}
+        try:
+            for key, staging in self._staging.items():
+                keeper = await self._keeper(key)
+                theirs, made[key] = make_line(staging)
+                try:
+                    keeper.send({"connect": guest}, theirs.filenos())
+                finally:
+                    theirs.close()
+        except BaseException:
+            for line in made.values():
+                line.close()
+            raise
+        return made
+
+    async def _keeper(self, key: SharedKey) -> Worker:
+        """Return the worker that keeps something, made when it is first needed."""
+        async with self._keeping:
+            keeper = self._keepers.get(key)
+            if keeper is None or keeper.gone.is_set():
+                keeper = await self._spare.receive()
+                await keeper.ask({"keep": list(key)})
+                keeper.keeps = key
+                self._keepers[key] = keeper
+            return keeper
 
     # -- VMMs ------------------------------------------------------------------------------------
 
@@ -319,7 +368,7 @@ class Supervisor:
         status: dict[str, Any] = {
             "server": f"vmbus {__version__}",
             "pid": os.getpid(),
-            "guests_served": self.served + len(attached),
+            "guests_served": self.served,
             "guests_attached": len(attached),
             "rss": resident_bytes(),
         }

@@ -10,6 +10,7 @@ Down come (JSON, the first with the connection as a descriptor)::
     {"serve": true}
     {"answer": n, "value": ...}  or  {"answer": n, "error": text, "errno": e}
     {"ask": n, "query": kind}    or  {"ask": n, "command": {...}}
+    {"ask": n, "keep": [place, spec]}    and then, with a line: {"connect": guest}
     {"stop": true}
 
 Up go::
@@ -25,12 +26,14 @@ Up go::
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import gc
 import os
 import select
 import socket
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import trio
@@ -40,7 +43,10 @@ from vmbus.attach.server import SocketTransport, serve
 from vmbus.attach.server.admission import Peer
 from vmbus.errors import ConfigError, PeerProtocolError, ProtocolError, VMBusError
 from vmbus.plugins.devices import load_device
+from vmbus.plugins.sharing import Keeper, Line
 from vmbus.server import GuestServer, raise_descriptor_limit
+from vmbus.server.devices import SharedKey
+from vmbus.server.keepers import open_keeper
 from vmbus.supervisor import relay, sandbox
 from vmbus.supervisor.files import named_files
 from vmbus.supervisor.parcels import Parcel, pack, receive_down, write_all
@@ -92,8 +98,10 @@ class Worker:
         self._down = down
         self._up = up
         self._claims = claims
-        self._server = GuestServer(plan.setups, plan.config)
-        self._asked: dict[int, tuple[trio.Event, list[Parcel]]] = {}
+        self._server = GuestServer(plan.setups, plan.config, keepers=self)
+        self._lines: dict[SharedKey, Line] = {}
+        self._keeper: Keeper | None = None
+        self._asked: dict[int, tuple[trio.Event, list[tuple[Parcel, list[int]]]]] = {}
         self._asking = 0
         self.attached = False
         self.failed = False
@@ -109,7 +117,12 @@ class Worker:
         gc.freeze()
         self.send({"ready": True})
         async with trio.open_nursery() as nursery:
-            await self._listen(nursery)
+            try:
+                await self._listen(nursery)
+            finally:
+                nursery.cancel_scope.cancel()
+        if self._keeper is not None:
+            await self._keeper.aclose()
 
     async def _listen(self, nursery: trio.Nursery) -> None:
         while True:
@@ -126,13 +139,16 @@ class Worker:
                     nursery.start_soon(self._serve, socket.socket(fileno=fds[0]), nursery)
                 case {"answer": int(number)} if number in self._asked:
                     event, answers = self._asked.pop(number)
-                    answers.append(parcel)
+                    answers.append((parcel, fds))
                     event.set()
+                case {"connect": str(guest)}:
+                    assert self._keeper is not None
+                    sock = socket.socket(fileno=fds[0])
+                    nursery.start_soon(self._keeper.serve, sock, fds[1], guest)
                 case {"ask": int(number)}:
                     nursery.start_soon(self._answer, number, parcel)
                 case _:  # to stop
                     break
-        nursery.cancel_scope.cancel()
 
     # -- the guest -------------------------------------------------------------------------------
 
@@ -180,10 +196,13 @@ class Worker:
         event, answers = self._asked[number] = trio.Event(), []
         self.send({"ask": number, "admit": said})
         await event.wait()
-        answer = answers[0]
+        answer, fds = answers[0]
         if "error" in answer:
             raise PeerProtocolError(answer["error"], errno=answer["errno"])
-        name: str = answer["value"]
+        for at, key in enumerate(answer["value"]["shared"]):
+            line = Line(socket.socket(fileno=fds[2 * at]), fds[2 * at + 1])
+            self._lines[SharedKey(*key)] = line
+        name: str = answer["value"]["name"]
         sandbox.set_name(f"vmbus:{name}")
         return name
 
@@ -210,12 +229,32 @@ class Worker:
         del name
         self.send({"left": True})
 
+    # -- what guests share -----------------------------------------------------------------------
+
+    async def lines(self, guest: str) -> Mapping[SharedKey, Line]:
+        """See :class:`vmbus.server.keepers.LineMaker`: they came with the guest's name."""
+        del guest
+        await trio.lowlevel.checkpoint()
+        lines, self._lines = self._lines, {}
+        return lines
+
+    async def _keep(self, key: SharedKey) -> None:
+        """Keep something for all guests."""
+        plan = self._plan
+        sandbox.set_name("vmbus-keeper")
+        if plan.sandbox and plan.allowed is not None:
+            setup = dataclasses.replace(plan.setups[key.place], specs=(key.spec,))
+            sandbox.restrict_files([*plan.allowed, *named_files([setup], "")])
+        self._keeper = await open_keeper(plan.setups, key)
+
     # -- operators -------------------------------------------------------------------------------
 
     async def _answer(self, number: int, parcel: Parcel) -> None:
         answer: dict[str, Any] = {"answer": number}
         try:
             match parcel:
+                case {"keep": [int(place), str(spec)]}:
+                    await self._keep(SharedKey(place, spec))
                 case {"query": str(kind)}:
                     answer["value"] = self._server.query(kind)
                 case _:

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import trio
@@ -17,6 +17,8 @@ import trio
 from vmbus.attach.server.admission import Admission, Peer
 from vmbus.errors import ConfigError, PeerProtocolError
 from vmbus.host.log_budget import LogBudget
+from vmbus.plugins.sharing import Line
+from vmbus.server.devices import SharedKey
 from vmbus.supervisor import relay
 from vmbus.supervisor.parcels import READ_SIZE, Parcel, Unpacker, send_down
 
@@ -36,11 +38,17 @@ class Owner(Protocol):
     def kill(self, pid: int) -> None:
         """Have a worker killed, if it is there."""
 
+    def came(self) -> None:
+        """Take note that a guest was attached. Cannot block."""
+
     def left(self, worker: Worker) -> None:
         """Take note that a worker's line has ended. Cannot block."""
 
     def full(self) -> str:
         """Return why no further guest can be served, or an empty text."""
+
+    async def lines(self, guest: str) -> Mapping[SharedKey, Line]:
+        """Return a guest's lines to what it shares, the caller's. Raises ConfigError, OSError."""
 
 
 class Worker:
@@ -63,14 +71,18 @@ class Worker:
         self._asked: dict[int, tuple[trio.Event, list[Parcel]]] = {}
         self._asking = 0
         self._admission: Admission | None = None
-        self._peer: Peer | None = None
+        self.peer: Peer | None = None
+        """Who its VMM is; None if it has none."""
         self._lines = LogBudget(burst=200, interval=0.2)
         self._left_out = 0
         self.pid = 0
         self.number = 0
         """Counts the guests of a supervisor."""
         self.name: str | None = None
-        """The guest's, once it is admitted."""
+        """The guest's, from its admission until it has left."""
+        self._called = ""
+        self.keeps: SharedKey | None = None
+        """What it keeps for all guests, if it has none itself."""
         self.attached = False
         self.ended: Parcel | None = None
         """What it said when its guest was gone."""
@@ -99,7 +111,9 @@ class Worker:
     @property
     def label(self) -> str:
         """What lines of the log call it."""
-        return self.name if self.name is not None else f"worker {self.pid}"
+        if self.keeps is not None:
+            return self.keeps.spec
+        return self._called or f"worker {self.pid}"
 
     def discard(self) -> None:
         """Close our ends, if the worker's process never came to be."""
@@ -122,7 +136,7 @@ class Worker:
     def _give_back_name(self) -> None:
         if self.name is not None and self._admission is not None:
             self._admission.leave(self.name)
-            self._admission = None
+            self._admission = self.name = None
 
     # -- down ------------------------------------------------------------------------------------
 
@@ -141,7 +155,7 @@ class Worker:
     def serve(self, sock: socket.socket, peer: Peer, admission: Admission, number: int) -> None:
         """Hand a connection over. Raises Gone."""
         self._admission = admission
-        self._peer = peer
+        self.peer = peer
         self.number = number
         self.send({"serve": True}, [sock.fileno()])
 
@@ -197,6 +211,7 @@ class Worker:
                 self._claim_untrusted(text)
             case {"attached": True}:
                 self.attached = True
+                self._owner.came()
             case {"leaving": True} if self.name is not None and self._admission is not None:
                 self._admission.leaving(self.name)
             case {"left": True}:
@@ -213,22 +228,28 @@ class Worker:
 
     async def _admit(self, number: int, said: str) -> None:
         answer: Parcel = {"answer": number}
-        admission, peer = self._admission, self._peer
+        lines: Mapping[SharedKey, Line] = {}
+        admission, peer = self._admission, self.peer
         try:
             if admission is None or peer is None or self.name is not None:
                 raise PeerProtocolError("HELLO: it has been answered", errno=errno.EPROTO)
             if full := self._owner.full():
                 raise PeerProtocolError(f"HELLO: {full}", errno=errno.EAGAIN)
-            self.name = await admission.admit(said, peer)
-            answer["value"] = self.name
-            if self.gone.is_set():
-                self._give_back_name()
+            self.name = self._called = await admission.admit(said, peer)
+            lines = await self._owner.lines(self.name)
+            answer["value"] = {"name": self.name, "shared": [list(key) for key in lines]}
         except PeerProtocolError as error:
             answer |= {"error": str(error), "errno": error.errno}
+        except (ConfigError, OSError, Gone) as error:
+            answer |= {"error": f"HELLO: {error}", "errno": errno.EIO}
+            self._give_back_name()
         try:
-            self.send(answer)
+            self.send(answer, [fd for line in lines.values() for fd in line.filenos()])
         except Gone:
-            return
+            self._give_back_name()
+        finally:
+            for line in lines.values():
+                line.close()
 
     def _claim_untrusted(self, text: str) -> None:
         answer = b"y"

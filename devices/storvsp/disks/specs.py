@@ -37,7 +37,12 @@ class DiskSpec(Spec):
     noun: ClassVar[str] = "disk"
     example: ClassVar[str] = "ram:64M"
     file_scheme: ClassVar[str] = "raw"
-    reserved: ClassVar[Mapping[str, str]] = {"path": _PLACES, "target": _PLACES, "lun": _PLACES}
+    reserved: ClassVar[Mapping[str, str]] = {
+        "path": _PLACES,
+        "target": _PLACES,
+        "lun": _PLACES,
+        "shared": "one disk for all guests of a server, with one set of reservations",
+    }
 
 
 async def open_disk(spec: str | DiskSpec) -> Disk:

@@ -183,6 +183,10 @@ class LogicalUnit(abc.ABC):
         """
         del initiator, replaces
 
+    def describe(self) -> dict[str, Any]:
+        """Return what people should know of it beyond its disk, as JSON types. Cannot block."""
+        return {}
+
     def save(self) -> dict[str, Any]:
         """Return what a guest has set and expects to find, as JSON types. Cannot block."""
         return {}

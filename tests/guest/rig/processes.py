@@ -195,7 +195,10 @@ class Command:
 
     def log(self) -> str:
         """What it has written to standard error."""
-        return self.log_path.read_text(errors="replace")
+        try:
+            return self.log_path.read_text(errors="replace")
+        except FileNotFoundError:  # it was never started
+            return ""
 
     def wait(self, seconds: float) -> int:
         """Return the exit code. Raises TimeoutError."""

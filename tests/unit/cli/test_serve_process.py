@@ -345,3 +345,22 @@ async def test_an_old_version_can_be_the_newest_allowed(path):
             assert str(guest.connection.version) == "4.0"
             await guest.connection.unload()
         assert server.stop() == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_guests_share_a_disk_that_is_said_to_be_shared(path, mode):
+    arguments = ("--socket", path, "--disk", "ram:[shared]2M", "--disk", "ram:1M", *mode)
+    with serving(*arguments) as server:
+        disks = []
+        async with guest_on(path, "one") as (one, _), guest_on(path, "two") as (two, _):
+            for guest in (one, two):
+                (offer,) = await guest.connection.connect()
+                disks.append(await scan(await attach(guest, offer)))
+            await disks[0][0].write(0, b"x" * 512)
+            await disks[0][1].write(0, b"y" * 512)
+            assert await disks[1][0].read(0, 1) == b"x" * 512
+            assert await disks[1][1].read(0, 1) == bytes(512)
+            for guest in (one, two):
+                await guest.connection.unload()
+        assert await in_thread(server.stop) == 0
+    assert not any("error" in line for line in server.lines), server.lines

@@ -172,7 +172,7 @@ async def test_a_removed_disk_is_not_watched_any_more():
     controller.add_disk(ram, owned=False)
     await controller.remove_disk((0, 0, 0))
     told: list[int] = []
-    controller.units._changed = lambda: told.append(1)
+    controller.units.changed = lambda: told.append(1)
     await ram.resize(2 << 20)
     assert told == []
 

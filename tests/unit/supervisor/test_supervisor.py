@@ -267,3 +267,79 @@ async def test_a_refused_vmm_is_told_why(tmp_path):
         with trio.fail_after(SAFETY):
             while not here.supervisor.failed:
                 await trio.sleep(0.01)
+
+
+SHARED = (DeviceSetup("storvsp", ("ram:[shared]4M", "ram:1M")),)
+
+
+def reserve(action: int, key: int, new: int = 0) -> tuple[bytes, bytes]:
+    """PERSISTENT RESERVE OUT for exclusive access, SPC-4 6.16."""
+    cdb = bytes.fromhex(f"5f {action:02x} 03 00 00 00 00 00 18 00")
+    return cdb, key.to_bytes(8, "big") + new.to_bytes(8, "big") + bytes(8)
+
+
+async def use_a_shared_disk(path: str) -> None:
+    """Two guests, one disk: data, reservations, and what each has for itself."""
+    async with guest_on(path, "a") as (a, _, _), guest_on(path, "b") as (b, _, _):
+        assert [disk.size for disk in a] == [4 << 20, 1 << 20]
+        await a[0].write(0, b"s" * 4096)
+        assert await b[0].read(0, 8) == b"s" * 4096
+        await a[1].write(0, b"own" + bytes(509))
+        assert await b[1].read(0, 1) == bytes(512)
+        for action, key, new in ((0, 0, 1), (1, 1, 0)):  # REGISTER, RESERVE
+            cdb, parameters = reserve(action, key, new)
+            await a[0].command("reserve", cdb, write=parameters)
+        refused = await b[0].execute(bytes.fromhex("28 00 00000000 00 0001 00"), read=512)
+        assert refused.scsi_status == 0x18
+        await a[0].read(0, 1)
+    async with guest_on(path, "b") as (b, _, _):
+        # The guest that has the reservation is gone, and still has it.
+        refused = await b[0].execute(bytes.fromhex("28 00 00000000 00 0001 00"), read=512)
+        assert refused.scsi_status == 0x18
+
+
+async def test_guests_share_one_unit_wherever_they_are_served(tmp_path):
+    async with world(tmp_path, Plan(setups=SHARED)) as here:
+        await use_a_shared_disk(here.path)
+        async with guest_on(here.path, "c"):
+            (guest,) = (await here.supervisor.query("guests"))["guests"]
+            (shared, own) = guest["devices"][0]["units"]
+            assert (shared["shared"], shared["source"]) == (True, "ram:[shared]4M")
+            assert "shared" not in own
+            with pytest.raises(ConfigError, match="only disks that the server was started with"):
+                await here.supervisor.command(
+                    {"backend": "disk", "action": "add", "spec": "ram:[shared]1M"}
+                )
+
+
+async def test_a_keeper_that_dies_is_a_lost_disk_and_comes_back_for_others(tmp_path, caplog):
+    async with (
+        world(tmp_path, Plan(setups=SHARED)) as here,
+        guest_on(here.path, "a") as (a, _, _),
+    ):
+        (keeper,) = here.supervisor._keepers.values()
+        os.kill(keeper.pid, signal.SIGKILL)
+        with trio.fail_after(SAFETY):
+            await keeper.gone.wait()
+        lost = await a[0].execute(bytes.fromhex("28 00 00000000 00 0001 00"), read=512)
+        while lost.scsi_status == 0:
+            lost = await a[0].execute(bytes.fromhex("28 00 00000000 00 0001 00"), read=512)
+        assert lost.sense[12:14] == b"\x08\x00"
+        await a[1].read(0, 1)
+        async with guest_on(here.path, "b") as (b, _, _):
+            await b[0].read(0, 1)
+    assert "ram:[shared]4M: its worker was killed by SIGKILL" in caplog.text
+
+
+async def test_a_shared_disk_that_cannot_be_opened_refuses_guests(tmp_path):
+    setups = (DeviceSetup("storvsp", (f"raw:[shared]{tmp_path}/missing.img",)),)
+    async with world(tmp_path, Plan(setups=setups)):
+        with raw_vmm(tmp_path / "s") as vmm:
+            hello = Hello(1, 1, 0, 1, Role.VMM, "vm").encode()
+            code, text = await vmm.refused(Number.HELLO, hello)
+            assert code == errno.EIO
+            assert "missing.img" in text
+    named = (DeviceSetup("storvsp", ("raw:[shared]{guest}.img",)),)
+    with pytest.raises(ConfigError, match="no guest's name in it"):
+        async with Supervisor.open(Plan(setups=named)):
+            raise AssertionError("it cannot be shared")

@@ -36,7 +36,7 @@ async def test_a_connection_goes_down_and_a_name_comes_back():
         assert ends.hear() == {"serve": True}
         ends.say(ask=1, admit="vm")
         await trio.testing.wait_all_tasks_blocked()
-        assert ends.hear() == {"answer": 1, "value": "vm"}
+        assert ends.hear() == {"answer": 1, "value": {"name": "vm", "shared": []}}
         assert (worker.name, worker.label) == ("vm", "vm")
         ends.say(ask=2, admit="another")
         await trio.testing.wait_all_tasks_blocked()
@@ -59,7 +59,7 @@ async def test_names_and_ids_go_back_when_a_worker_says_so_or_ends():
             ends.hear()
             ends.say(ask=1, admit="vm")
             await trio.testing.wait_all_tasks_blocked()
-            assert ends.hear()["value"] == "vm"
+            assert ends.hear()["value"]["name"] == "vm"
             ends.say(claim=str(uuid.UUID(int=7)))
             await trio.testing.wait_all_tasks_blocked()
             assert os.read(ends.claims, 1) == b"y"

@@ -1,0 +1,169 @@
+"""Where a shared disk is: its one logical unit, and a line for each guest that has it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections.abc import Hashable
+from typing import Any
+
+import trio
+
+from storvsp.disk import Disk
+from storvsp.scsi import CdromUnit, Command, DiskUnit, Outcome
+from storvsp.scsi.unit import TASK_ABORTED
+from storvsp.shared.messages import (
+    MAX_COMMANDS,
+    CommandRecord,
+    DoneRecord,
+    Kind,
+    Line,
+    decode_to_keeper_untrusted,
+    info_record,
+    number_record,
+)
+from storvsp.shared.staging import Staging
+from vmbus.errors import PeerProtocolError
+
+logger = logging.getLogger("storvsp")
+
+
+class Keeper:
+    """Keeps one disk for any number of guests.
+
+    Args:
+        disk: The back-end; owned.
+        identity: What the unit is called if the disk has no identity of its own.
+    """
+
+    def __init__(self, disk: Disk, identity: bytes) -> None:
+        self.disk = disk
+        kind = CdromUnit if disk.info.optical else DiskUnit
+        self.unit = kind(disk, luns=tuple, identity=identity)
+        self._lines: set[Hashable] = set()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what guests' operators see of it."""
+        info = self.disk.info
+        return {
+            "size": info.size, "read_only": info.read_only, "kind": type(self.disk).__name__
+        }  # fmt: skip
+
+    async def serve(self, sock: socket.socket, staging_fd: int, initiator: Hashable) -> None:
+        """Serve one guest until its line ends. Is a checkpoint.
+
+        Args:
+            sock: SOCK_SEQPACKET; owned.
+            staging_fd: The staging area, sealed; owned.
+            initiator: Who the guest is.
+        """
+        visit = _Visit(self, Line(sock), Staging(staging_fd), initiator)
+        try:
+            await visit.run()
+        except* PeerProtocolError as group:
+            logger.warning("%s: %s", initiator, group.exceptions[0])
+        except* OSError:
+            logger.debug("%s: the line of a shared disk has ended", initiator)
+        finally:
+            with trio.CancelScope(shield=True):
+                self.unit.abort(initiator)
+                await self.unit.ended(initiator)
+            self.unit.detach(initiator)
+            visit.close()
+
+    async def aclose(self) -> None:
+        """Close unit and disk, when no line is left. Is a checkpoint."""
+        self.unit.close()
+        await self.unit.ended()
+        await self.disk.aclose()
+
+
+class _Visit:
+    """One guest's line."""
+
+    def __init__(self, keeper: Keeper, line: Line, staging: Staging, initiator: Hashable) -> None:
+        self._keeper = keeper
+        self._unit = keeper.unit
+        self._line = line
+        self._staging = staging
+        self._initiator = initiator
+        self._running: dict[int, tuple[trio.CancelScope, trio.Event]] = {}
+        """Commands that have no outcome yet, and what is set when they have."""
+        self._news = trio.Event()
+
+    async def run(self) -> None:
+        unwatch = self._keeper.disk.watch(self._tell)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._send_news)
+                while data := await self._line.receive():
+                    await self._obey_untrusted(data, nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            unwatch()
+
+    def _tell(self) -> None:
+        self._news.set()
+
+    async def _send_news(self) -> None:
+        while True:
+            self._news = trio.Event()
+            await self._line.send(info_record(self._keeper.describe()))
+            await self._news.wait()
+
+    async def _obey_untrusted(self, data: bytes, nursery: trio.Nursery) -> None:
+        unit = self._unit
+        match decode_to_keeper_untrusted(data, self._staging.size):
+            case CommandRecord() as record:
+                if record.number in self._running or len(self._running) >= MAX_COMMANDS:
+                    text = "shared disk: too many commands, or one twice"
+                    raise PeerProtocolError(text, errno=errno.EPROTO, fatal=True)
+                self._running[record.number] = trio.CancelScope(), trio.Event()
+                nursery.start_soon(self._execute, record)
+            case (Kind.ABORT, number):
+                if number in self._running:
+                    self._running[number][0].cancel()
+            case (Kind.RESET, _):
+                unit.reset()
+            case (Kind.WAIT, number):
+                ends = [ended for _, ended in self._running.values()]
+                nursery.start_soon(self._wait, number, ends)
+            case (Kind.ATTENTION, code):
+                unit.attentions.add(self._initiator, code & 0xFFFF)
+                unit.refresh()
+            case (Kind.INTRODUCE, replaces):
+                unit.introduce(self._initiator, replaces=type(unit) if replaces else None)
+            case _:
+                unit.detach(self._initiator)
+        # The next record waits until the commands before it have begun: order is kept.
+        await trio.lowlevel.checkpoint()
+
+    async def _execute(self, record: CommandRecord) -> None:
+        outcome: Outcome = TASK_ABORTED
+        scope, ended = self._running[record.number]
+        data = [self._staging.view[record.offset : record.offset + record.length]]
+        command = Command(
+            record.cdb, data if record.length else [], record.length, record.direction,
+            self._initiator,
+        )  # fmt: skip
+        try:
+            with scope:
+                found = self._unit.try_execute(command)
+                outcome = found if found is not None else await self._unit.execute(command)
+        finally:
+            del self._running[record.number]
+            ended.set()
+        await self._line.send(DoneRecord(record.number, outcome).encode())
+
+    async def _wait(self, number: int, ends: list[trio.Event]) -> None:
+        """Answer when all commands have ended: this guest's that are there, and the unit's."""
+        for ended in ends:
+            await ended.wait()
+        await self._unit.ended()
+        await self._line.send(number_record(Kind.WAITED, number))
+
+    def close(self) -> None:
+        """Give line and staging area up."""
+        self._line.close()
+        self._staging.close()

@@ -1,0 +1,279 @@
+"""What a controller has of a disk that is kept elsewhere: a unit that passes commands on."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import trio
+
+from storvsp.scsi import cdb as op
+from storvsp.scsi.sense import (
+    LOGICAL_UNIT_COMMUNICATION_FAILURE,
+    NOT_READY,
+    CheckCondition,
+    Sense,
+)
+from storvsp.scsi.target import report_luns_untrusted
+from storvsp.scsi.unit import (
+    STEP,
+    TASK_ABORTED,
+    Command,
+    DataDirection,
+    LogicalUnit,
+    Outcome,
+    check_condition,
+)
+from storvsp.shared.messages import (
+    CommandRecord,
+    DoneRecord,
+    Kind,
+    Line,
+    decode_to_unit_untrusted,
+    number_record,
+)
+from storvsp.shared.staging import Staging
+from vmbus.errors import PeerProtocolError
+from vmbus.memory import window
+
+logger = logging.getLogger("storvsp")
+
+_LOST = check_condition(Sense(NOT_READY, LOGICAL_UNIT_COMMUNICATION_FAILURE))
+
+
+class SharedUnit(LogicalUnit):
+    """A logical unit at the other end of a line. Must be made inside a trio run.
+
+    Args:
+        sock: SOCK_SEQPACKET to the keeper; owned.
+        staging_fd: The staging area, sealed; owned.
+        luns: Returns the LUNs of the target that this unit is part of, for REPORT LUNS.
+        changed: Called when the disk has another size; cannot block.
+        source: What people call the disk.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        staging_fd: int,
+        *,
+        luns: Callable[[], Iterable[int]],
+        changed: Callable[[], None],
+        source: str = "",
+    ) -> None:
+        self._line = Line(sock)
+        self._staging = Staging(staging_fd)
+        self._luns = luns
+        self._changed = changed
+        self._source = source
+        self._next = 0
+        self._pending: dict[int, tuple[trio.Event, list[Outcome]]] = {}
+        self._running = 0
+        self._idle = trio.lowlevel.ParkingLot()
+        self._posts: list[bytes] = []
+        self._lost = False
+        self._closed = False
+        self.info: dict[str, Any] = {}
+        """Size in bytes, whether read-only, and the back-end's kind; empty until known."""
+        self.known = trio.Event()
+        """Set when the keeper has said so, or is gone."""
+        trio.lowlevel.spawn_system_task(self._read)
+
+    async def _read(self) -> None:
+        try:
+            while data := await self._line.receive():
+                self._take_untrusted(data)
+        except PeerProtocolError as error:
+            logger.error("%s", error)
+        except Exception:
+            logger.exception("the line of a shared disk failed")
+        self._lost = True
+        if not self._closed:
+            logger.error("the keeper of a shared disk is gone")
+        for event, _ in self._pending.values():
+            event.set()
+        self.known.set()
+        while self._running:
+            await self._idle.park()
+        self._line.close()
+        self._staging.close()
+
+    def _take_untrusted(self, data: bytes) -> None:
+        match decode_to_unit_untrusted(data):
+            case DoneRecord(number, outcome):
+                self._answer(number, outcome)
+            case (_, number):
+                self._answer(number, TASK_ABORTED)
+            case dict(info):
+                news = bool(self.info) and info["size"] != self.info["size"]
+                self.info = info
+                self.known.set()
+                if news:
+                    self._changed()
+
+    def _answer(self, number: int, outcome: Outcome) -> None:
+        event, outcomes = self._pending.get(number, (trio.Event(), []))
+        outcomes.append(outcome)
+        event.set()
+
+    # -- commands --------------------------------------------------------------------------------
+
+    def try_execute(self, command: Command) -> Outcome | None:
+        """See :meth:`LogicalUnit.try_execute`: nothing but the list of neighbours is known here."""
+        if command.cdb[:1] != bytes([op.REPORT_LUNS]):
+            return None
+        try:
+            return report_luns_untrusted(self._luns(), command)
+        except CheckCondition as error:
+            return check_condition(error.sense)
+
+    async def execute(self, command: Command) -> Outcome:
+        """See :meth:`LogicalUnit.execute`."""
+        if command.length > self._staging.size:
+            return _LOST
+        self._running += 1
+        try:
+            offset = await self._staging.take(command.length)
+            try:
+                return await self._execute_at(command, offset)
+            finally:
+                self._staging.give(offset, command.length)
+        except OSError:
+            return _LOST
+        finally:
+            self._running -= 1
+            self._idle.unpark_all()
+
+    async def _execute_at(self, command: Command, offset: int) -> Outcome:
+        if self._closed:
+            return TASK_ABORTED
+        if self._lost:
+            return _LOST
+        part = self._staging.view[offset : offset + command.length]
+        if command.direction is DataDirection.WRITE:
+            await _copy_in(part, command.data)
+        record = CommandRecord(
+            self._number(), command.cdb, command.direction, command.length, offset
+        )
+        outcome = await self._ask(record.number, record.encode())
+        if outcome is None:
+            return TASK_ABORTED if self._closed else _LOST
+        if command.direction is DataDirection.READ and outcome.transferred:
+            done = min(outcome.transferred, command.length)
+            await _copy_out(command.data, part[:done])
+            outcome = outcome._replace(transferred=done)
+        return outcome
+
+    def _number(self) -> int:
+        self._next = (self._next + 1) & 0xFFFFFFFF
+        return self._next
+
+    async def _ask(self, number: int, record: bytes) -> Outcome | None:
+        """Send a record and wait for its answer; None if the keeper is gone.
+
+        If it is cancelled, the command is aborted, and has ended when that is over: the staging
+        area may not be given to another command before.
+        """
+        event, outcomes = self._pending[number] = trio.Event(), []
+        try:
+            await self._line.send(record)
+            try:
+                await event.wait()
+            except trio.Cancelled:
+                with trio.CancelScope(shield=True):
+                    await self._line.send(number_record(Kind.ABORT, number))
+                    await event.wait()
+                raise
+        finally:
+            del self._pending[number]
+        return outcomes[0] if outcomes else None
+
+    # -- the rest of the contract ----------------------------------------------------------------
+
+    def _post(self, kind: Kind, number: int = 0) -> None:
+        """Send what has no answer, in order, by a task of its own. Cannot block."""
+        self._posts.append(number_record(kind, number))
+        if len(self._posts) == 1:
+            trio.lowlevel.spawn_system_task(self._send_posts)
+
+    async def _send_posts(self) -> None:
+        try:
+            while self._posts:
+                await self._line.send(self._posts[0])
+                del self._posts[0]
+        except OSError:
+            self._posts.clear()
+
+    def reset(self) -> None:
+        """See :meth:`LogicalUnit.reset`; commands of all guests end."""
+        self.aborts += 1
+        self._post(Kind.RESET)
+
+    @property
+    def busy(self) -> bool:
+        """See :attr:`LogicalUnit.busy`."""
+        return bool(self._running or self._posts)
+
+    async def ended(self) -> None:
+        """See :meth:`LogicalUnit.ended`: of this guest's commands, those sent before."""
+        if self._closed:
+            while self._running:
+                await self._idle.park()
+            return
+        while self._posts:
+            await trio.lowlevel.checkpoint()
+        if not self._lost:
+            number = self._number()
+            try:
+                await self._ask(number, number_record(Kind.WAIT, number))
+            except OSError:
+                return
+
+    def detach(self, initiator: Hashable) -> None:
+        """See :meth:`LogicalUnit.detach`; the keeper knows who we are."""
+        del initiator
+        self._post(Kind.DETACH)
+
+    def raise_attention(self, code: int, *, but: Hashable | None = None) -> None:
+        """See :meth:`LogicalUnit.raise_attention`: for this guest, whose neighbours they are."""
+        del but
+        self._post(Kind.ATTENTION, code)
+
+    def introduce(self, initiator: Hashable, *, replaces: type[LogicalUnit] | None) -> None:
+        """See :meth:`LogicalUnit.introduce`."""
+        del initiator
+        self._post(Kind.INTRODUCE, 0 if replaces is None else 1)
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`LogicalUnit.describe`."""
+        return {**self.info, "source": self._source, "shared": True, "lost": self._lost}
+
+    def close(self) -> None:
+        """See :meth:`LogicalUnit.close`: the end of the line aborts what it has brought."""
+        if not self._closed:
+            self._closed = True
+            self._line.finish()
+
+
+async def _copy_in(part: memoryview, data: list[memoryview]) -> None:
+    """Copy a guest's buffer to the staging area, once. A checkpoint for long ones."""
+    for at in range(0, len(part), STEP):
+        done = at
+        for view in window(data, at, min(STEP, len(part) - at)):
+            part[done : done + len(view)] = view
+            done += len(view)
+        if done < len(part):
+            await trio.lowlevel.checkpoint()
+
+
+async def _copy_out(data: list[memoryview], part: memoryview) -> None:
+    """Copy the staging area to a guest's buffer. A checkpoint for long ones."""
+    for at in range(0, len(part), STEP):
+        done = at
+        for view in window(data, at, min(STEP, len(part) - at)):
+            view[:] = part[done : done + len(view)]
+            done += len(view)
+        if done < len(part):
+            await trio.lowlevel.checkpoint()
