@@ -3,6 +3,7 @@
 ========== =============================================================================
 `registry` one look-up of entry points for all kinds of plug-ins
 `devices`  devices, from the entry points in the group ``vmbus.devices``
+`sharing`  back-ends that several guests have at once
 `specs`    the grammar of specifications, ``scheme:[options]target``
 `words`    enumerations and suggestions in messages
 ========== =============================================================================
