@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.bench.harness import Figure
 
-MODULES = ("bench_ring", "bench_storvsp", "bench_control", "bench_memory")
+MODULES = ("bench_ring", "bench_storvsp", "bench_control", "bench_memory", "bench_guests")
 
 
 def main() -> None:

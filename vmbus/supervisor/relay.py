@@ -1,8 +1,7 @@
 """Lines of a worker's log on their way to the supervisor's, which writes them.
 
-So a line looks the same whoever caused it, a program that uses :class:`vmbus.supervisor.Supervisor` has them where
-it has its own, and a worker that a guest has taken over can write nowhere, and no more than its
-share.
+So a line looks the same whoever caused it, a program with a supervisor has them where it has its
+own, and a worker that a guest has taken over can write nowhere, and no more than its share.
 """
 
 from __future__ import annotations
