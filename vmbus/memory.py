@@ -104,6 +104,14 @@ def _read_only(gpa: int) -> GuestProtocolError:
     return GuestProtocolError(f"address {gpa:#x} is read-only memory", field="gpa")
 
 
+_ONE_FURTHER = (1).__ne__
+"""Whether the next page is not the neighbour; from the difference of their numbers."""
+
+
+def _pages(byte_offset: int, byte_count: int) -> int:
+    return (byte_offset + byte_count + PAGE_SIZE - 1) >> PAGE_SHIFT
+
+
 def _are_neighbours(pfns: Sequence[int]) -> bool:
     """Whether pages follow each other. A loop over them would take ten times as long."""
     count = len(pfns)
@@ -298,8 +306,24 @@ class GuestMemory:
         found: list[memoryview] = []
         if not count:
             return found
-        steps = enumerate(map(operator.sub, pfns[1:], pfns), 1)
-        starts = [0, *(at for at, step in steps if step != 1), count]
+        broken = map(_ONE_FURTHER, map(operator.sub, pfns[1:], pfns))
+        starts = [0, *itertools.compress(range(1, count), broken), count]
+        region = self._find(min(pfns) << PAGE_SHIFT)
+        if max(pfns) << PAGE_SHIFT < region.end and count == _pages(byte_offset, byte_count):
+            # All in one region: a guest chooses how many pieces there are, so each must be cheap.
+            if write and region.read_only:
+                raise _read_only(pfns[0] << PAGE_SHIFT)
+            view, base = region.view, region.gpa >> PAGE_SHIFT
+            found = [
+                view[(page := pfns[first] - base) << PAGE_SHIFT : page + end - first << PAGE_SHIFT]
+                for first, end in itertools.pairwise(starts)
+            ]
+            if byte_offset:
+                found[0] = found[0][byte_offset:]
+            excess = (count << PAGE_SHIFT) - byte_offset - byte_count
+            if excess:
+                found[-1] = found[-1][:-excess]
+            return found
         try:
             for first, end in itertools.pairwise(starts):
                 if byte_count <= 0:
@@ -357,6 +381,44 @@ def window(views: Iterable[memoryview], start: int, length: int) -> list[memoryv
         length -= len(piece)
         start = 0
     return pieces
+
+
+class Cutter:
+    """Cuts a scatter list into parts, from front to back, uncopied.
+
+    All parts together cost no more than going through the list once. :func:`window` for each of
+    them would begin at the front each time: the list may have thousands of pages and the parts be
+    single sectors, and a guest chooses both.
+
+    Args:
+        views: The list; it must stay as it is meanwhile.
+    """
+
+    __slots__ = ("_index", "_start", "_views")
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self._views = views
+        self._index = 0
+        self._start = 0
+
+    def take(self, length: int) -> list[memoryview]:
+        """Return the next ``length`` bytes, or as many as there are. Cannot block."""
+        views, index, start = self._views, self._index, self._start
+        pieces: list[memoryview] = []
+        while length > 0 and index < len(views):
+            view = views[index]
+            left = len(view) - start
+            if left <= length:
+                pieces.append(view[start:] if start else view)
+                length -= left
+                index += 1
+                start = 0
+            else:
+                pieces.append(view[start : start + length])
+                start += length
+                length = 0
+        self._index, self._start = index, start
+        return pieces
 
 
 # -- memory that this process makes itself ---------------------------------------------------------

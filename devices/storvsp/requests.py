@@ -61,6 +61,18 @@ _request = REQUEST.unpack_from
 _good = GOOD.pack
 _DIRECTIONS = (DataDirection.WRITE, DataDirection.READ, DataDirection.NONE)
 
+TURN = 2 << 20
+"""What a channel may do before others have their turn, in bytes that are copied: half a
+millisecond, where 4 GB/s are. Everything else is weighed in the same unit, by the time it takes."""
+COST = 16 << 10
+"""Of a READ or WRITE that is answered on the spot, beside its data."""
+PIECE_COST = 4 << 10
+"""Of each piece of guest memory that its data is in."""
+TASK_COST = 256 << 10
+"""Of a task of its own for a request that has to wait."""
+LONG_COST = 256 << 10
+"""Of any other command, and of a request that goes the long way: 20 to 60 us."""
+
 Otherwise = Callable[[Channel, Packet, trio.Nursery], bool]
 """Acts on a packet that is not the common case. Cannot block."""
 Complain = Callable[[Channel, Packet, str], None]
@@ -85,6 +97,7 @@ class Requests:
     Args:
         units: For whom.
         complain: Told of what is wrong with a request.
+        max_transfer: Most bytes of a request's data; the guest has been told.
 
     Attributes:
         max_sense: Bytes of sense data that the version agreed on has room for.
@@ -92,9 +105,10 @@ class Requests:
         waited: Commands that had to wait for their disk.
     """
 
-    def __init__(self, units: Units, complain: Complain) -> None:
+    def __init__(self, units: Units, complain: Complain, *, max_transfer: int) -> None:
         self._units = units
         self._complain = complain
+        self._max_transfer = max_transfer
         self.max_sense = SHORT_MAX_SENSE
         self.inline = 0
         self.waited = 0
@@ -107,23 +121,31 @@ class Requests:
         packets: list[Packet],
         nursery: trio.Nursery,
         otherwise: Otherwise,
-    ) -> None:
+    ) -> int:
         """Answer a batch of packets of a session that is ready. Cannot block.
+
+        It ends early, and not before one packet, when it has done the work of one turn,
+        :data:`TURN`: a packet may be a TEST UNIT READY, and may be a read of 2 MiB into 512 pages.
 
         Args:
             channel: Where the packets came from and the answers go.
             packets: Private copies.
             nursery: Where commands go that have to wait for their disk.
-            otherwise: Gets each packet that is not the common case, and all that come behind one
-                for which it returns False: the session is not ready any more.
+            otherwise: Gets each packet that is not the common case. It returns False when the
+                session is not ready any more: what is behind that packet is not for here.
+
+        Returns:
+            How many packets it has acted on.
         """
         units = self._units.by_address
         initiator = self._units.initiator
         gather = channel.memory.gather
         complete = channel.complete_packet
+        max_transfer = self._max_transfer
         inline = 0
-        left = iter(packets)
-        for packet in left:
+        done = 0
+        budget = TURN
+        for done, packet in enumerate(packets, 1):  # noqa: B007 - wanted behind the loop
             data = packet.data
             start = packet.payload_offset
             if packet.kind == GPA_DIRECT and start > FIRST_PFN and len(data) - start == PACKET_SIZE:
@@ -139,7 +161,7 @@ class Requests:
                     request[0] == EXECUTE_SRB
                     and count == 1
                     and byte_count == request[13]
-                    and byte_count
+                    and 0 < byte_count <= max_transfer
                     and byte_offset < PAGE_SIZE
                     and data_in < 2
                     and 0 < cdb_length <= 16
@@ -152,12 +174,14 @@ class Requests:
                         else:
                             pages = (last + 4095) >> 12
                             if FIRST_PFN + 8 * pages > start:
-                                otherwise(channel, packet, nursery)
-                                continue
+                                raise GuestProtocolError("pages beyond the header")
                             pfns = pfn_list(pages).unpack_from(data, FIRST_PFN)
                             views = gather(byte_offset, byte_count, pfns, write=data_in == 1)
+                            budget -= len(views) * PIECE_COST
                     except GuestProtocolError:
-                        otherwise(channel, packet, nursery)
+                        budget -= LONG_COST
+                        if not otherwise(channel, packet, nursery) or budget <= 0:
+                            break
                         continue
                     command = Command(
                         request[14][:cdb_length],
@@ -166,8 +190,11 @@ class Requests:
                         _DIRECTIONS[data_in],
                         initiator,
                     )
+                    # READ and WRITE of any length, and the rest
+                    budget -= byte_count + (COST if request[14][0] & 0x1D == 0x08 else LONG_COST)
                     outcome = unit.try_execute(command)
                     if outcome is None:
+                        budget -= TASK_COST
                         self._wait(
                             channel, packet, Srb._make(request), command, unit=unit, nursery=nursery
                         )
@@ -197,12 +224,14 @@ class Requests:
                                     data[start + 48 :],
                                 )
                             )
-                    continue
-            if not otherwise(channel, packet, nursery):
+                    if budget > 0:
+                        continue
+                    break
+            budget -= LONG_COST
+            if not otherwise(channel, packet, nursery) or budget <= 0:
                 break
-        for packet in left:
-            otherwise(channel, packet, nursery)
         self.inline += inline
+        return done
 
     # -- the long way ----------------------------------------------------------------------------
 
@@ -239,6 +268,12 @@ class Requests:
         """Turn an SRB and its GPA range into a command. Raises GuestProtocolError."""
         check_srb_untrusted(srb)
         length = srb.transfer_length
+        if length > self._max_transfer:
+            # Before anything is made of its pages, of which there may be 65 000.
+            raise GuestProtocolError(
+                f"{length} bytes of data, {self._max_transfer} are possible",
+                field="data_transfer_length",
+            )
         direction = _DIRECTIONS[srb.data_in]
         data: list[memoryview] = []
         if length:

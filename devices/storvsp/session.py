@@ -80,7 +80,8 @@ class Limits:
     max_subchannels: int = 15
     """Channels the guest may open beside the primary one."""
     max_transfer_bytes: int = DEFAULT_MAX_TRANSFER
-    """Largest transfer of one request in bytes."""
+    """Largest transfer of one request in bytes. The guest is told; a longer one is refused with SRB
+    status INVALID_REQUEST, unless it is of :data:`ALWAYS_TAKEN` bytes or less."""
     max_version: int = VERSION_6_2
     """Highest vstor version."""
 
@@ -92,6 +93,13 @@ class Limits:
         largest = self.max_transfer_bytes
         if largest % 4096 or not 64 << 10 <= largest <= 128 << 20:
             raise ConfigError("max_transfer_bytes is a multiple of 4096 from 64 KiB to 128 MiB")
+
+
+ALWAYS_TAKEN = 512 << 10
+"""Bytes of one transfer that are taken whatever the guest has been told: FreeBSD's driver sends
+128 KiB and that of illumos 512 KiB without looking."""
+UNREADY_BATCH = 16
+"""Packets of one turn until the handshake is over."""
 
 
 class Stage(enum.Enum):
@@ -139,7 +147,9 @@ class Session:
         self.stage = Stage.BEGIN
         self.version = 0
         self.subchannels = 0
-        self.requests = Requests(units, self._complain)
+        self.requests = Requests(
+            units, self._complain, max_transfer=max(limits.max_transfer_bytes, ALWAYS_TAKEN)
+        )
         self.refused = 0
         self._units = units
         self._limits = limits
@@ -149,13 +159,17 @@ class Session:
         """Serve until the primary ends. Returns when no transfer touches guest memory any more."""
         await self._life.run()
 
-    def serve_batch(self, channel: Channel, packets: list[Packet], nursery: trio.Nursery) -> None:
-        """Act on packets that came in together. Cannot block."""
+    def serve_batch(self, channel: Channel, packets: list[Packet], nursery: trio.Nursery) -> int:
+        """Act on packets that came in together, as many as one turn is for. Cannot block.
+
+        Returns:
+            How many; the rest is to come again.
+        """
         if self.stage is Stage.READY:
-            self.requests.serve_batch_untrusted(channel, packets, nursery, self.handle)
-        else:
-            for packet in packets:
-                self.handle(channel, packet, nursery)
+            return self.requests.serve_batch_untrusted(channel, packets, nursery, self.handle)
+        for packet in packets[:UNREADY_BATCH]:
+            self.handle(channel, packet, nursery)
+        return UNREADY_BATCH
 
     # -- requests --------------------------------------------------------------------------------
 

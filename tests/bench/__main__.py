@@ -10,7 +10,14 @@ from pathlib import Path
 
 from tests.bench.harness import Figure
 
-MODULES = ("bench_ring", "bench_storvsp", "bench_control", "bench_memory", "bench_guests")
+MODULES = (
+    "bench_ring",
+    "bench_storvsp",
+    "bench_control",
+    "bench_memory",
+    "bench_turns",
+    "bench_guests",
+)
 
 
 def main() -> None:

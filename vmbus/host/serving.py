@@ -21,9 +21,11 @@ from vmbus.errors import GuestProtocolError, leaves
 from vmbus.host.channel import Channel
 from vmbus.ring import Packet
 
-ServeBatch = Callable[[Channel, list[Packet], trio.Nursery], None]
+ServeBatch = Callable[[Channel, list[Packet], trio.Nursery], int | None]
 """Acts on packets that came in together: answers them with :meth:`Channel.complete`, or starts
-tasks in the nursery that will, and flush. Cannot block."""
+tasks in the nursery that will, and flush. Cannot block. Returns how many it has acted on, at least
+one, if it has done enough for one turn of the loop; the rest comes again when others have had
+theirs. None: all."""
 
 
 class Life:
@@ -89,9 +91,17 @@ class Life:
             try:
                 while True:
                     packets = await channel.receive_batch()
-                    self._serve_batch(channel, packets, nursery)
-                    if not channel.try_flush():
-                        await channel.flush()
+                    while packets:
+                        done = self._serve_batch(channel, packets, nursery)
+                        if not channel.try_flush():
+                            await channel.flush()
+                        if done is None or done >= len(packets):
+                            break
+                        # A batch is bounded in packets, and a packet may mean a lot of work.
+                        packets = packets[done:]
+                        await trio.lowlevel.checkpoint()
+                        if channel.ended:
+                            break
             except trio.EndOfChannel:
                 # Tasks of this nursery still own guest pages; leaving the block waits for them.
                 return

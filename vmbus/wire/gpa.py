@@ -42,9 +42,16 @@ def page_count(byte_offset: int, byte_count: int) -> int:
 
 
 def parse_range_untrusted(
-    data: bytes, start: int, end: int, *, allow_empty: bool = False
+    data: bytes,
+    start: int,
+    end: int,
+    *,
+    allow_empty: bool = False,
+    at_most: int | None = None,
 ) -> tuple[GpaRange, int]:
     """Parse one range from ``data[start:end]``. Cannot block.
+
+    The time that it takes is that of the pages it returns; none are unpacked that are not.
 
     Args:
         data: A private copy.
@@ -52,9 +59,10 @@ def parse_range_untrusted(
         end: Byte offset behind the last byte that may belong to it.
         allow_empty: Accept a length of 0, which Linux's NIC driver sends; such a range still has
             a page list if its offset is not 0.
+        at_most: Bytes that are of use; what the range has beyond is left out. None: all are.
 
     Returns:
-        The range, and the byte offset behind it.
+        The range, and the byte offset behind it in ``data``.
 
     Raises:
         GuestProtocolError: Truncated, empty, or with an offset of a page or more.
@@ -77,6 +85,9 @@ def parse_range_untrusted(
             f"{(end - start) // 8} are there",
             field="byte_count",
         )
+    if at_most is not None and byte_count > at_most:
+        byte_count = at_most
+        count = (byte_offset + byte_count + 4095) >> 12
     return GpaRange(byte_count, byte_offset, pfn_list(count).unpack_from(data, start)), after
 
 

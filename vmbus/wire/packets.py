@@ -75,7 +75,12 @@ def parse_descriptor_untrusted(data: bytes, start: int = 0) -> tuple[int, int, i
 
 
 def parse_gpa_ranges_untrusted(
-    data: bytes, header_end: int, *, max_ranges: int, allow_empty: bool = False
+    data: bytes,
+    header_end: int,
+    *,
+    max_ranges: int,
+    allow_empty: bool = False,
+    at_most: int | None = None,
 ) -> list[GpaRange]:
     """Parse the ranges of a GPA-direct packet. Cannot block.
 
@@ -84,6 +89,8 @@ def parse_gpa_ranges_untrusted(
         header_end: ``data_offset8 * 8``: where the payload begins and the ranges must have ended.
         max_ranges: More ranges than this are refused before any is parsed.
         allow_empty: Accept ranges of length 0.
+        at_most: Bytes that are of use, of all ranges together. What is beyond is checked, but its
+            pages, of which a packet has room for 65 000, are left out. None: all are of use.
 
     Raises:
         GuestProtocolError: No range, too many, or one that does not fit before ``header_end``.
@@ -102,7 +109,11 @@ def parse_gpa_ranges_untrusted(
     position = RANGES_OFFSET
     ranges = []
     for _ in range(count):
-        found, position = parse_range_untrusted(data, position, header_end, allow_empty=allow_empty)
+        found, position = parse_range_untrusted(
+            data, position, header_end, allow_empty=allow_empty, at_most=at_most
+        )
+        if at_most is not None:
+            at_most -= found.byte_count
         ranges.append(found)
     return ranges
 
