@@ -65,6 +65,10 @@ Buffers = Sequence[memoryview]
 """A scatter/gather list: byte-format memoryviews, in order; lengths in bytes."""
 
 
+EXTENTS_AT_ONCE = 256
+"""Extents that one call of :meth:`Disk.extents` finds out about."""
+
+
 class DiskError(DeviceError):
     """A back-end could not do what was asked.
 
@@ -195,8 +199,22 @@ class Disk(abc.ABC):
 
         A back-end may free any part of the range or nothing; with ``unmapped_reads_zero`` the
         whole range must read as zeros afterwards.
+
+        A guest trims whole disks: what takes long is done in steps, each a checkpoint.
         """
         return
+
+    async def unmap_many(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Hint that several ranges, (offset, length) in bytes, are not needed.
+
+        The default calls :meth:`unmap` for one after the other. A back-end whose calls wait for a
+        worker does better with one call for all of them. May be a checkpoint; raises DiskError.
+
+        Args:
+            ranges: In ascending order; they neither overlap nor touch each other.
+        """
+        for offset, length in ranges:
+            await self.unmap(offset, length)
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
         """Make ``length`` bytes at ``offset`` read as zeros. May be a checkpoint; raises DiskError.
@@ -219,7 +237,11 @@ class Disk(abc.ABC):
             length -= len(piece)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        """Describe a range as consecutive extents that cover it exactly.
+        """Describe a range as consecutive extents, beginning with its first byte.
+
+        They may end before the range does, and whoever wants to know more asks again from there: a
+        guest can make every second sector a hole, and a back-end does not look at more than
+        :data:`EXTENTS_AT_ONCE` or so. There is at least one unless the range is empty.
 
         The default says that all of it is mapped. May be a checkpoint; raises DiskError.
         """

@@ -122,14 +122,19 @@ class ConcatDisk(Disk):
             await part.write_zeroes(at, size, may_unmap=may_unmap)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        """Ask the parts, and move their answers to where they are in the whole."""
+        """Ask the parts, and move their answers to where they are in the whole.
+
+        A part may tell less than it was asked about, and then that is all that we tell.
+        """
         found: list[Extent] = []
         for part, at, start, size in self._pieces(offset, length):
             shift = offset + start - at
+            told = await part.extents(at, size)
             found += [
-                Extent(extent.offset + shift, extent.length, extent.mapped)
-                for extent in await part.extents(at, size)
+                Extent(extent.offset + shift, extent.length, extent.mapped) for extent in told
             ]
+            if told[-1].offset + told[-1].length < at + size:
+                break
         return merge_extents(found)
 
     async def aclose(self) -> None:

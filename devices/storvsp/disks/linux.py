@@ -14,6 +14,7 @@ import fcntl
 import functools
 import os
 import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from storvsp.disk import Buffers
@@ -281,11 +282,19 @@ def _rest(buffers: Buffers, done: int) -> Buffers:
     return []
 
 
-def holes(fd: int, offset: int, length: int) -> list[tuple[int, int, bool]]:
-    """The data and holes of a range: (offset, length, is data), in order, covering it exactly."""
+def holes(fd: int, offset: int, length: int, most: int) -> list[tuple[int, int, bool]]:
+    """The data and holes of a range: (offset, length, is data), in order, from its first byte on.
+
+    Args:
+        fd: File.
+        offset: Bytes.
+        length: Bytes.
+        most: How many are enough; the list may have one more. Some file systems need 100 us for
+            each.
+    """
     found: list[tuple[int, int, bool]] = []
     end = offset + length
-    while offset < end:
+    while offset < end and len(found) < most:
         try:
             data = min(os.lseek(fd, offset, os.SEEK_DATA), end)
         except OSError as error:
@@ -300,3 +309,14 @@ def holes(fd: int, offset: int, length: int) -> list[tuple[int, int, bool]]:
             data = hole
         offset = data
     return found
+
+
+def each_of(
+    free: Callable[[int, int, int], bool], fd: int, ranges: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Free several ranges with :func:`punch_hole` or :func:`discard`.
+
+    Returns:
+        Those with which it could not be done.
+    """
+    return [(offset, length) for offset, length in ranges if not free(fd, offset, length)]

@@ -24,21 +24,38 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
-from storvsp.disk import Buffers, Disk, DiskInfo, DiskUnavailableError, Extent
+import trio
+
+from storvsp.disk import (
+    EXTENTS_AT_ONCE,
+    Buffers,
+    Disk,
+    DiskInfo,
+    DiskUnavailableError,
+    Extent,
+)
 from storvsp.disks.buffers import check_range, merge_extents
 from storvsp.disks.ram import RamDisk
 from storvsp.disks.raw import RawDisk
 from storvsp.disks.specs import DiskSpec, open_disk
 from vmbus.errors import ConfigError
-from vmbus.memory import total_length, window
+from vmbus.memory import Cutter, total_length
 from vmbus.workers import shared_pool
 
 CLUSTER = 1 << 16
 """Bytes tracked together while all of them are in one layer."""
+
+RUNS_AT_ONCE: Final = 256
+"""Places where the layer changes that a read looks at in one step. A guest can make every second
+sector one."""
+MARK_STEP: Final = 1 << 28
+"""Bytes of which the clusters are marked in one step: 4096 clusters, each with a mask at worst."""
 
 _SHIFT = 16
 _BELOW, _MIXED, _SCRATCH = 0, 1, 2
@@ -87,6 +104,7 @@ class OverlayDisk(Disk):
         self._layers = {_BELOW: base, _SCRATCH: scratch}
         self._state = bytearray(-(-lower.size // CLUSTER))
         self._masks: dict[int, int] = {}
+        self._turn = trio.Lock()
 
     @property
     def info(self) -> DiskInfo:
@@ -104,10 +122,13 @@ class OverlayDisk(Disk):
         layer = self._single_layer(offset, length)
         if layer is not None:
             return layer.try_readv(offset, buffers)
-        start = offset
-        for begin, size, upper in self._runs(offset, length):
+        runs = list(itertools.islice(self._runs(offset, length), RUNS_AT_ONCE + 1))
+        if len(runs) > RUNS_AT_ONCE:
+            return False  # the slow form does it in steps
+        cutter = Cutter(buffers)
+        for begin, size, upper in runs:
             layer = self.scratch if upper else self.base
-            if not layer.try_readv(begin, window(buffers, begin - start, size)):
+            if not layer.try_readv(begin, cutter.take(size)):
                 return False
         return True
 
@@ -124,12 +145,22 @@ class OverlayDisk(Disk):
         length = total_length(buffers)
         if offset + length > self._size:
             self._refuse(offset, length)
-        # Decided once: what completes while we wait may or may not be seen, as on any disk.
-        for begin, size, upper in list(self._runs(offset, length)):
-            layer = self.scratch if upper else self.base
-            piece = window(buffers, begin - offset, size)
-            if not layer.try_readv(begin, piece):
-                await layer.readv(begin, piece)
+        end = offset + length
+        cutter = Cutter(buffers)
+        while True:
+            # Decided for some runs at a time: what completes while we wait may or may not be seen,
+            # as on any disk.
+            runs = list(itertools.islice(self._runs(offset, end - offset), RUNS_AT_ONCE))
+            for begin, size, upper in runs:
+                layer = self.scratch if upper else self.base
+                piece = cutter.take(size)
+                if not layer.try_readv(begin, piece):
+                    await layer.readv(begin, piece)
+                offset = begin + size
+            if offset >= end:
+                return
+            async with self._turn:  # one step of all that is under way in a turn of the loop
+                pass
 
     async def writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> None:
         length = total_length(buffers)
@@ -148,23 +179,41 @@ class OverlayDisk(Disk):
         if offset + length > self._size:
             self._refuse(offset, length)
         if self._info.supports_unmap:
-            await self.scratch.unmap(offset, length)
-            self._mark(offset, length)
+            for at, size in _steps(offset, length):
+                await self.scratch.unmap(at, size)
+                await self._mark_in_turn(at, size)
+
+    async def unmap_many(self, ranges: Sequence[tuple[int, int]]) -> None:
+        if sum(length for _, length in ranges) > MARK_STEP:
+            await super().unmap_many(ranges)
+            return
+        for offset, length in ranges:
+            if offset + length > self._size:
+                self._refuse(offset, length)
+        if self._info.supports_unmap:
+            await self.scratch.unmap_many(ranges)
+            async with self._turn:
+                for offset, length in ranges:
+                    self._mark(offset, length)
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
         if offset + length > self._size:
             self._refuse(offset, length)
-        await self.scratch.write_zeroes(offset, length, may_unmap=may_unmap)
-        self._mark(offset, length)
+        for at, size in _steps(offset, length):
+            await self.scratch.write_zeroes(at, size, may_unmap=may_unmap)
+            await self._mark_in_turn(at, size)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         if offset + length > self._size:
             self._refuse(offset, length)
-        found: list[Extent] = []
-        for begin, size, upper in list(self._runs(offset, length)):
-            layer = self.scratch if upper else self.base
-            found += await layer.extents(begin, size)
-        return merge_extents(found)
+        runs = list(itertools.islice(self._runs(offset, length), EXTENTS_AT_ONCE))
+        # Each layer is asked once, about all that it has of these runs.
+        said: dict[bool, list[Extent]] = {}
+        for upper in {run[2] for run in runs}:
+            mine = [run for run in runs if run[2] is upper]
+            begin, end = mine[0][0], mine[-1][0] + mine[-1][1]
+            said[upper] = await (self.scratch if upper else self.base).extents(begin, end - begin)
+        return merge_extents(_pick(runs, said))
 
     async def aclose(self) -> None:
         self._size = -1  # every range is outside now, at no cost to an open disk
@@ -240,8 +289,16 @@ class OverlayDisk(Disk):
         ]
         return min(candidates, default=last + 1)
 
+    async def _mark_in_turn(self, offset: int, length: int) -> None:
+        """As :meth:`_mark`, but one such step of all that is under way in a turn of the loop."""
+        async with self._turn:
+            self._mark(offset, length)
+
     def _mark(self, offset: int, length: int) -> None:
-        """Record that a range of whole sectors is in the scratch."""
+        """Record that a range of whole sectors is in the scratch.
+
+        Takes the time of the clusters in the range, however many are mixed elsewhere.
+        """
         if not length:
             return
         end = offset + length
@@ -253,8 +310,10 @@ class OverlayDisk(Disk):
         self._mark_part(first, offset % CLUSTER, CLUSTER)
         self._mark_part(last, 0, end - (last << _SHIFT))
         if last - first > 1:
-            for cluster in [c for c in self._masks if first < c < last]:
+            cluster = self._state.find(_MIXED, first + 1, last)
+            while cluster >= 0:
                 del self._masks[cluster]
+                cluster = self._state.find(_MIXED, cluster + 1, last)
             self._state[first + 1 : last] = bytes((_SCRATCH,)) * (last - first - 1)
 
     def _mark_part(self, cluster: int, begin: int, end: int) -> None:
@@ -271,6 +330,40 @@ class OverlayDisk(Disk):
         else:
             self._masks[cluster] = mask
             self._state[cluster] = _MIXED
+
+
+def _steps(offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """Cut a range that a guest may choose as large as the disk."""
+    for at in range(0, length, MARK_STEP):
+        yield offset + at, min(MARK_STEP, length - at)
+
+
+def _pick(
+    runs: Iterable[tuple[int, int, bool]], said: Mapping[bool, Iterable[Extent]]
+) -> Iterator[Extent]:
+    """Take of each layer's extents what lies in its own runs, as far as they go.
+
+    Args:
+        runs: (offset, bytes, in the scratch), in order.
+        said: The extents of each layer, in order; they begin with its first run or before, and
+            may end early.
+    """
+    extents = {upper: iter(each) for upper, each in said.items()}
+    current: dict[bool, Extent | None] = {
+        upper: next(each, None) for upper, each in extents.items()
+    }
+    for begin, size, upper in runs:
+        position, end = begin, begin + size
+        while position < end:
+            extent = current[upper]
+            if extent is None:
+                return
+            stop = min(extent.offset + extent.length, end)
+            if stop > position:
+                yield Extent(position, stop - position, extent.mapped)
+                position = stop
+            if position < end:
+                current[upper] = next(extents[upper], None)
 
 
 def _make_scratch(place: str, size: int) -> int:

@@ -44,12 +44,13 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable
-from typing import TypeVar, TypeVarTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, TypeVar, TypeVarTuple
 
 import trio
 
 from storvsp.disk import (
+    EXTENTS_AT_ONCE,
     Buffers,
     Disk,
     DiskInfo,
@@ -71,6 +72,9 @@ from vmbus.watchers import Watchers
 from vmbus.workers import shared_pool
 
 _log = logging.getLogger("storvsp")
+
+UNMAP_STEP: Final = 1 << 30
+"""Bytes that a worker frees in one go. It is waited for, whatever else the guest wants."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -301,14 +305,22 @@ class RawDisk(Disk):
             self.check_resize()
 
     async def unmap(self, offset: int, length: int) -> None:
-        self._check_write(offset, length)
-        if not length or not self._info.supports_unmap:
+        await self.unmap_many([(offset, length)])
+
+    async def unmap_many(self, ranges: Sequence[tuple[int, int]]) -> None:
+        for offset, length in ranges:
+            self._check_write(offset, length)
+        if not self._info.supports_unmap:
             return
-        if self._device is not None:
-            # A hint: what a device that cannot follow it reads afterwards was never promised.
-            await self._call("unmap", offset, linux.discard, self._fd, offset, length)
-        elif not await self._call("unmap", offset, linux.punch_hole, self._fd, offset, length):
-            await self.write_zeroes(offset, length)  # as unmapped_reads_zero has promised
+        free = linux.punch_hole if self._device is None else linux.discard
+        # Between two trips a command can be aborted; one that has begun is waited for.
+        for trip in _trips(ranges):
+            first = trip[0][0] if len(trip) == 1 else None
+            left = await self._call("unmap", first, linux.each_of, free, self._fd, trip)
+            if self._device is not None:
+                continue  # a hint: what such a device reads afterwards was never promised
+            for offset, length in left:
+                await self.write_zeroes(offset, length)  # as unmapped_reads_zero has promised
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
         self._check_write(offset, length)
@@ -323,7 +335,9 @@ class RawDisk(Disk):
             self._refuse(offset, length)
         if self._device is not None:  # no file system that could tell
             return merge_extents([Extent(offset, length, mapped=True)])
-        found = await self._call("extents", offset, linux.holes, self._fd, offset, length)
+        found = await self._call(
+            "extents", offset, linux.holes, self._fd, offset, length, EXTENTS_AT_ONCE
+        )
         return merge_extents(Extent(*run) for run in found)
 
     def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
@@ -412,6 +426,27 @@ class RawDisk(Disk):
     def _refuse(self, offset: int, length: int) -> None:
         self._check_open()
         check_range(offset, length, self._size)
+
+
+def _trips(ranges: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Divide ranges into what a worker frees in one go: a list of short ones, part of a long one.
+
+    A long one is made of 256 parts at most: where there is nothing to free, as in most of a disk
+    of many terabytes, size costs nothing.
+    """
+    trip: list[tuple[int, int]] = []
+    size = 0
+    for offset, length in ranges:
+        largest = max(1, -(-length // (256 * UNMAP_STEP))) * UNMAP_STEP
+        for at in range(0, length, largest):
+            part = min(largest, length - at)
+            if trip and size + part > UNMAP_STEP:
+                yield trip
+                trip, size = [], 0
+            trip.append((offset + at, part))
+            size += part
+    if trip:
+        yield trip
 
 
 def _zero(fd: int, offset: int, length: int, may_unmap: bool) -> bool:

@@ -78,6 +78,7 @@ class DiskCore(DispatchUnit):
         """Bytes a command works on at a time in the host's memory."""
         self.bulk = trio.Semaphore(BULK)
         """Held by a command that works in the host's memory."""
+        self._turn = trio.Lock()
         self.readers: set[Hashable] = set()
         """Initiators whose reads nothing is in the way of."""
         self.writers: set[Hashable] = set()
@@ -174,6 +175,15 @@ class DiskCore(DispatchUnit):
             self.raise_attention(sense.CAPACITY_DATA_HAS_CHANGED)
 
     # Checks and data movement for the handlers.
+
+    async def turn(self) -> None:
+        """Wait for one's turn to do some work that takes a while without waiting. A checkpoint.
+
+        One command of the unit has it in each turn of the loop: a guest may have thousands of them
+        under way, and each may be ready to go on.
+        """
+        async with self._turn:
+            return
 
     def check_ready(self) -> None:
         """Raise NOT READY if there is no medium."""

@@ -29,8 +29,11 @@ ZERO_STEP: Final = 1 << 26
 """Bytes zeroed without letting other tasks run: a back-end in memory may do all of it at once."""
 
 STATUS_WINDOW: Final = 1 << 26
-"""Bytes one GET LBA STATUS looks at; it need not describe all of the disk (SBC-3 5.5.2). A guest
-can make every second page a hole, so this bounds the time that one command takes."""
+"""Bytes one GET LBA STATUS looks at; it need not describe all of the disk (SBC-3 5.5.2)."""
+
+STATUS_LOOKS: Final = 8
+"""How often one GET LBA STATUS asks the back-end, which tells some hundred extents each time. A
+guest can make every second sector a hole, so this bounds the time that one command takes."""
 
 
 def parse_unmap_untrusted(parameters: bytes) -> list[tuple[int, int]]:
@@ -61,6 +64,17 @@ def parse_unmap_untrusted(parameters: bytes) -> list[tuple[int, int]]:
     return list(_UNMAP_DESCRIPTOR.iter_unpack(body))
 
 
+def merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Put ranges (first, count) in order; join those that overlap or touch, drop empty ones."""
+    merged: list[tuple[int, int]] = []
+    for first, count in sorted(ranges):
+        if merged and first <= (end := sum(merged[-1])):
+            merged[-1] = (merged[-1][0], max(end, first + count) - merged[-1][0])
+        elif count:
+            merged.append((first, count))
+    return merged
+
+
 async def unmap(unit: DiskCore, command: Command) -> Outcome:
     """UNMAP, SBC-3 5.30: every range is checked before the first is freed."""
     cdb = command.cdb
@@ -71,16 +85,17 @@ async def unmap(unit: DiskCore, command: Command) -> Outcome:
     size = int.from_bytes(cdb[7:9], "big")
     if not size:
         return GOOD
+    await unit.turn()
     ranges = parse_unmap_untrusted(take(command, size))
     for index, (lba, blocks) in enumerate(ranges):
         # Unlike other ranges, an empty one may begin right behind the last block: SBC-3 5.30
         # asks for the sum only.
         if lba + blocks > unit.blocks:
             raise out_of_range(lba, 8 + 16 * index, in_cdb=False)
-    for lba, blocks in ranges:
-        if blocks:
-            await trio.lowlevel.checkpoint()
-            await unit.disk.unmap(lba * unit.sector_size, blocks * unit.sector_size)
+    sector = unit.sector_size
+    await unit.disk.unmap_many(
+        [(lba * sector, blocks * sector) for lba, blocks in merge_ranges(ranges)]
+    )
     await unit.settle()
     return Outcome(STATUS_GOOD, b"", size)
 
@@ -137,47 +152,70 @@ async def get_lba_status(unit: DiskCore, command: Command) -> Outcome:
     allocation = int.from_bytes(cdb[10:14], "big")
     sector = unit.sector_size
     start = lba * sector
-    length = min(unit.blocks * sector - start, STATUS_WINDOW)
-    extents = await unit.disk.extents(start, length)
-    runs = merge_extents(extents, start, length, sector)
+    runs = BlockRuns(start, min(unit.blocks * sector - start, STATUS_WINDOW), sector)
+    for _ in range(STATUS_LOOKS):
+        await unit.turn()
+        runs.add(await unit.disk.extents(runs.next * sector, runs.left * sector))
+        if not runs.left:
+            break
     body = b"".join(
-        _STATUS_DESCRIPTOR.pack(first, blocks, 0 if mapped else 1) for first, blocks, mapped in runs
+        _STATUS_DESCRIPTOR.pack(first, blocks, 0 if mapped else 1)
+        for first, blocks, mapped in runs.found
     )
     return fill(command, (4 + len(body)).to_bytes(4, "big") + bytes(4) + body, allocation)
 
 
-def merge_extents(
-    extents: Iterable[Extent], start: int, length: int, sector: int
-) -> list[tuple[int, int, bool]]:
-    """Turn a back-end's extents into runs of whole blocks.
+class BlockRuns:
+    """Turns a back-end's extents into runs of whole blocks.
 
     A block is deallocated only if no byte of it is mapped.
 
     Args:
-        extents: In order, covering the range.
         start: First byte of the range, a multiple of ``sector``.
         length: Bytes of the range, a positive multiple of ``sector``.
         sector: Bytes per block.
 
-    Returns:
-        (first block, blocks, mapped), adjacent runs differ, at least one run.
+    Attributes:
+        found: (first block, blocks, mapped), from the first block of the range on; neighbours
+            differ.
+        next: The first block that nothing is known of yet.
     """
-    first, end = start // sector, (start + length) // sector
-    runs: list[tuple[int, int, bool]] = []
-    for extent in extents:
-        last = extent.offset + extent.length
-        # Mapped extents swallow the blocks they share with others.
-        until = -(-last // sector) if extent.mapped else last // sector
-        until = min(until, end)
-        if until <= first:
-            continue
-        if runs and runs[-1][2] == extent.mapped:
-            begin, _, mapped = runs[-1]
-            runs[-1] = (begin, until - begin, mapped)
+
+    def __init__(self, start: int, length: int, sector: int) -> None:
+        self.found: list[tuple[int, int, bool]] = []
+        self.next = start // sector
+        self._end = (start + length) // sector
+        self._sector = sector
+
+    @property
+    def left(self) -> int:
+        """Blocks that nothing is known of yet."""
+        return self._end - self.next
+
+    def add(self, extents: Iterable[Extent]) -> None:
+        """Take what a back-end says of the range from :attr:`next` on; it may end early.
+
+        A back-end that says nothing of use leaves all of it to the mapped ones.
+        """
+        before = self.next
+        for extent in extents:
+            last = extent.offset + extent.length
+            # Mapped extents swallow the blocks they share with others.
+            until = -(-last // self._sector) if extent.mapped else last // self._sector
+            self._extend(until, mapped=extent.mapped)
+        if self.next == before:
+            self._extend(self._end, mapped=True)
+
+    def _extend(self, until: int, *, mapped: bool) -> None:
+        until = min(until, self._end)
+        if until <= self.next:
+            return
+        if self.found and self.found[-1][2] == mapped:
+            begin, _, _ = self.found[-1]
+            self.found[-1] = (begin, until - begin, mapped)
         else:
-            runs.append((first, until - first, extent.mapped))
-        first = until
-    return runs or [(start // sector, length // sector, True)]
+            self.found.append((self.next, until - self.next, mapped))
+        self.next = until
 
 
 _WRITE_SAME_10 = usage("41 f8 ffffffff 00 ffff 04")

@@ -22,7 +22,7 @@ _WRITES = frozenset((WRITE_10, WRITE_16))
 _TO_GUEST = DataDirection.READ
 _TO_DISK = DataDirection.WRITE
 
-_PLAIN: Table = make_table(
+_PLAIN = make_table(
     (
         *COMMON,
         PREVENT_ALLOW,
@@ -32,7 +32,7 @@ _PLAIN: Table = make_table(
         *reserve_commands.COMMANDS,
     )
 )
-_THIN: Table = {**_PLAIN, **make_table(disk_provision.THIN_COMMANDS)}
+_THIN = Table(_PLAIN | make_table(disk_provision.THIN_COMMANDS))
 
 
 class DiskUnit(DiskCore):

@@ -17,6 +17,7 @@ from storvsp.scsi.inquiry import MAX_COMPARE_AND_WRITE
 from storvsp.scsi.sense import CheckCondition, Sense, invalid_cdb_field
 from storvsp.scsi.table import Access, Spec, usage
 from storvsp.scsi.unit import STATUS_GOOD, Command, Outcome, take
+from vmbus.memory import Cutter
 
 
 def first_difference(left: bytes | bytearray, right: bytes | bytearray) -> int | None:
@@ -70,6 +71,7 @@ async def verify(unit: DiskCore, command: Command) -> Outcome:
         if check == 3 and size:
             pattern = take(command, sector) * (chunk // sector)
         scratch = bytearray(chunk)
+        data = Cutter(command.data)
         for at in range(0, size, max(chunk, 1)):
             await trio.lowlevel.checkpoint()
             length = min(chunk, size - at)
@@ -78,7 +80,7 @@ async def verify(unit: DiskCore, command: Command) -> Outcome:
                 with memoryview(scratch)[:length] as part:
                     await unit.read(offset, [part])
             else:
-                expected = take(command, length, at) if check == 1 else pattern[:length]
+                expected = b"".join(data.take(length)) if check == 1 else pattern[:length]
                 await _compare(unit, offset, expected, scratch)
     return Outcome(STATUS_GOOD, b"", moved)
 
@@ -99,10 +101,11 @@ async def write_and_verify(unit: DiskCore, command: Command) -> Outcome:
     chunk = min(unit.chunk, size)
     async with unit.bulk:
         scratch = bytearray(chunk)
+        data = Cutter(command.data)
         for at in range(0, size, max(chunk, 1)):
             await trio.lowlevel.checkpoint()
             offset = transfer.lba * sector + at
-            copy = take(command, min(chunk, size - at), at)
+            copy = b"".join(data.take(min(chunk, size - at)))
             await unit.write(offset, [memoryview(copy)], fua=True)
             if check:
                 await _compare(unit, offset, copy, scratch)
@@ -144,11 +147,12 @@ async def orwrite(unit: DiskCore, command: Command) -> Outcome:
     size = transfer.blocks * sector
     unit.data_out_untrusted(command, size, transfer.count_byte)
     chunk = min(unit.chunk, CHUNK)
+    data = Cutter(command.data)
     for at in range(0, size, chunk):
         await trio.lowlevel.checkpoint()
         length = min(chunk, size - at)
         offset = transfer.lba * sector + at
-        bits = int.from_bytes(take(command, length, at), "little")
+        bits = int.from_bytes(b"".join(data.take(length)), "little")
         found = bytearray(length)
         await unit.read(offset, [memoryview(found)])
         result = (int.from_bytes(found, "little") | bits).to_bytes(length, "little")

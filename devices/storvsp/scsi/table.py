@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import struct
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
@@ -73,8 +74,22 @@ class Spec:
     least: int = 0
 
 
-Table = Mapping[int, Spec | Mapping[int, Spec]]
-"""Operation code -> command, or -> service action -> command."""
+Entry = Spec | Mapping[int, Spec]
+"""One command, or service action -> command."""
+
+
+class Table(dict[int, Entry]):
+    """Operation code -> what has it. Not to be changed once it is in use."""
+
+    @functools.cached_property
+    def described(self) -> bytes:
+        """All commands, as REPORT SUPPORTED OPERATION CODES lists them; made once."""
+        return _describe(self, timeouts=False)
+
+    @functools.cached_property
+    def described_with_timeouts(self) -> bytes:
+        """The same, each with its command timeouts descriptor."""
+        return _describe(self, timeouts=True)
 
 
 def make_table(specs: Iterable[Spec]) -> Table:
@@ -87,7 +102,7 @@ def make_table(specs: Iterable[Spec]) -> Table:
             actions = table.setdefault(spec.opcode, {})
             assert isinstance(actions, dict)
             actions[spec.service_action] = spec
-    return table
+    return Table(table)
 
 
 def usage(template: str) -> bytes:
@@ -114,7 +129,7 @@ def report_supported_opcodes_untrusted(table: Table, cdb: bytes) -> bytes:
     options = cdb[2] & 0x07
     timeouts = bool(cdb[2] & 0x80)
     if options == 0:
-        return _all_commands(table, timeouts=timeouts)
+        return table.described_with_timeouts if timeouts else table.described
     if options > 3:
         raise invalid_cdb_field(2, 2)
     entry = table.get(cdb[3])
@@ -136,7 +151,7 @@ def report_supported_opcodes_untrusted(table: Table, cdb: bytes) -> bytes:
     return head + spec.usage + (_TIMEOUTS if timeouts else b"")
 
 
-def _all_commands(table: Table, *, timeouts: bool) -> bytes:
+def _describe(table: Mapping[int, Entry], *, timeouts: bool) -> bytes:
     body = bytearray()
     for opcode in sorted(table):
         entry = table[opcode]

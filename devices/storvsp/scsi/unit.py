@@ -25,7 +25,7 @@ from typing import Any, Final, NamedTuple
 
 from storvsp.scsi.sense import Sense, invalid_cdb_field, parameter_list_length_error
 from vmbus.errors import ConfigError
-from vmbus.memory import window
+from vmbus.memory import Cutter, window
 
 # Status codes, SAM-5 table 41.
 STATUS_GOOD: Final = 0x00
@@ -279,8 +279,12 @@ STEP: Final = 8 << 20
 
 
 def split(buffers: Sequence[memoryview], limit: int) -> Iterable[tuple[int, Sequence[memoryview]]]:
-    """Cut a scatter list into parts of at most ``limit`` bytes, each with its byte offset."""
+    """Cut a scatter list into parts of at most ``limit`` bytes, each with its byte offset.
+
+    They are cut when they are asked for, in order.
+    """
     size = sum(map(len, buffers))
     if size <= limit:
         return ((0, buffers),)
-    return ((at, window(buffers, at, limit)) for at in range(0, size, limit))
+    cutter = Cutter(buffers)
+    return ((at, cutter.take(limit)) for at in range(0, size, limit))

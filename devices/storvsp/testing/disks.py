@@ -310,17 +310,19 @@ async def _check_extents(disk: Disk) -> None:
 
 
 async def _cover(disk: Disk, offset: int, length: int) -> list[Extent]:
-    extents = await disk.extents(offset, length)
-    position = offset
-    for extent in extents:
-        _require(
-            extent.offset == position and extent.length > 0,
-            disk,
-            f"extents of {length} bytes at {offset} has a gap, an overlap or an empty one at"
-            f" {position}: {extent}",
-        )
-        position += extent.length
-    _require(position == offset + length, disk, f"extents end at {position}, not at the end")
+    """All extents of a range, asked for until there are no more."""
+    extents: list[Extent] = []
+    position, end = offset, offset + length
+    while position < end and (found := await disk.extents(position, end - position)):
+        extents += found
+        for extent in found:
+            _require(
+                extent.offset == position and extent.length > 0,
+                disk,
+                f"extents has a gap, an overlap or an empty one at {position}: {extent}",
+            )
+            position += extent.length
+    _require(position == end, disk, f"extents end at {position}, not at {end}")
     return extents
 
 

@@ -23,17 +23,17 @@ def test_holes_of_a_range_cover_it_exactly(tmp_path):
             file.write(b"d" * (64 << 10))
     fd = os.open(path, os.O_RDONLY)
     k = 1 << 10
-    assert linux.holes(fd, 0, MIB) == [
+    assert linux.holes(fd, 0, MIB, 99) == [
         (0, 64 * k, True),
         (64 * k, 192 * k, False),
         (256 * k, 64 * k, True),
         (320 * k, 704 * k, False),
     ]
-    assert linux.holes(fd, 128 * k, 160 * k) == [
+    assert linux.holes(fd, 128 * k, 160 * k, 99) == [
         (128 * k, 128 * k, False),
         (256 * k, 32 * k, True),
     ]
-    assert linux.holes(fd, 0, 0) == []
+    assert linux.holes(fd, 0, 0, 99) == []
     os.close(fd)
 
 

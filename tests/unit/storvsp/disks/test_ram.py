@@ -1,11 +1,10 @@
 """The RAM disk allocates what is written and frees what is trimmed."""
 
-import builtins
+import errno
 
 import pytest
 
 from storvsp.disk import DiskUnavailableError, Extent, NoSpaceError, OutOfRangeError
-from storvsp.disks import ram
 from storvsp.disks.ram import CHUNK, MAX_SIZE, RamDisk
 from storvsp.disks.specs import open_disk
 from tests.support.disks import views
@@ -126,14 +125,14 @@ async def test_shrinking_frees_and_growing_again_shows_zeros():
 async def test_running_out_of_memory_is_no_space(monkeypatch):
     disk = RamDisk(1 << 20)
 
-    def none_left(size):
-        raise MemoryError
+    def none_left(*_args, **_options):
+        raise OSError(errno.ENOMEM, "none left")
 
-    monkeypatch.setattr(ram, "bytearray", none_left, raising=False)
-    with pytest.raises(NoSpaceError) as caught:
-        disk.try_writev(CHUNK, [memoryview(bytes(512))])
+    with monkeypatch.context() as patch:
+        patch.setattr("mmap.mmap", none_left)
+        with pytest.raises(NoSpaceError) as caught:
+            disk.try_writev(CHUNK, [memoryview(bytes(512))])
     assert caught.value.offset == CHUNK
-    monkeypatch.setattr(ram, "bytearray", builtins.bytearray)
     assert disk.try_writev(CHUNK, [memoryview(bytes(512))])
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from storvsp.disk import Extent, NoSpaceError
 from storvsp.scsi import DiskUnit
-from storvsp.scsi.disk_provision import ZERO_STEP, merge_extents
+from storvsp.scsi.disk_provision import ZERO_STEP, BlockRuns
 from tests.support.scsi import MemoryDisk, Reply, run
 
 
@@ -216,6 +216,12 @@ async def test_block_status_comes_in_runs():
     assert (await run(unit, status(16), room=24)).fault == (5, 0x2100)
 
 
+def found(extents: list[Extent], start: int, length: int) -> list[tuple[int, int, bool]]:
+    runs = BlockRuns(start, length, 512)
+    runs.add(extents)
+    return runs.found
+
+
 def test_blocks_partly_mapped_count_as_mapped():
     extents = [
         Extent(0, 700, mapped=False),
@@ -223,6 +229,6 @@ def test_blocks_partly_mapped_count_as_mapped():
         Extent(1100, 100, mapped=False),
         Extent(1200, 2896, mapped=False),
     ]
-    assert merge_extents(extents, 0, 4096, 512) == [(0, 1, False), (1, 2, True), (3, 5, False)]
-    assert merge_extents([], 1024, 1024, 512) == [(2, 2, True)]
-    assert merge_extents([Extent(0, 99999, mapped=False)], 512, 1024, 512) == [(1, 2, False)]
+    assert found(extents, 0, 4096) == [(0, 1, False), (1, 2, True), (3, 5, False)]
+    assert found([], 1024, 1024) == [(2, 2, True)]
+    assert found([Extent(0, 99999, mapped=False)], 512, 1024) == [(1, 2, False)]
