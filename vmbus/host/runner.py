@@ -156,8 +156,7 @@ class ChannelRunner:
                     await self.bus.need_shared_doorbell()
                 else:
                     port = await transport.add_event_port(event.connection_id, 0)
-                while not self._unpaused.is_set():
-                    await self._unpaused.wait()
+                await self._wait_for_turn()
                 if not self._closing.is_set():
                     channel = self._make_channel(port)
             except (GuestProtocolError, AttachError, OSError) as error:
@@ -179,6 +178,14 @@ class ChannelRunner:
                 self.bus.observers.channel_ended(channel)
             if port is not None:
                 await self._remove_port()
+
+    async def _wait_for_turn(self) -> None:
+        """Wait until this channel may map its rings, which may have thousands of pages."""
+        while True:
+            async with self.bus.leases.turn:
+                if self._unpaused.is_set():
+                    return
+            await self._unpaused.wait()
 
     def _end_leases(self) -> None:
         left = self.bus.leases.end_channel(self.event.key, but=self.ring_lease)

@@ -15,7 +15,7 @@ import abc
 import logging
 from collections.abc import Awaitable, Callable, Hashable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -37,6 +37,7 @@ from storvsp.scsi.sense import (
     Sense,
     invalid_cdb_field,
     invalid_opcode,
+    parameter_list_length_error,
 )
 from storvsp.scsi.table import (
     Access,
@@ -62,6 +63,10 @@ from storvsp.scsi.unit import (
 from vmbus.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+MAX_MODE_LIST: Final = 1024
+"""Bytes of a MODE SELECT parameter list: many times those of all pages that there are. A list has
+room for the same page 5000 times."""
 
 
 class DispatchUnit(LogicalUnit):
@@ -377,6 +382,8 @@ def mode_select(unit: DispatchUnit, command: Command) -> Outcome:
         return GOOD
     if not cdb[1] & 0x10:  # PF: vendor-specific pages
         raise invalid_cdb_field(1, 4)
+    if size > MAX_MODE_LIST:
+        raise parameter_list_length_error()
     parameters = take(command, size)
     if unit.modes.select_untrusted(parameters, long=long, sector_size=unit.sector_size):
         unit.raise_attention(sense.MODE_PARAMETERS_CHANGED, but=command.initiator)
