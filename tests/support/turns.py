@@ -48,12 +48,14 @@ class Work(trio.abc.Instrument):
         total: All that was done.
         most_in_step: The most that one task did between two checkpoints.
         most_in_turn: The most that all tasks together did before the loop looked for I/O.
+        turns: How often the loop has looked for I/O.
     """
 
     def __init__(self) -> None:
         self.total = 0
         self.most_in_step = 0
         self.most_in_turn = 0
+        self.turns = 0
         self._step = 0
         self._turn = 0
 
@@ -69,6 +71,7 @@ class Work(trio.abc.Instrument):
         self._step = 0
 
     def after_io_wait(self, timeout: float) -> None:
+        self.turns += 1
         self._turn = 0
 
 

@@ -13,7 +13,14 @@ import pytest
 
 from vmbus import memory as memory_module
 from vmbus.errors import ConfigError, GuestProtocolError
-from vmbus.memory import PAGE_SIZE, GuestMemory, full_fence, is_sealed, total_length
+from vmbus.memory import (
+    PAGE_SIZE,
+    GuestMemory,
+    allocate_memory,
+    full_fence,
+    is_sealed,
+    total_length,
+)
 
 
 def memfd(pages: int, seals: int = fcntl.F_SEAL_SHRINK) -> int:
@@ -432,3 +439,39 @@ def test_the_fence_does_not_wait_for_another_thread():
     with memory_module._fence_lock:
         full_fence()
         assert memory_module._fence_lock.locked()
+
+
+@pytest.mark.parametrize("pfns", [(), (0,), (2, 0, 1), (4, 2, 3, 2), (1, 2), (0, 4, 8)])
+def test_pages_are_proven_to_be_memory_in_any_order(memory, pfns):
+    memory.check_pages(pfns)
+
+
+@pytest.mark.parametrize(
+    "pfns", [(5,), (0, 5), (5, 0), (4, 5, 1), (3, 1 << 52), ((1 << 64) - 1, 2)]
+)
+def test_a_page_among_others_that_is_not_there_is_found(memory, pfns):
+    with pytest.raises(GuestProtocolError, match="is not memory"):
+        memory.check_pages(pfns)
+
+
+@pytest.mark.parametrize("pfns", [(8,), (9, 8), (0, 8), (8, 4, 1)])
+def test_a_page_among_others_that_cannot_be_written_is_found(memory, pfns):
+    memory.check_pages(pfns)
+    with pytest.raises(GuestProtocolError, match="read-only"):
+        memory.check_pages(pfns, write=True)
+
+
+@pytest.mark.parametrize("count", [2, 3, 40])
+@pytest.mark.parametrize("offset", [0, 1, 4095])
+@pytest.mark.parametrize("short", [0, 1, 4095])
+def test_scattered_pages_of_one_region_begin_and_end_where_they_are_told(count, offset, short):
+    memory = allocate_memory(100 * PAGE_SIZE)
+    pfns = tuple(range(2 * count - 2, -1, -2))
+    for pfn in pfns:
+        memory.write(pfn * PAGE_SIZE, bytes([pfn]) * PAGE_SIZE)
+    whole = b"".join(bytes([pfn]) * PAGE_SIZE for pfn in pfns)
+    views = memory.gather(offset, len(whole) - offset - short, pfns, write=True)
+    assert len(views) == count
+    assert b"".join(views) == whole[offset : len(whole) - short]
+    del views
+    memory.close()

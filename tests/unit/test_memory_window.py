@@ -2,7 +2,7 @@
 
 from hypothesis import given, strategies as st
 
-from vmbus.memory import total_length, window
+from vmbus.memory import Cutter, total_length, window
 
 
 @given(st.lists(st.binary(max_size=6), max_size=6), st.integers(0, 40), st.integers(0, 40))
@@ -30,3 +30,29 @@ def test_windows_cut_scatter_lists_anywhere():
         for length in range(32):
             pieces = window(data, start, length)
             assert b"".join(pieces) == bytes(range(30))[start : start + length]
+
+
+@given(st.lists(st.binary(max_size=6), max_size=6), st.lists(st.integers(-1, 9), min_size=1))
+def test_a_list_cut_into_parts_is_its_bytes_in_order(parts, lengths):
+    cutter = Cutter([memoryview(bytearray(part)) for part in parts])
+    left = b"".join(parts)
+    for length in lengths:
+        taken = b"".join(cutter.take(length))
+        assert taken == left[: max(0, length)]
+        left = left[len(taken) :]
+
+
+def test_cutting_a_list_up_goes_through_it_once():
+    class Counted(list[memoryview]):
+        looked = 0
+
+        def __getitem__(self, index):
+            self.looked += 1
+            return super().__getitem__(index)
+
+    buffers = Counted(memoryview(bytes(4096)) for _ in range(1000))
+    cutter = Cutter(buffers)
+    for _ in range(1000 * 8):
+        assert sum(map(len, cutter.take(512))) == 512
+    assert cutter.take(512) == []
+    assert buffers.looked == 1000 * 8

@@ -241,6 +241,8 @@ class DispatchUnit(LogicalUnit):
         if initiator is None:
             self.aborts += 1
         for scope, command in list(self._running.items()):
+            if scope.cancel_called:
+                continue  # by one of the many resets of a guest that is fond of them
             if initiator is None or command.initiator == initiator:
                 scope.cancel()
 

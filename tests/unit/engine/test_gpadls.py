@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from tests.support.engine import Guest, fault_field, make_offer, only, pages_message
-from vmbus.engine import Budgets, EngineConfig, Fault, GpadlTeardown, SendMessage, describe
+from vmbus.engine import Budgets, Engine, EngineConfig, Fault, GpadlTeardown, SendMessage, describe
 from vmbus.engine.states import Unfinished
 from vmbus.errors import LocalProtocolError
 from vmbus.wire import messages as m
@@ -329,3 +329,40 @@ def test_every_known_guest_fits_into_the_default_budgets() -> None:
         for handle, pages in ((1, 7936), (2, 4096), (3, 1026)):
             pfns = [page % 4000 for page in range(pages)]
             created(guest.post(*pages_message(relid, handle, pfns)), 0)
+
+
+def test_whoever_posts_hears_when_many_pages_were_checked(guest) -> None:
+    table = guest.engine.gpadl_table
+    pages = list(range(4096)) * 2
+    for handle in range(2):
+        assert not table.has_done_a_lot()
+        guest.post(*pages_message(1, handle, pages[:8190]))
+    assert not table.has_done_a_lot()
+    guest.post(*pages_message(1, 7, pages[:100]))
+    assert table.has_done_a_lot()
+    assert not table.has_done_a_lot()
+
+
+def test_a_guest_that_leaves_is_gone_when_the_last_of_its_lists_is(guest) -> None:
+    looks = 0
+    for handle in range(40):
+        guest.post(*pages_message(1 + handle % 2, handle, [20, 30]))
+    events = guest.post(m.Unload())
+    original = type(guest.engine.channel_table).__iter__
+
+    def counted(table):
+        nonlocal looks
+        looks += 1
+        return original(table)
+
+    type(guest.engine.channel_table).__iter__ = counted
+    try:
+        torn_down = only(GpadlTeardown, events)
+        assert len(torn_down) == 40
+        for event in torn_down:
+            assert only(m.UnloadResponse, guest.take()) == []
+            Engine.gpadl_released(guest.engine, event.key, event.handle)
+        assert len(only(m.UnloadResponse, guest.take())) == 1
+    finally:
+        type(guest.engine.channel_table).__iter__ = original
+    assert looks < 10, "not all channels for each list"

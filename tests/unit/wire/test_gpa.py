@@ -61,3 +61,15 @@ def test_page_numbers_of_64_bits_are_handed_on_unchecked():
     data = gpa.build_range(4096, 0, (0xFFFF_FFFF_FFFF_FFFF,))
     found, _end = gpa.parse_range_untrusted(data, 0, len(data))
     assert found.pfns == (0xFFFF_FFFF_FFFF_FFFF,)
+
+
+@pytest.mark.parametrize(("at_most", "pages"), [
+    (0, 1), (1, 1), (4086, 1), (4087, 2), (8191, 3), (8192, 3), (1 << 40, 3), (None, 3),
+])  # fmt: skip
+def test_pages_that_are_of_no_use_are_not_unpacked(at_most, pages):
+    data = gpa.build_range(8192, 10, (5, 6, 7)) + b"rest"
+    found, end = gpa.parse_range_untrusted(data, 0, len(data), at_most=at_most)
+    wanted = 8192 if at_most is None else min(8192, at_most)
+    assert found == gpa.GpaRange(wanted, 10, (5, 6, 7)[:pages])
+    assert end == len(data) - 4, "behind all that the guest has listed"
+    assert gpa.page_count(10, wanted) == pages

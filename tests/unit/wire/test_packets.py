@@ -179,3 +179,15 @@ def test_transfer_ranges_have_to_fit_before_the_payload_and_into_the_limit():
         assert caught.value.field == "range_count"
     with pytest.raises(GuestProtocolError):
         p.parse_transfer_pages_untrusted(transfer(0xFFFF_FFFF), 24, max_ranges=0xFFFF_FFFF)
+
+
+def test_what_is_beyond_the_bytes_of_use_is_checked_and_left_out():
+    data = direct(3, gpa.build_range(8192, 0, (1, 2)) + ONE + ONE)
+    found = p.parse_gpa_ranges_untrusted(data, len(data), max_ranges=3, at_most=8192 + 100)
+    assert found == [
+        gpa.GpaRange(8192, 0, (1, 2)),
+        gpa.GpaRange(100, 0, (1,)),
+        gpa.GpaRange(0, 0, ()),
+    ]
+    with pytest.raises(GuestProtocolError):
+        p.parse_gpa_ranges_untrusted(data, len(data) - 8, max_ranges=3, at_most=100)

@@ -34,6 +34,8 @@ def test_holes_of_a_range_cover_it_exactly(tmp_path):
         (256 * k, 32 * k, True),
     ]
     assert linux.holes(fd, 0, 0, 99) == []
+    assert linux.holes(fd, 0, MIB, 1) == [(0, 64 * k, True)]
+    assert linux.holes(fd, 64 * k, MIB, 1) == [(64 * k, 192 * k, False), (256 * k, 64 * k, True)]
     os.close(fd)
 
 

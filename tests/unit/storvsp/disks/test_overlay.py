@@ -1,5 +1,6 @@
 """Copy on write: the base is never written, old data never shines through."""
 
+import dataclasses
 import errno
 import os
 
@@ -284,3 +285,58 @@ async def test_ranges_outside_are_refused_and_a_closed_overlay_is_unavailable():
             await attempt()
     with pytest.raises(DiskUnavailableError):
         base.try_readv(0, views(bytes(SECTOR)))
+
+
+class Terse(DiskWrapper):
+    """Tells one extent at a time."""
+
+    async def extents(self, offset, length):
+        return (await self.base.extents(offset, length))[:1]
+
+
+async def test_extents_go_as_far_as_both_layers_have_told():
+    base = RamDisk(4 * CLUSTER)
+    base.try_writev(CLUSTER, views(b"b" * CLUSTER))
+    disk = OverlayDisk(Terse(base), Terse(RamDisk(4 * CLUSTER)))
+    disk.try_writev(SECTOR, views(b"s" * SECTOR))
+    disk.try_writev(2 * CLUSTER, views(b"s" * CLUSTER))
+    await disk.unmap(3 * CLUSTER, CLUSTER)
+    found, position = [], 0
+    while position < 4 * CLUSTER:
+        told = await disk.extents(position, 4 * CLUSTER - position)
+        assert told[0].offset == position
+        found += [(each.offset // SECTOR, each.mapped) for each in told]
+        position = told[-1].offset + told[-1].length
+    changes = [each for at, each in enumerate(found) if not at or each[1] != found[at - 1][1]]
+    sectors = CLUSTER // SECTOR
+    # Of a scratch in memory the whole chunk is there, but one sector of it is the overlay's.
+    assert changes == [(0, False), (1, True), (2, False), (sectors, True), (3 * sectors, False)]
+
+
+async def test_a_trim_list_goes_to_the_scratch_as_one():
+    class Lists(RamDisk):
+        lists: list[object]
+
+        async def unmap_many(self, ranges):
+            self.lists.append(ranges)
+            await super().unmap_many(ranges)
+
+    scratch = Lists(4 * CLUSTER)
+    scratch.lists = []
+    disk = OverlayDisk(base_of(), scratch)
+    ranges = [(0, SECTOR), (CLUSTER, 2 * CLUSTER)]
+    await disk.unmap_many(ranges)
+    assert scratch.lists == [ranges]
+    assert read(disk, 0, 2 * SECTOR) == bytes(SECTOR) + b"b" * SECTOR
+    assert read(disk, CLUSTER, 2 * CLUSTER) == bytes(2 * CLUSTER)
+    with pytest.raises(OutOfRangeError):
+        await disk.unmap_many([(0, SECTOR), (4 * CLUSTER, SECTOR)])
+    assert len(scratch.lists) == 1
+
+
+async def test_a_trim_list_that_the_scratch_cannot_do_is_ignored():
+    scratch = RamDisk(4 * CLUSTER)
+    scratch._info = dataclasses.replace(scratch.info, supports_unmap=False)
+    disk = OverlayDisk(base_of(), scratch)
+    await disk.unmap_many([(0, SECTOR)])
+    assert read(disk, 0, SECTOR) == b"b" * SECTOR

@@ -8,11 +8,12 @@ import fcntl
 import os
 
 import pytest
+import trio
 
-from storvsp.disk import MediumError
+from storvsp.disk import MediumError, OutOfRangeError
 from storvsp.disks import linux
 from storvsp.disks.ram import RamDisk
-from storvsp.disks.raw import RawDisk
+from storvsp.disks.raw import UNMAP_STEP, RawDisk
 
 NO = [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EFBIG]
 
@@ -122,3 +123,62 @@ async def test_a_file_that_has_grown_outside_is_noticed_when_asked(tmp_path, opt
     await disk.look_again()
     assert seen == [3 << 20]
     await disk.aclose()
+
+
+@pytest.fixture
+def trips(monkeypatch):
+    """What workers were asked to free, trip by trip."""
+    made = []
+
+    def each_of(free, fd, ranges):
+        made.append(list(ranges))
+        return []
+
+    monkeypatch.setattr(linux, "each_of", each_of)
+    return made
+
+
+async def test_a_list_of_short_ranges_is_one_trip_to_a_worker(disk, trips):
+    ranges = [(4096 * at, 512) for at in range(256)]
+    await disk.unmap_many(ranges)
+    assert trips == [ranges]
+    await disk.unmap(0, 0)
+    await disk.unmap_many([])
+    assert len(trips) == 1
+
+
+async def test_a_long_range_is_freed_in_parts_between_which_it_can_be_given_up(disk, trips):
+    disk._size = 1 << 62  # as far as the checks go
+    await disk.unmap_many([(512, 1024), (4096, 2 * UNMAP_STEP + 512)])
+    assert trips == [
+        [(512, 1024)],
+        [(4096, UNMAP_STEP)],
+        [(4096 + UNMAP_STEP, UNMAP_STEP)],
+        [(4096 + 2 * UNMAP_STEP, 512)],
+    ]
+    trips.clear()
+    await disk.unmap(0, 1 << 60)
+    assert len(trips) == 256, "size alone costs nothing"
+    assert sum(length for (trip,) in trips for _, length in [trip]) == 1 << 60
+    trips.clear()
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await disk.unmap(0, 1 << 60)
+    assert trips == []
+
+
+async def test_each_range_of_a_list_is_checked_before_the_first_is_freed(disk, trips):
+    with pytest.raises(OutOfRangeError):
+        await disk.unmap_many([(0, 512), (1 << 20, 512)])
+    assert trips == []
+
+
+async def test_of_a_list_only_what_cannot_be_freed_is_written(disk, monkeypatch):
+    original = linux.punch_hole
+    monkeypatch.setattr(
+        linux, "punch_hole", lambda fd, at, size: at != 8192 and original(fd, at, size)
+    )
+    await disk.unmap_many([(0, 4096), (8192, 512), (16384, 4096)])
+    assert await contents(disk, 0, 20480) == (
+        bytes(4096) + b"\xaa" * 4096 + bytes(512) + b"\xaa" * (8192 - 512) + bytes(4096)
+    )

@@ -8,7 +8,7 @@ import pytest
 
 from storvsp.disk import Extent, NoSpaceError
 from storvsp.scsi import DiskUnit
-from storvsp.scsi.disk_provision import ZERO_STEP, BlockRuns
+from storvsp.scsi.disk_provision import STATUS_LOOKS, ZERO_STEP, BlockRuns, merge_ranges
 from tests.support.scsi import MemoryDisk, Reply, run
 
 
@@ -232,3 +232,61 @@ def test_blocks_partly_mapped_count_as_mapped():
     assert found(extents, 0, 4096) == [(0, 1, False), (1, 2, True), (3, 5, False)]
     assert found([], 1024, 1024) == [(2, 2, True)]
     assert found([Extent(0, 99999, mapped=False)], 512, 1024) == [(1, 2, False)]
+
+
+def test_extents_that_say_nothing_of_a_block_leave_it_mapped():
+    runs = BlockRuns(0, 4096, 4096)
+    runs.add([Extent(0, 512, mapped=False)])
+    assert (runs.found, runs.left) == ([(0, 1, True)], 0)
+
+
+async def test_block_status_goes_on_where_the_back_end_has_stopped():
+    disk, unit = make_unit(blocks=64)
+    disk.holes += [(512 * at, 512) for at in range(0, 64, 2)]
+    whole = (await run(unit, status(0), room=4096)).data
+    asked = []
+    original = disk.extents
+
+    async def few(offset, length):
+        asked.append((offset, length))
+        return (await original(offset, length))[:20]
+
+    disk.extents = few  # type: ignore[method-assign]  # tells less
+    assert (await run(unit, status(0), room=4096)).data == whole
+    assert asked == [(512 * at, 512 * (64 - at)) for at in (0, 20, 40, 60)]
+    asked.clear()
+
+    async def fewest(offset, length):
+        asked.append((offset, length))
+        return (await original(offset, length))[:1]
+
+    disk.extents = fewest  # type: ignore[method-assign]  # tells still less
+    told = (await run(unit, status(0), room=4096)).data
+    assert len(asked) == STATUS_LOOKS
+    assert told[8:] == whole[8 : 8 + 16 * STATUS_LOOKS]
+
+
+@pytest.mark.parametrize(("ranges", "merged"), [
+    ([], []),
+    ([(5, 0)], []),
+    ([(3, 2), (9, 1)], [(3, 2), (9, 1)]),
+    ([(9, 1), (3, 2)], [(3, 2), (9, 1)]),
+    ([(3, 2), (5, 1), (6, 4)], [(3, 7)]),
+    ([(3, 9), (4, 2), (11, 2)], [(3, 10)]),
+    ([(3, 2), (4, 0), (5, 0), (6, 0)], [(3, 2)]),
+    ([(3, 2), (3, 2)], [(3, 2)]),
+])  # fmt: skip
+def test_ranges_that_touch_are_one(ranges, merged):
+    assert merge_ranges(ranges) == merged
+
+
+async def test_unmap_hands_its_list_over_as_one():
+    disk, unit = make_unit()
+    lists = []
+
+    async def unmap_many(ranges):
+        lists.append(list(ranges))
+
+    disk.unmap_many = unmap_many  # type: ignore[method-assign]  # records
+    assert (await unmap(unit, unmap_list((9, 1), (3, 2), (5, 1)))).status == 0
+    assert lists == [[(1536, 1536), (4608, 512)]]
