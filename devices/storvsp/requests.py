@@ -65,13 +65,17 @@ TURN = 2 << 20
 """What a channel may do before others have their turn, in bytes that are copied: half a
 millisecond, where 4 GB/s are. Everything else is weighed in the same unit, by the time it takes."""
 COST = 16 << 10
-"""Of a READ or WRITE that is answered on the spot, beside its data."""
+"""Of a request for more than one page, beside its data. READs and WRITEs of one page are bounded by
+their number in a batch alone: weighing each would cost as much as a fiftieth of it."""
 PIECE_COST = 4 << 10
 """Of each piece of guest memory that its data is in."""
 TASK_COST = 256 << 10
 """Of a task of its own for a request that has to wait."""
 LONG_COST = 256 << 10
 """Of any other command, and of a request that goes the long way: 20 to 60 us."""
+
+_MOVES = frozenset((0x08, 0x0A, 0x28, 0x2A, 0x88, 0x8A, 0xA8, 0xAA))
+"""READ and WRITE (6), (10), (12) and (16)."""
 
 Otherwise = Callable[[Channel, Packet, trio.Nursery], bool]
 """Acts on a packet that is not the common case. Cannot block."""
@@ -142,7 +146,8 @@ class Requests:
         gather = channel.memory.gather
         complete = channel.complete_packet
         max_transfer = self._max_transfer
-        inline = 0
+        moves = _MOVES
+        elsewhere = 0
         done = 0
         budget = TURN
         for done, packet in enumerate(packets, 1):  # noqa: B007 - wanted behind the loop
@@ -161,7 +166,7 @@ class Requests:
                     request[0] == EXECUTE_SRB
                     and count == 1
                     and byte_count == request[13]
-                    and 0 < byte_count <= max_transfer
+                    and byte_count
                     and byte_offset < PAGE_SIZE
                     and data_in < 2
                     and 0 < cdb_length <= 16
@@ -173,64 +178,65 @@ class Requests:
                             views = gather(byte_offset, byte_count, (pfn,), write=data_in == 1)
                         else:
                             pages = (last + 4095) >> 12
-                            if FIRST_PFN + 8 * pages > start:
-                                raise GuestProtocolError("pages beyond the header")
+                            if byte_count > max_transfer or FIRST_PFN + 8 * pages > start:
+                                raise GuestProtocolError("too many pages")
                             pfns = pfn_list(pages).unpack_from(data, FIRST_PFN)
                             views = gather(byte_offset, byte_count, pfns, write=data_in == 1)
-                            budget -= len(views) * PIECE_COST
+                            budget -= COST + byte_count + len(views) * PIECE_COST
                     except GuestProtocolError:
                         budget -= LONG_COST
+                        elsewhere += 1
                         if not otherwise(channel, packet, nursery) or budget <= 0:
                             break
                         continue
+                    cdb = request[14]
                     command = Command(
-                        request[14][:cdb_length],
+                        cdb[:cdb_length],
                         views,
                         byte_count,
                         _DIRECTIONS[data_in],
                         initiator,
                     )
-                    # READ and WRITE of any length, and the rest
-                    budget -= byte_count + (COST if request[14][0] & 0x1D == 0x08 else LONG_COST)
+                    if cdb[0] not in moves:
+                        budget -= LONG_COST
                     outcome = unit.try_execute(command)
                     if outcome is None:
                         budget -= TASK_COST
+                        elsewhere += 1
                         self._wait(
                             channel, packet, Srb._make(request), command, unit=unit, nursery=nursery
                         )
                     elif outcome[0]:
-                        inline += 1
                         self._finish(channel, packet, Srb._make(request), outcome)
-                    else:
-                        inline += 1
-                        if packet.flags & 1:
-                            complete(
-                                _good(
-                                    COMPLETION,
-                                    OFFSET8,
-                                    LENGTH8,
-                                    0,
-                                    packet.transaction_id,
-                                    COMPLETE_IO,
-                                    0,
-                                    0,
-                                    request[3],
-                                    SRB_SUCCESS,
-                                    0,
-                                    data[start + 16 : start + 21],
-                                    0,
-                                    data_in,
-                                    outcome[2],
-                                    data[start + 48 :],
-                                )
+                    elif packet.flags & 1:
+                        complete(
+                            _good(
+                                COMPLETION,
+                                OFFSET8,
+                                LENGTH8,
+                                0,
+                                packet.transaction_id,
+                                COMPLETE_IO,
+                                0,
+                                0,
+                                request[3],
+                                SRB_SUCCESS,
+                                0,
+                                data[start + 16 : start + 21],
+                                0,
+                                data_in,
+                                outcome[2],
+                                data[start + 48 :],
                             )
+                        )
                     if budget > 0:
                         continue
                     break
             budget -= LONG_COST
+            elsewhere += 1
             if not otherwise(channel, packet, nursery) or budget <= 0:
                 break
-        self.inline += inline
+        self.inline += done - elsewhere
         return done
 
     # -- the long way ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from storvsp.disks import overlay, ram
 from storvsp.disks.delay import DelayDisk
 from storvsp.disks.overlay import MARK_STEP, RUNS_AT_ONCE, OverlayDisk
 from storvsp.disks.ram import CHUNK, GROUP, RamDisk
-from storvsp.requests import COST, LONG_COST, TASK_COST, TURN, Requests
+from storvsp.requests import COST, LONG_COST, PIECE_COST, TASK_COST, TURN, Requests
 from storvsp.scsi import DiskUnit, table
 from storvsp.scsi.base import COMMON
 from storvsp.scsi.modes import ModePages
@@ -104,7 +104,10 @@ async def test_a_batch_is_given_up_after_the_work_of_a_turn():
         short = struct.pack(">BBIBHB", 0x28, 0, 0, 0, 8, 0)
         work = await serve(wire, short, pages=1, count=250, **done)
         assert work.total == 250
-        assert 50 < work.most_in_step <= TURN // (COST + 4096) + 1
+        assert work.most_in_step <= 256, "short ones are bounded in packets"
+        some = struct.pack(">BBIBHB", 0x28, 0, 0, 0, 16, 0)
+        work = await serve(wire, some, pages=2, count=250, **done)
+        assert 20 < work.most_in_step <= TURN // (COST + 2 * (4096 + PIECE_COST)) + 1
         long = struct.pack(">BBIBHB", 0x28, 0, 0, 0, 2048, 0)
         work = await serve(wire, long, pages=256, count=8, **done)
         assert work.total == 8
