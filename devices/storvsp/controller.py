@@ -29,7 +29,7 @@ class ScsiController:
         max_subchannels: Channels the guest may open beside the primary one; Linux asks for one
             per four VPs.
         max_transfer_bytes: Largest transfer of one request in bytes, 64 KiB to 128 MiB, a
-            multiple of 4096.
+            multiple of 4096. What is longer, and longer than 512 KiB, is refused.
         monitor: Use a monitor page bit as doorbell. OpenBSD ignores controllers without one;
             others ring faster without.
         max_version: Highest vstor version to agree to.
