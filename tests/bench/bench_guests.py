@@ -249,10 +249,13 @@ WORST = {
 def _waits() -> Iterator[Figure]:
     for words, mode in MODES.items():
         for who, neighbour in WORST.items():
-            with server(mode) as (path, _), guests(path, 1, 1) as (victim,):
-                with neighbour(path):
-                    victim.begin(SECONDS)
-                    longest = victim.result()[1]
+            with (
+                server(mode) as (path, _),
+                guests(path, 1, 1) as (victim,),
+                neighbour(path),
+            ):
+                victim.begin(SECONDS)
+                longest = victim.result()[1]
             target = 50.0 if not mode else None
             name = f"longest wait for a 4 KiB read beside {who}, {words}"
             yield Figure(name, longest * 1000, "ms", target=target)
