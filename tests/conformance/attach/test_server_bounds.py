@@ -15,10 +15,12 @@ import pytest
 import trio
 
 from tests.support.attach import (
+    HELLO,
     INFO,
     RAM_SIZE,
     Bus,
     RawVmm,
+    control,
     make_eventfd,
     make_memfd,
     raw_vmm,
@@ -259,12 +261,12 @@ async def test_connections_without_end_write_no_log_without_end(
             await vmm.send_bytes(b"x")
             assert await vmm.receive() is None
         with trio.fail_after(20):
-            while not any(line.startswith("vmm: closed") for line in lines(caplog)):
+            while not any(line.startswith("guest: closed") for line in lines(caplog)):
                 await trio.sleep(0.001)
     written = lines(caplog)
     assert len(written) == BURST + 1
     assert f"process {os.getpid()} of user {os.getuid()}: closed: frame: record" in written[0]
-    assert written[-1].startswith("vmm: closed: frame: record of 1 bytes")
+    assert written[-1].startswith("guest: closed: frame: record of 1 bytes")
 
 
 async def test_a_callback_that_fails_writes_no_log_without_end(
@@ -303,8 +305,6 @@ async def test_channels_without_an_eventfd_write_no_log_without_end(
 
 
 async def refusal_of_hello(vmm: RawVmm) -> tuple[int, str]:
-    from tests.support.attach import HELLO
-
     return await vmm.refused(Number.HELLO, HELLO.encode())
 
 
@@ -319,7 +319,7 @@ async def test_a_hello_beyond_the_limit_is_answered(tmp_path: Path) -> None:
             first.close()
             with trio.fail_after(20):
                 while True:
-                    answer = await second.ask(Number.HELLO, HELLO_OPERATOR)
+                    answer = await second.ask(Number.HELLO, HELLO.encode())
                     if answer.flags == REPLY:
                         break
                     assert answer.flags == REPLY | ERROR
@@ -348,7 +348,7 @@ async def test_who_has_a_place_and_does_nothing_with_it_loses_it(tmp_path: Path)
         with raw_vmm(path) as guest, raw_vmm(path) as first, raw_vmm(path) as second:
             await guest.attach()
             await first.greet()
-            await second.ok(Number.HELLO, HELLO_OPERATOR)
+            await second.greet()
             with raw_vmm(path) as third:
                 # Both may be about to say something.
                 assert (await refusal_of_hello(third))[0] == errno.EAGAIN
@@ -376,7 +376,7 @@ async def test_who_is_idle_for_long_is_dismissed(
 
     limits = ServerLimits(idle_timeout=0.05)
     async with running_server(tmp_path / "s", Bus(), limits=limits, query=slow) as path:
-        with raw_vmm(path) as guest, raw_vmm(path) as vmm, raw_vmm(path) as operator:
+        with raw_vmm(path) as guest, raw_vmm(path) as vmm, raw_vmm(control(path)) as operator:
             await guest.attach(info=VmInfo(1, 4096, bytes(16), 0, 0))
             await operator.ok(Number.HELLO, HELLO_OPERATOR)
             question = await operator.send(Number.QUERY, b"x")

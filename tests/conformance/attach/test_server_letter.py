@@ -15,6 +15,7 @@ from tests.support.attach import (
     POST,
     TABLE,
     Bus,
+    control,
     make_memfd,
     raw_vmm,
     running_server,
@@ -258,7 +259,7 @@ async def test_a_refusal_of_t1_behind_t2_is_not_asked_for_again(
 
 async def test_a_refusal_for_the_state_names_the_role(tmp_path: Path) -> None:
     async with running_server(tmp_path / "s", Bus()) as path:
-        with raw_vmm(path) as vmm, raw_vmm(path) as operator:
+        with raw_vmm(path) as vmm, raw_vmm(control(path)) as operator:
             _, text = await vmm.refused(Number.COMMAND, b"{}")
             assert text == "COMMAND: not allowed to anybody in state 'new'"
             await vmm.attach()
@@ -288,7 +289,7 @@ async def test_a_guest_that_cannot_be_served_is_told_why(
             assert text.endswith("cannot be served: raw:disk.img: in use by another")
             await vmm.expect(Number.GOODBYE)
     messages = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert messages == ["vmm: cannot be served: raw:disk.img: in use by another"]
+    assert messages == ["guest: cannot be served: raw:disk.img: in use by another"]
     assert [record for record in caplog.records if record.exc_info] == []
 
 
@@ -311,7 +312,7 @@ async def test_the_end_of_a_connection_names_whose_it_was(
 ) -> None:
     caplog.set_level("INFO")
     async with running_server(tmp_path / "s", Bus()) as path:
-        with raw_vmm(path) as vmm:
+        with raw_vmm(path if role is Role.VMM else control(path)) as vmm:
             hello = Hello(1, 1, 0, 1, role, "alice")
             await vmm.ok(Number.HELLO, hello.encode())
             await vmm.ok(Number.GOODBYE, Goodbye(0).encode())
@@ -325,4 +326,4 @@ async def test_the_end_of_a_connection_names_whose_it_was(
                 await trio.sleep(0.001)
     ends = [record.getMessage() for record in caplog.records]
     assert f"{expected}: closed: the peer said goodbye" in ends
-    assert "vmm: closed: the peer closed the connection" in ends
+    assert "guest: closed: the peer closed the connection" in ends

@@ -177,7 +177,7 @@ async def test_of_several_mistakes_the_first_in_the_list_is_refused(
         # 1 type before state; 2 role and state before descriptors.
         assert await peer.refusal(0x0D, b"x", (doorbell,)) == 38
         assert await peer.refusal(0x08) == 71
-        assert await peer.refusal(0x13, b"x", (doorbell,)) == 71  # no role so far
+        assert await peer.refusal(0x13, b"x", (doorbell,)) == 1
         await peer.granted(0x01, hello(features=0))
         assert await peer.refusal(0x13, b"x", (doorbell,)) == 1
         assert await peer.refusal(0x0B, b"x", (doorbell,)) == 71
@@ -211,8 +211,7 @@ async def test_the_sixty_fifth_hello_is_answered_with_eagain(address: Path) -> N
         for number in range(65):
             peer = Peer(path)
             peers.append(peer)
-            # Operators and VMMs have the same places.
-            request = hello(role=number % 2)
+            request = hello(name=b"%d" % number)
             if number < 64:
                 await peer.granted(0x01, request)
             else:
@@ -233,8 +232,8 @@ async def test_of_more_than_32_silent_connections_the_oldest_is_closed(address: 
             peers.append(Peer(path))
             await trio.testing.wait_all_tasks_blocked()
         assert await peers[0].receive() is None
-        for peer in peers[1:]:
-            await peer.granted(0x01, hello())
+        for number, peer in enumerate(peers[1:]):
+            await peer.granted(0x01, hello(name=b"%d" % number))
         for peer in peers:
             peer.sock.close()
 

@@ -248,7 +248,7 @@ def check_state(spec: MessageSpec, state: State) -> None:
     if state not in spec.states:
         # The role can never be right, or only the time is wrong.
         forbidden = state is State.OPERATOR or spec.states == {State.OPERATOR}
-        code = errno.EPERM if forbidden and state is not State.NEW else errno.EPROTO
+        code = errno.EPERM if forbidden else errno.EPROTO
         raise PeerProtocolError(
             f"{spec.name}: not allowed to {_WHO.get(state, 'a VMM')} in state {state.value!r}",
             errno=code,
