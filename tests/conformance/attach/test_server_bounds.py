@@ -29,9 +29,16 @@ from tests.support.attach import (
 )
 from tests.support.leaks import count_fds
 from vmbus.attach.protocol.framing import ERROR, REPLY, pack_frame
-from vmbus.attach.protocol.limits import Feature
+from vmbus.attach.protocol.limits import Feature, Role
 from vmbus.attach.protocol.messages import Number
-from vmbus.attach.protocol.to_server import MemoryRegion, RemMem, SetMemTable, SetSintFd, VmInfo
+from vmbus.attach.protocol.to_server import (
+    Hello,
+    MemoryRegion,
+    RemMem,
+    SetMemTable,
+    SetSintFd,
+    VmInfo,
+)
 from vmbus.attach.protocol.to_vmm import ErrorReply
 from vmbus.attach.server import ServerLimits
 from vmbus.errors import AttachError
@@ -342,8 +349,21 @@ async def test_who_says_nothing_makes_room_for_who_does(tmp_path: Path) -> None:
             each.__exit__(None, None, None)
 
 
-async def test_who_has_a_place_and_does_nothing_with_it_loses_it(tmp_path: Path) -> None:
-    limits = ServerLimits(max_connections=3, hello_timeout=0.05, idle_timeout=3600)
+async def test_who_is_refused_for_its_name_takes_no_place(tmp_path: Path) -> None:
+    limits = ServerLimits(max_connections=2)
+    named = Hello(1, 1, Feature(0), 1, Role.VMM, "alice").encode()
+    async with running_server(tmp_path / "s", Bus(), limits=limits) as path:
+        with raw_vmm(path) as alice, raw_vmm(path) as other, raw_vmm(path) as third:
+            await alice.ok(Number.HELLO, named)
+            assert (await other.refused(Number.HELLO, named))[0] == errno.EBUSY
+            await third.greet()
+            assert (await refusal_of_hello(other))[0] == errno.EAGAIN
+
+
+async def test_who_has_a_place_and_does_nothing_with_it_loses_it(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+) -> None:
+    limits = ServerLimits(max_connections=3)
     async with running_server(tmp_path / "s", Bus(), limits=limits) as path:
         with raw_vmm(path) as guest, raw_vmm(path) as first, raw_vmm(path) as second:
             await guest.attach()
@@ -352,7 +372,7 @@ async def test_who_has_a_place_and_does_nothing_with_it_loses_it(tmp_path: Path)
             with raw_vmm(path) as third:
                 # Both may be about to say something.
                 assert (await refusal_of_hello(third))[0] == errno.EAGAIN
-            await trio.sleep(0.06)
+            mock_clock.jump(11)
             with raw_vmm(path) as third, raw_vmm(path) as fourth:
                 await third.greet()
                 assert (await first.expect(Number.GOODBYE)).flags == 0
@@ -365,7 +385,7 @@ async def test_who_has_a_place_and_does_nothing_with_it_loses_it(tmp_path: Path)
 
 
 async def test_who_is_idle_for_long_is_dismissed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mock_clock: trio.testing.MockClock
 ) -> None:
     caplog.set_level(logging.INFO)
     answering = trio.Event()
@@ -374,31 +394,31 @@ async def test_who_is_idle_for_long_is_dismissed(
         await answering.wait()
         return {}
 
-    limits = ServerLimits(idle_timeout=0.05)
-    async with running_server(tmp_path / "s", Bus(), limits=limits, query=slow) as path:
+    async with running_server(tmp_path / "s", Bus(), query=slow) as path:
         with raw_vmm(path) as guest, raw_vmm(path) as vmm, raw_vmm(control(path)) as operator:
             await guest.attach(info=VmInfo(1, 4096, bytes(16), 0, 0))
             await operator.ok(Number.HELLO, HELLO_OPERATOR)
             question = await operator.send(Number.QUERY, b"x")
             await vmm.greet()
             await vmm.ok(Number.VM_INFO, INFO.encode())
+            mock_clock.jump(61)
             await vmm.expect(Number.GOODBYE)
             assert await vmm.receive() is None
             answering.set()
             # Who waits for an answer is not idle.
             await operator.expect_answer(Number.QUERY, question)
+            mock_clock.jump(59)
+            await operator.ok(Number.QUERY, b"x")
+            mock_clock.jump(61)
             await operator.expect(Number.GOODBYE)
             assert await operator.receive() is None
             await guest.ok(Number.PAUSE)
     assert any(
-        "operator 'op': closed: nothing was asked for 0.05 s" in line for line in lines(caplog)
+        "operator 'op': closed: nothing was asked for 60 s" in line for line in lines(caplog)
     )
 
 
 def _operator_hello() -> bytes:
-    from vmbus.attach.protocol.limits import Role
-    from vmbus.attach.protocol.to_server import Hello
-
     return Hello(1, 1, 0, 0, Role.OPERATOR, "op").encode()
 
 

@@ -54,7 +54,7 @@ class Places:
     def arrive(self, link: Link) -> None:
         """A connection was accepted; the oldest silent one may have to go for it."""
         self._silent[link] = None
-        if len(self._silent) > self._limits.max_silent:
+        while len(self._silent) > self._limits.max_silent:
             oldest = next(iter(self._silent))
             self.leave(oldest)
             oldest.fail(f"no HELLO, and {self._limits.max_silent} others wait to say theirs")
