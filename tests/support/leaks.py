@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 
+from vmbus.attach.protocol.closing import wait_closed
+
 
 def open_descriptors(*, collect: bool = False) -> set[str]:
     """Return the open descriptors; with ``collect`` without those that earlier tests left.
@@ -13,6 +15,7 @@ def open_descriptors(*, collect: bool = False) -> set[str]:
     """
     if collect:
         gc.collect()
+    assert wait_closed(20), "a descriptor of a peer takes for ever to close"
     return set(os.listdir("/proc/self/fd"))
 
 

@@ -29,7 +29,7 @@ from vmbus.attach.protocol.limits import MAX_PAYLOAD, Feature, Role
 from vmbus.attach.protocol.messages import RESERVED, Number
 from vmbus.attach.protocol.to_server import Goodbye, Hello, HelloReply, VmInfo
 from vmbus.attach.protocol.to_vmm import DeliverMessage, PostCredit
-from vmbus.attach.server import ServerLimits, serve
+from vmbus.attach.server import serve
 from vmbus.partition.events import PostedMessage
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_leaked")
@@ -222,20 +222,6 @@ async def test_the_server_can_leave_with_its_guest(tmp_path: Path) -> None:
                     if answer is None:
                         break
             assert bus.ended.is_set()
-
-
-async def test_connections_beyond_the_limit_wait_their_turn(tmp_path: Path) -> None:
-    limits = ServerLimits(max_connections=1)
-    async with running_server(tmp_path / "s", Bus(), limits=limits) as path:
-        with raw_vmm(path) as first:
-            await first.greet()
-            with raw_vmm(path) as second:
-                await second.send(Number.HELLO, HELLO.encode())
-                with trio.move_on_after(0.05) as scope:
-                    await second.receive()
-                assert scope.cancelled_caught
-                first.close()
-                await second.expect_answer(Number.HELLO, 1)
 
 
 # -- operators -----------------------------------------------------------------------------------

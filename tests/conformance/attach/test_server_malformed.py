@@ -68,6 +68,8 @@ async def test_more_descriptors_than_allowed_are_closed(tmp_path: Path, eventfd:
             await vmm.greet()
             before = count_fds()
             await vmm.send_bytes(pack_frame(1, 0, 1, b"", 200), (eventfd,) * 200)
+            frame = await vmm.expect_answer(1, 1)
+            assert ErrorReply.decode_untrusted(frame.payload).errno == errno.EMSGSIZE
             assert await vmm.receive() is None
             vmm.close()
             await trio.testing.wait_all_tasks_blocked()

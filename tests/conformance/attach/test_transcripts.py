@@ -1,8 +1,9 @@
 """The golden transcripts of ``vmbus-user``, played byte for byte against server and client.
 
-The same text stands in ``docs/reference/vmbus-user.md``. A transcript is a text file: a line that
-starts with ``>`` (towards the server) or ``<`` (from the server) begins a frame and may name the
-descriptors that go along; the indented lines after it are its bytes; ``#`` starts a comment.
+The same text stands in ``docs/reference/vmbus-user-transcripts.md``. A transcript is a text file: a
+line that starts with ``>`` (towards the server) or ``<`` (from the server) begins a frame and may
+name the descriptors that go along; the indented lines after it are its bytes; ``#`` starts a
+comment.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from vmbus.errors import VMBusError
 from vmbus.partition.events import PartitionPaused, PartitionReset, PostedMessage
 
 FOLDER = ROOT / "tests" / "reference" / "vmbus_user_transcripts"
-SPECIFICATION = ROOT / "docs" / "reference" / "vmbus-user.md"
+PAGE = ROOT / "docs" / "reference" / "vmbus-user-transcripts.md"
 VM_ID = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff")
 
 INITIATE_CONTACT = bytes.fromhex(
@@ -183,8 +184,8 @@ def test_the_transcripts_show_every_message() -> None:
 
 
 @pytest.mark.parametrize("path", TRANSCRIPTS, ids=lambda path: path.stem)
-def test_the_specification_prints_the_transcript(path: Path) -> None:
-    assert f"```text\n{path.read_text()}```" in SPECIFICATION.read_text()
+def test_the_page_prints_the_transcript(path: Path) -> None:
+    assert f"```text\n{path.read_text()}```" in PAGE.read_text()
 
 
 class FakeServer(threading.Thread):

@@ -203,7 +203,7 @@ def test_the_log_can_be_quiet_or_json(path):
         assert server.stop() == 0
     with serving("--socket", path, "-v", "-v") as server:
         ask(path)
-        server.wait_line("connection: closed: goodbye")
+        server.wait_line("closed: the peer said goodbye")
         assert server.stop() == 0
     assert run_child("serve", "--socket", "/nonexistent/socket", "-q").stderr.count("\n") == 1
 
@@ -283,8 +283,8 @@ async def test_a_guest_whose_disk_is_taken_is_turned_away_with_a_line_in_the_log
         "--socket", path, "--disk", f"raw:[create=1M]{tmp_path}/disk.img", *mode
     ) as server:
         async with guest_on(path, "one"):
-            assert "could not serve this guest" in await refusal(path, "two")
-            line = await in_thread(server.wait_line, "error: two: serving this guest failed")
+            assert "this guest cannot be served" in await refusal(path, "two")
+            line = await in_thread(server.wait_line, "error: two: cannot be served")
             assert "disk.img" in line
         assert server.stop() == 0
     assert not any("Traceback" in line for line in server.lines)
@@ -331,7 +331,7 @@ async def test_once_tells_of_a_guest_that_could_not_be_served(path, tmp_path, mo
     spec = f"raw:{tmp_path}/{{guest}}.img"
     arguments = ("--socket", path, "--once", "--identity", "hello", "--disk", spec, *mode)
     with serving(*arguments) as server:
-        assert "could not serve this guest" in await refusal(path, "vm1")
+        assert "this guest cannot be served" in await refusal(path, "vm1")
         assert await in_thread(server.wait) == 1
         server.wait_line("No such file or directory")
 

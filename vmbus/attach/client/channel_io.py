@@ -9,7 +9,14 @@ import threading
 from collections import deque
 from collections.abc import Hashable, Sequence
 
-from vmbus.attach.protocol.framing import Frame, FrameReader, close_all, receive, send
+from vmbus.attach.protocol.closing import close_all
+from vmbus.attach.protocol.framing import (
+    Frame,
+    FrameReader,
+    close_connection,
+    receive,
+    send,
+)
 from vmbus.errors import AttachError, PeerProtocolError
 
 MAX_OUTGOING = 1 << 20
@@ -190,4 +197,4 @@ class ClientSocket:
                 close_all(fds)
             self._queue.clear()
             self._epoll.close()
-            self._sock.close()
+            close_connection(self._sock)

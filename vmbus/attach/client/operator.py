@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import select
 import socket
-import stat
 import time
 from typing import Any
 
@@ -20,6 +20,7 @@ from vmbus.attach.protocol.framing import (
     receive,
     send,
 )
+from vmbus.attach.protocol.layout import require
 from vmbus.attach.protocol.limits import VERSION_MAX, VERSION_MIN, Role
 from vmbus.attach.protocol.messages import Number, RefusedError
 from vmbus.attach.protocol.sockets import control_path
@@ -63,14 +64,17 @@ def read_json_reply_untrusted(frame: Frame) -> dict[str, Any]:
             raise PeerProtocolError(
                 "JSON reply: either a payload or one descriptor", errno=errno.EPROTO
             )
-        status = os.fstat(frame.fds[0])
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_REPLY:
-            raise PeerProtocolError(
-                f"JSON reply: the descriptor must be a memfd of at most {MAX_REPLY} bytes",
-                errno=errno.EPROTO,
-            )
+        fd = frame.fds[0]
         try:
-            data = os.pread(frame.fds[0], status.st_size, 0)
+            # Only memfds and their like know seals, and none of those asks anybody else.
+            fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+            size = os.fstat(fd).st_size
+            require(
+                size <= MAX_REPLY,
+                f"JSON reply: the memfd has {size} bytes, must be at most {MAX_REPLY}",
+                errno.EPROTO,
+            )
+            data = os.pread(fd, size, 0)
         except OSError as error:
             raise PeerProtocolError(f"JSON reply: {error.strerror}", errno=errno.EPROTO) from error
     return JsonObject.decode_untrusted(data).value
@@ -112,6 +116,7 @@ class _Conversation:
             except BlockingIOError:
                 self._wait(select.POLLIN)
         try:
+            frame.check_whole()
             if not frame.flags & REPLY or (frame.kind, frame.seq) != (kind, self._seq):
                 raise AttachError(f"unexpected frame of type {frame.kind:#x}")
             if frame.flags & ERROR:

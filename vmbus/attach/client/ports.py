@@ -8,8 +8,9 @@ import threading
 
 from vmbus.attach.client.channel_io import ClientSocket
 from vmbus.attach.client.delegate import Delegate
+from vmbus.attach.protocol.closing import close_all
 from vmbus.attach.protocol.descriptors import check_eventfd_untrusted
-from vmbus.attach.protocol.framing import Frame, close_all
+from vmbus.attach.protocol.framing import Frame
 from vmbus.attach.protocol.layout import require
 from vmbus.attach.protocol.limits import PortKind
 from vmbus.attach.protocol.to_vmm import AddEventPort, AddMsgPort, DelPort, SetCallFd

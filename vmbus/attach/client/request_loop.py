@@ -22,13 +22,16 @@ from vmbus.attach.protocol.messages import (
     MessageSpec,
     RefusedError,
     State,
+    check_kind,
     check_request,
-    find_spec,
 )
 from vmbus.attach.protocol.to_vmm import ErrorReply
 from vmbus.errors import AttachError, LocalProtocolError, PeerProtocolError
 
 logger = logging.getLogger(__name__)
+
+_MAX_COMPLAINTS = 100
+"""Lines that one connection may write into the log."""
 
 
 class Receiver(Protocol):
@@ -75,6 +78,7 @@ class RequestLoop:
         self.closing = ""
         """Why the connection ends; set once."""
         self.closed = False
+        self._complaints = 0
 
     def process(self) -> bool:
         """Handle what has arrived. Never blocks. Returns False once the connection is over."""
@@ -202,7 +206,8 @@ class RequestLoop:
             self._receiver.called(fd)
         except Exception:
             # A broken delegate must not stop the others' frames.
-            logger.exception("the delegate failed")
+            if self._may_complain():
+                logger.exception("the delegate failed")
 
     def _tear_down(self) -> None:
         with self._condition:
@@ -236,6 +241,7 @@ class RequestLoop:
                         errno=errno.EPROTO,
                     )
                 spec = MESSAGES[waiting.kind]
+                frame.check_whole()
                 if len(frame.fds) > spec.reply_fds:
                     raise PeerProtocolError(
                         f"{spec.name} reply: {len(frame.fds)} descriptors came along",
@@ -259,13 +265,8 @@ class RequestLoop:
         """Have a request handled, and answer it unless that comes later."""
         asynchronous = bool(frame.flags & ASYNC)
         try:
-            spec = find_spec(frame.kind, Direction.TO_VMM)
-            if spec.is_async != asynchronous:
-                raise PeerProtocolError(
-                    f"{spec.name}: the async flag must be {int(spec.is_async)}",
-                    errno=errno.EPROTO,
-                    fatal=asynchronous,
-                )
+            frame.check_whole()
+            spec = check_kind(frame.kind, Direction.TO_VMM, asynchronous=asynchronous)
             check_request(spec, self._receiver.state, len(frame.fds))
             if self._receiver.handle(spec, frame) and not asynchronous:
                 self.reply(frame.kind, frame.seq)
@@ -276,14 +277,20 @@ class RequestLoop:
         except AttachError:
             raise
         except Exception as error:
-            logger.exception("the delegate failed")
+            if self._may_complain():
+                logger.exception("the delegate failed")
             code = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
             self._refuse(frame, code, str(error))
         finally:
             frame.close()
 
     def _refuse(self, frame: Frame, code: int, text: str) -> None:
-        if frame.flags & ASYNC:
-            logger.warning("dropped a message of the server: %s", text)
-        else:
+        if not frame.flags & ASYNC:
             self.reply_error(frame.kind, frame.seq, code, text)
+        elif self._may_complain():
+            logger.warning("dropped a message of the server: %s", text)
+
+    def _may_complain(self) -> bool:
+        """Whether one line more may be logged that a server can cause as often as it likes."""
+        self._complaints += 1
+        return self._complaints <= _MAX_COMPLAINTS

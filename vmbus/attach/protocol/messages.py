@@ -221,15 +221,50 @@ def find_spec(number: int, receiver: Direction) -> MessageSpec:
     return spec
 
 
-def check_request(spec: MessageSpec, state: State, fds: int) -> None:
-    """Check state and number of descriptors of a request. Raises PeerProtocolError."""
+def check_kind(number: int, receiver: Direction, *, asynchronous: bool) -> MessageSpec:
+    """Return the row of a message, request or not, that arrived at ``receiver``.
+
+    Raises:
+        PeerProtocolError: As :func:`find_spec`; EPROTO if the async flag is wrong, and fatal if
+            an answer will be waited for that never comes.
+    """
+    known = MESSAGES.get(number)
+    if known is not None and asynchronous and not known.is_async:
+        raise PeerProtocolError(
+            f"{known.name}: the async flag must be 0", errno=errno.EPROTO, fatal=True
+        )
+    spec = find_spec(number, receiver)
+    if spec.is_async and not asynchronous:
+        raise PeerProtocolError(f"{spec.name}: the async flag must be 1", errno=errno.EPROTO)
+    return spec
+
+
+_WHO = {State.NEW: "anybody", State.OPERATOR: "an operator"}
+"""Whose connection it is, for texts; in all other states a VMM's."""
+
+
+def check_state(spec: MessageSpec, state: State) -> None:
+    """Raise PeerProtocolError if ``spec`` may not come; EPERM if the role may never send it."""
     if state not in spec.states:
         # The role can never be right, or only the time is wrong.
         forbidden = state is State.OPERATOR or spec.states == {State.OPERATOR}
         code = errno.EPERM if forbidden else errno.EPROTO
-        raise PeerProtocolError(f"{spec.name}: not allowed in state {state.value!r}", errno=code)
+        raise PeerProtocolError(
+            f"{spec.name}: not allowed to {_WHO.get(state, 'a VMM')} in state {state.value!r}",
+            errno=code,
+        )
+
+
+def check_fds(spec: MessageSpec, fds: int) -> None:
+    """Raise PeerProtocolError, EINVAL, for another number of descriptors than it takes."""
     if not spec.min_fds <= fds <= spec.max_fds:
         raise PeerProtocolError(
             f"{spec.name}: {fds} descriptors came along, must be {spec.min_fds} to {spec.max_fds}",
             errno=errno.EINVAL,
         )
+
+
+def check_request(spec: MessageSpec, state: State, fds: int) -> None:
+    """Check state, role and number of descriptors, in this order. Raises PeerProtocolError."""
+    check_state(spec, state)
+    check_fds(spec, fds)

@@ -3,10 +3,13 @@
 ================ ===========================================================================
 `connections`    :func:`serve`: several guests at once; :func:`serve_operators`
 `admission`      what guests are called, and that no two are called the same
+`places`         who gets a place, and who loses it
 `link`           one connection, reader and writer
+`questions`      requests to the VMM, and their answers
 `transport`      a :class:`vmbus.partition.transport.Transport` over a link
 `events`         what the VMM tells the bus, in order and bounded by credits
 `calls`          raising event flags: the three tiers
+`synics`         the VPs' SynICs, as far as the server sets flags itself
 `delivery`       a message on its way into a slot, with the VMM
 `guest_memory`   the memory table
 `management`     QUERY and COMMAND

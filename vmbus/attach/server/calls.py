@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import Sequence
 from typing import Protocol
 
-from vmbus.attach.protocol.framing import close_all
+from vmbus.attach.protocol.closing import close_all, close_foreign
 from vmbus.attach.protocol.limits import DIRECT_SINT, MAX_FLAG, MAX_SINT
 
 FLAGS_PER_SINT_BYTES = (MAX_FLAG + 1) // 8
@@ -45,7 +46,7 @@ class VpSynic:
         self.page = self.flags = None
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            close_all((fd,))
+            close_foreign((fd,))
 
 
 NO_SYNIC = VpSynic()
@@ -58,8 +59,15 @@ class CallOwner(Protocol):
     vp_count: int
     held: dict[SocketCall, None] | None
     """Calls to be repeated on resume while the VM is paused, else None."""
-    synics: list[VpSynic]
     open_calls: set[SocketCall]
+
+    @property
+    def has_call_fds(self) -> bool:
+        """Whether tier T1 was agreed."""
+
+    @property
+    def vp_synics(self) -> Sequence[VpSynic]:
+        """One for each VP."""
 
     def signal_by_message(self, vp: int, sint: int, flag: int) -> None:
         """Tier T0."""
@@ -75,6 +83,16 @@ class CallOwner(Protocol):
         """Tell the VMM that the port is not used any more."""
 
 
+def eventfd_pair() -> tuple[int, int]:
+    """Return a non-blocking eventfd, and a copy of it to send away. Raises OSError."""
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        return fd, os.dup(fd)
+    except OSError:
+        close_all((fd,))
+        raise
+
+
 def _is_signalled(fd: int) -> bool:
     """Whether an eventfd counts something. Not by reading: the VMM may have made that block."""
     poll = select.poll()
@@ -86,7 +104,7 @@ class SocketCall:
     """One event flag on one VP, see :class:`vmbus.partition.transport.Call`."""
 
     __slots__ = (
-        "_byte", "_known", "_mask", "_offered", "_owner", "_synic",
+        "_byte", "_known", "_mask", "_offered", "_owner", "_synic", "_untried",
         "closed", "fd", "flag", "port", "sint", "vp",
     )  # fmt: skip
 
@@ -105,13 +123,23 @@ class SocketCall:
         """Eventfds without an answer of the VMM: kept open, for it may refuse them."""
         self._known = False
         """Whether the VMM has the port."""
+        self._untried = True
+        """Whether T1 may be had on this VP; nothing else is known until it is asked for."""
         if not self.closed:
             owner.open_calls.add(self)
             self._aim()
 
     def _aim(self) -> None:
-        self._synic = self._owner.synics[self.vp] if self.sint == DIRECT_SINT else NO_SYNIC
+        owner = self._owner
+        self._synic = owner.vp_synics[self.vp] if self.sint == DIRECT_SINT else NO_SYNIC
+        self._untried = owner.has_call_fds
         if self._synic.flags is None:
+            self._try_call_fd()
+
+    def _try_call_fd(self) -> None:
+        """Ask for T1, once: T2 is not there, or not there any more."""
+        if self._untried:
+            self._untried = False
             self.fd = self._owner.offer_call_fd(self)
 
     @property
@@ -119,7 +147,7 @@ class SocketCall:
         """0, 1 or 2: how the next signal travels."""
         if self._synic.flags is not None:
             return 2
-        return 1 if self.fd >= 0 else 0
+        return 1 if self.fd >= 0 or self._untried else 0
 
     def signal(self) -> None:
         """Set the flag and interrupt the VP. Cannot block, never raises."""
@@ -135,6 +163,8 @@ class SocketCall:
             flags[self._byte] |= self._mask
             fd = synic.fd
         else:
+            if self.fd < 0:
+                self._try_call_fd()
             fd = self.fd
             if fd < 0:
                 owner.signal_by_message(self.vp, self.sint, self.flag)
@@ -199,6 +229,7 @@ class SocketCall:
         if self._owner.held is not None:
             self._owner.held.pop(self, None)
         self._synic = NO_SYNIC
+        self._untried = False
         fd, self.fd = self.fd, -1
         self._let_go(fd)
         # The VMM keeps the port's old eventfd if it refused the last one.

@@ -29,10 +29,12 @@ from vmbus.attach.protocol.limits import (
 from vmbus.attach.protocol.messages import MessageSpec, Number, State
 from vmbus.attach.protocol.to_server import Goodbye, Hello, HelloReply, choose_version
 from vmbus.attach.server.admission import Admission, Names, Peer
-from vmbus.attach.server.link import Link, ServerLimits
+from vmbus.attach.server.link import Link, ServerLimits, check_frame
 from vmbus.attach.server.management import CommandCallback, Management, QueryCallback
+from vmbus.attach.server.places import DescriptorShares, Places
 from vmbus.attach.server.transport import SocketTransport
-from vmbus.errors import PeerProtocolError
+from vmbus.errors import PeerProtocolError, VMBusError, leaves
+from vmbus.log_budget import LogBudget
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +52,21 @@ class _OperatorSession:
         self._management = management
         self.state = State.OPERATOR
 
+    def check(self, spec: MessageSpec, frame: Frame) -> None:
+        """See :class:`~vmbus.attach.server.link.Session`."""
+        check_frame(spec, self.state, frame)
+
     def handle(self, spec: MessageSpec, frame: Frame) -> None:
         """Act on one request."""
         if spec.number == Number.GOODBYE:
             Goodbye.decode_untrusted(frame.payload)
             self.state = State.CLOSED
             self._link.reply(frame.kind, frame.seq)
-            self._link.finish("goodbye")
+            self._link.finish("the peer said goodbye")
         else:
             self._management.begin(self._link, frame)
 
-    def dropped(self, error: PeerProtocolError) -> None:
+    def dropped(self, _kind: int, error: PeerProtocolError) -> None:
         """Operators have no asynchronous messages."""
         logger.debug("operator: %s", error)
 
@@ -86,6 +92,10 @@ class _Greeter:
         """Of the guest, once it is admitted."""
         self.transport: SocketTransport | None = None
 
+    def check(self, spec: MessageSpec, frame: Frame) -> None:
+        """See :class:`~vmbus.attach.server.link.Session`."""
+        check_frame(spec, self.state, frame)
+
     def handle(self, spec: MessageSpec, frame: Frame) -> None:
         """Negotiate; ``spec`` can only be HELLO in state NEW."""
         hello = Hello.decode_untrusted(frame.payload)
@@ -95,8 +105,10 @@ class _Greeter:
         kind, seq = frame.kind, frame.seq
         if hello.role == Role.OPERATOR:
             server = self._server
+            server.places.greet(self.link)
+            self.link.name = f"operator {hello.name!r}"
             self.link.session = _OperatorSession(
-                self.link, Management(server.query, server.command)
+                self.link, Management(server.query, server.command, server.failure_log)
             )
             self._welcome(kind, seq, version, Feature(0))
             return
@@ -107,14 +119,17 @@ class _Greeter:
             f"HELLO: max_vps {hello.max_vps} is above {limit}, all that is served here",
             errno.E2BIG,
         )
+        self._server.places.greet(self.link)
         self._busy = True
 
         async def admit() -> None:
             try:
                 self.name = await self._server.admission.admit(hello.name, self._peer)
             except PeerProtocolError as error:
+                self._server.places.refuse(self.link)
                 self.link.reply_error(kind, seq, error.errno, str(error))
             else:
+                self.link.name = self.name
                 features = Feature(hello.features & ALL_FEATURES)
                 self.transport = self.link.session = self._transport(hello, self.name, features)
                 self._welcome(kind, seq, version, features)
@@ -135,13 +150,17 @@ class _Greeter:
             hello,
             name=name,
             features=features,
-            management=Management(query if own_query is not None else None, None),
+            management=Management(
+                query if own_query is not None else None, None, self._server.failure_log
+            ),
             claim=lambda vm_id: self._server.admission.claim(name, vm_id),
+            shares=self._server.shares,
             trust_vmm=self._server.trust_vmm,
         )
         return transport
 
     def _welcome(self, kind: int, seq: int, version: int, features: Feature) -> None:
+        self._server.places.welcome(self.link)
         credits_ = self.link.limits.post_credits
         reply = HelloReply(version, MAX_FDS, features, MAX_PAYLOAD, credits_, self._server.name)
         self.link.reply(kind, seq, reply.encode())
@@ -153,7 +172,7 @@ class _Greeter:
         if name is not None:
             self._server.admission.leave(name)
 
-    def dropped(self, error: PeerProtocolError) -> None:
+    def dropped(self, _kind: int, error: PeerProtocolError) -> None:
         """Nothing to drop it for yet."""
         logger.debug("before HELLO: %s", error)
 
@@ -172,6 +191,19 @@ class Server:
     own_query: OwnQuery | None = None
     query: QueryCallback | None = None
     command: CommandCallback | None = None
+    places: Places = dataclasses.field(init=False)
+    shares: DescriptorShares = dataclasses.field(init=False)
+    failure_log: LogBudget = dataclasses.field(default_factory=LogBudget)
+    """For what fails on our side, with a traceback each."""
+    guest_log: LogBudget = dataclasses.field(default_factory=LogBudget)
+    """For the ends of guests."""
+    stranger_log: LogBudget = dataclasses.field(default_factory=LogBudget)
+    """For the ends of other connections, which cost a peer nothing."""
+
+    def __post_init__(self) -> None:
+        """Give out places and descriptors within the limits."""
+        self.places = Places(self.limits)
+        self.shares = DescriptorShares(self.limits)
 
     async def serve_connection(self, sock: socket.socket) -> bool:
         """Serve one connected socket until it is closed; owns ``sock``.
@@ -179,10 +211,13 @@ class Server:
         Returns:
             Whether a guest was attached.
         """
-        greeter = _Greeter(self, Peer.of(sock))
+        peer = Peer.of(sock)
+        greeter = _Greeter(self, peer)
         link = greeter.link = Link(sock, greeter, self.limits)
+        link.name = f"process {peer.pid} of user {peer.uid}"
+        self.places.arrive(link)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_run_shielded, link)
+            nursery.start_soon(_run_shielded, link, self.failure_log)
             try:
                 await _first_of(greeter.greeted, link.closed, self.limits.hello_timeout)
                 if greeter.transport is not None:
@@ -194,28 +229,38 @@ class Server:
                 await link.closed.wait()
             finally:
                 link.fail("the server let go")
+                self.places.leave(link)
                 greeter.leave()
-        transport = greeter.transport
-        logger.info("%s: closed: %s", transport.name if transport else "connection", link.reason)
-        return transport is not None and transport.attached.is_set()
+        attached = greeter.transport is not None and greeter.transport.attached.is_set()
+        budget = self.guest_log if attached else self.stranger_log
+        if budget.spend():
+            level = logging.WARNING if link.broken else logging.INFO
+            logger.log(level, "%s: closed: %s%s", link.name, link.reason, budget.left_out())
+        return attached
 
     async def _serve_guest(
         self, link: Link, transport: SocketTransport, leave: Callable[[], None]
     ) -> None:
-        reason = GoodbyeReason.SHUTDOWN
+        reason, why = GoodbyeReason.SHUTDOWN, ""
         try:
             await _first_of(transport.attached, link.closed)
             if transport.attached.is_set():
-                reason = await self._run_handler(link, transport)
+                reason, why = await self._run_handler(link, transport)
         finally:
             # Whoever is told goodbye may come again at once.
             leave()
-            transport.release(reason)
+            transport.release(reason, why)
 
-    async def _run_handler(self, link: Link, transport: SocketTransport) -> GoodbyeReason:
-        """Run the handler; give it ``handler_grace`` seconds once the guest is gone."""
+    async def _run_handler(
+        self, link: Link, transport: SocketTransport
+    ) -> tuple[GoodbyeReason, str]:
+        """Run the handler; give it ``handler_grace`` seconds once the guest is gone.
+
+        Returns:
+            Why it ended; and what the VMM may know of it.
+        """
         finished = trio.Event()
-        reason = GoodbyeReason.NORMAL
+        reason, why = GoodbyeReason.NORMAL, ""
         async with trio.open_nursery() as nursery:
 
             async def watch() -> None:
@@ -234,23 +279,40 @@ class Server:
                 # One guest's failure must not end the others; the log has it all.
                 gone = link.closed.is_set() or transport.state is State.CLOSED
                 if gone and isinstance(error, trio.BrokenResourceError):
-                    logger.info("%s: gone while it was being served: %s", transport.name, error)
+                    if self.guest_log.spend():
+                        logger.info("%s: gone while it was being served: %s", link.name, error)
                 else:
-                    logger.exception("%s: serving this guest failed", transport.name)
-                    reason = GoodbyeReason.FAILURE
+                    reason, why = GoodbyeReason.FAILURE, self._explain(transport.name, error)
             finished.set()
             nursery.cancel_scope.cancel()
-        return reason
+        return reason, why
+
+    def _explain(self, name: str, error: Exception) -> str:
+        """Log why a guest could not be served; return what its VMM may know of it.
+
+        What this project raises on purpose says what is the matter, an image in use for example.
+        Anything else is our own affair.
+        """
+        failures = leaves(error)
+        expected = [str(each) for each in failures if isinstance(each, VMBusError)]
+        if self.failure_log.spend():
+            left_out = self.failure_log.left_out()
+            if len(expected) == len(failures):
+                logger.error("%s: cannot be served: %s%s", name, "; ".join(expected), left_out)
+            else:
+                logger.error("%s: serving this guest failed%s", name, left_out, exc_info=error)
+        return "; ".join(expected) or "the server failed, see its log"
 
 
-async def _run_shielded(link: Link) -> None:
+async def _run_shielded(link: Link, log: LogBudget) -> None:
     """Keep the link alive during cancellation until ``link.fail``, so that goodbye gets out."""
     with trio.CancelScope(shield=True):
         try:
             await link.run()
         except Exception:
             # A bug of ours; it must not end the other connections.
-            logger.exception("serving a connection failed")
+            if log.spend():
+                logger.exception("%s: serving it failed%s", link.name, log.left_out())
 
 
 async def _first_of(one: trio.Event, other: trio.Event, seconds: float = float("inf")) -> None:
@@ -344,25 +406,20 @@ async def _serve(listener: socket.socket, server: Server, *, exit_after_guest: b
     if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         await server.serve_connection(listener)
         return
-    slots = trio.CapacityLimiter(server.limits.max_connections)
     async with trio.open_nursery() as nursery:
 
-        async def connection(sock: socket.socket, slot: object) -> None:
-            try:
-                attached = await server.serve_connection(sock)
-            finally:
-                slots.release_on_behalf_of(slot)
+        async def connection(sock: socket.socket) -> None:
+            attached = await server.serve_connection(sock)
             if attached and exit_after_guest:
                 nursery.cancel_scope.cancel()
 
         while True:
-            slot = object()
-            await slots.acquire_on_behalf_of(slot)
-            nursery.start_soon(connection, await accept(listener), slot)
+            nursery.start_soon(connection, await accept(listener, server.failure_log))
 
 
-async def accept(listener: socket.socket) -> socket.socket:
-    """Accept one connection; waits out a lack of descriptors."""
+async def accept(listener: socket.socket, log: LogBudget | None = None) -> socket.socket:
+    """Accept one connection; waits out a lack of descriptors, saying so as ``log`` allows."""
+    log = log or LogBudget()
     listener.setblocking(False)
     while True:
         await trio.lowlevel.wait_readable(listener)
@@ -373,5 +430,6 @@ async def accept(listener: socket.socket) -> socket.socket:
         except OSError as error:
             if error.errno not in {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}:
                 raise
-            logger.warning("cannot accept a connection now: %s", error.strerror)
+            if log.spend():
+                logger.warning("cannot accept now: %s%s", error.strerror, log.left_out())
             await trio.sleep(0.1)

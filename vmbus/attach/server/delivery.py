@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from vmbus.attach.server.link import Answer
+from vmbus.attach.server.questions import Answer
 
 
 class Delivery:

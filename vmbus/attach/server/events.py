@@ -49,8 +49,13 @@ class EventQueue:
             )
 
     def give_credit(self, count: int) -> None:
-        """So many messages are done with; credits go back in handfuls while more wait."""
+        """So many messages are done with; credits go back in handfuls while more wait.
+
+        Before the consumer has begun they are only counted: the VMM takes none so early.
+        """
         self._owed += count
+        if not self._begun or self._ended:
+            return
         if self._owed and (self._owed == self._uncredited or self._owed * 4 >= self._limit):
             self._uncredited -= self._owed
             owed, self._owed = self._owed, 0
@@ -58,8 +63,7 @@ class EventQueue:
 
     def message_done(self) -> None:
         """The consumer is done with a message. Cannot block."""
-        if not self._ended:
-            self.give_credit(1)
+        self.give_credit(1)
 
     def put(self, event: PartitionEvent) -> None:
         """Append. Cannot block."""
@@ -88,6 +92,8 @@ class EventQueue:
         if not self._begun:
             self._begun = True
             self._begin()
+            # What was dropped before the guest was attached.
+            self.give_credit(0)
         while not self._events:
             if self._ended:
                 raise StopAsyncIteration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import errno
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from vmbus.attach.protocol.descriptors import check_memory_untrusted, map_region
 from vmbus.attach.protocol.framing import Frame
 from vmbus.attach.protocol.layout import require
 from vmbus.attach.protocol.to_server import MemoryRegion, RemMem, SetMemTable
-from vmbus.attach.server.link import Link
+from vmbus.attach.server.link import Link, ServerLimits
 from vmbus.errors import PeerProtocolError
 from vmbus.memory import GuestMemory, Region
 from vmbus.partition.events import MemoryRemoval
@@ -33,19 +34,61 @@ class _Backing(NamedTuple):
 class MemoryTable:
     """Keeps a :class:`GuestMemory` in step with what the VMM says. Nothing here blocks.
 
+    What is out of the map but still in use counts against the limits: its address space and its
+    descriptor are as gone as those of what is mapped.
+
     Args:
         memory: Changed only through this object.
+        limits: ``max_regions`` and ``max_memory_bytes``.
         trusted: Accept files without F_SEAL_SHRINK.
     """
 
-    def __init__(self, memory: GuestMemory, *, trusted: bool) -> None:
+    def __init__(self, memory: GuestMemory, limits: ServerLimits, *, trusted: bool) -> None:
         self.memory = memory
+        self._limits = limits
         self._trusted = trusted
         self._backings: dict[int, _Backing] = {}
+        self._starts: list[int] = []
+        """Keys of ``_backings``, in order."""
+        self._leaving: list[Region] = []
+        """Removed, and in use when last looked at."""
         self.busy = False
         """Whether a SET_MEM_TABLE or REM_MEM is unanswered."""
 
-    def replace_untrusted(self, table: SetMemTable, fds: Sequence[int]) -> list[Region]:
+    @property
+    def descriptors(self) -> int:
+        """How many descriptors the mappings hold."""
+        self._leaving = [each for each in self._leaving if not each.close()]
+        return len(self._backings) + len(self._leaving)
+
+    def _check_budget(self, owner: str, regions: int, size: int, room: int) -> None:
+        """Raise PeerProtocolError if the table may not become ``regions`` and ``size`` bytes.
+
+        ``room``: how many descriptors more may be kept.
+        """
+        held = self.descriptors
+        regions += len(self._leaving)
+        size += sum(each.size for each in self._leaving)
+        limits = self._limits
+        require(
+            regions <= limits.max_regions,
+            f"{owner}: makes {regions} regions, this server maps at most {limits.max_regions} "
+            "of one VMM",
+            errno.ENOSPC,
+        )
+        require(
+            size <= limits.max_memory_bytes,
+            f"{owner}: makes {size} bytes, this server maps at most {limits.max_memory_bytes} "
+            "of one VMM",
+            errno.ENOMEM,
+        )
+        require(
+            regions - held <= room,
+            f"{owner}: this server keeps no more descriptors of this VMM",
+            errno.EMFILE,
+        )
+
+    def replace_untrusted(self, table: SetMemTable, fds: Sequence[int], room: int) -> list[Region]:
         """Make guest memory exactly what ``table`` says, or leave it alone.
 
         Regions that stay as they are keep their mapping, so open rings survive.
@@ -53,6 +96,7 @@ class MemoryTable:
         Args:
             table: The new regions.
             fds: Borrowed; each must be used by a region.
+            room: How many descriptors more may be kept.
 
         Returns:
             The regions that went away, possibly not drained yet.
@@ -70,6 +114,12 @@ class MemoryTable:
         wanted: dict[int, _Backing] = {}
         for region in table.regions:
             wanted[region.gpa] = self._check(region, fds[region.fd_index])
+        self._check_budget(
+            "SET_MEM_TABLE",
+            len(table.regions),
+            sum(region.size for region in table.regions),
+            room,
+        )
         fresh = [r for r in table.regions if self._backings.get(r.gpa) != wanted[r.gpa]]
         trial = GuestMemory()
         try:
@@ -83,7 +133,9 @@ class MemoryTable:
             if wanted.get(gpa) != backing
         ]
         gone = [self.memory.remove_region(gpa, size) for gpa, size in removed]
+        self._leaving += gone
         self._backings = wanted
+        self._starts = sorted(wanted)
         try:
             for region in fresh:
                 self._map(self.memory, region, fds[region.fd_index])
@@ -91,19 +143,26 @@ class MemoryTable:
             raise PeerProtocolError(str(error), errno=error.errno, fatal=True) from error
         return gone
 
-    def add_untrusted(self, region: MemoryRegion, fd: int) -> None:
-        """Add one region. Raises PeerProtocolError, EEXIST if it overlaps another."""
+    def add_untrusted(self, region: MemoryRegion, fd: int, room: int) -> None:
+        """Add one region.
+
+        Raises:
+            PeerProtocolError: EEXIST if it overlaps another; ENOSPC, ENOMEM, EMFILE beyond
+                the limits.
+        """
         require(region.fd_index == 0, "ADD_MEM: fd_index must be 0")
-        end = region.gpa + region.size
-        for gpa, backing in self._backings.items():
+        at = bisect.bisect_left(self._starts, region.gpa)
+        for gpa in self._starts[max(at - 1, 0) : at + 1]:
             require(
-                end <= gpa or gpa + backing.size <= region.gpa,
+                region.gpa + region.size <= gpa or gpa + self._backings[gpa].size <= region.gpa,
                 f"ADD_MEM: {region.gpa:#x}+{region.size:#x} overlaps the region at {gpa:#x}",
                 errno.EEXIST,
             )
         backing = self._check(region, fd)
+        self._check_budget("ADD_MEM", len(self._backings) + 1, self.memory.size + region.size, room)
         self._map(self.memory, region, fd)
         self._backings[region.gpa] = backing
+        self._starts.insert(at, region.gpa)
 
     def remove_untrusted(self, request: RemMem) -> Region:
         """Take one region out of the map. Raises PeerProtocolError, ENOENT if there is none."""
@@ -113,7 +172,10 @@ class MemoryTable:
                 f"REM_MEM: no region is {request.gpa:#x}+{request.size:#x}", errno=errno.ENOENT
             )
         del self._backings[request.gpa]
-        return self.memory.remove_region(request.gpa, request.size)
+        self._starts.remove(request.gpa)
+        region = self.memory.remove_region(request.gpa, request.size)
+        self._leaving.append(region)
+        return region
 
     def check_idle(self) -> None:
         """Raise PeerProtocolError, EBUSY, while an earlier request is not answered yet."""
@@ -162,6 +224,8 @@ class MemoryTable:
     def close(self) -> None:
         """Unmap everything."""
         self._backings.clear()
+        self._starts.clear()
+        self._leaving.clear()
         self.memory.close()
 
     def _check(self, region: MemoryRegion, fd: int) -> _Backing:

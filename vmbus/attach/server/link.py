@@ -9,8 +9,6 @@ queued otherwise; the queue is bounded, and a peer that lets it overflow, or doe
 from __future__ import annotations
 
 import dataclasses
-import errno
-import logging
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
@@ -18,36 +16,35 @@ from typing import Protocol
 
 import trio
 
+from vmbus.attach.protocol.closing import close_all, closing_backlog
 from vmbus.attach.protocol.framing import (
     ASYNC,
     ERROR,
+    MAX_CLOSING,
     REPLY,
     Frame,
     FrameReader,
-    close_all,
+    close_connection,
     pack_frame,
     receive,
     send,
 )
 from vmbus.attach.protocol.messages import (
-    MESSAGES,
     Direction,
     MessageSpec,
-    Number,
-    RefusedError,
     State,
-    check_request,
-    find_spec,
+    check_fds,
+    check_kind,
+    check_state,
 )
 from vmbus.attach.protocol.to_vmm import ErrorReply
+from vmbus.attach.server.questions import Answer, Questions
 from vmbus.errors import PeerProtocolError
 
-logger = logging.getLogger(__name__)
-
-_BURST = 32
-"""Reads before other tasks get a turn."""
-_IN_TIME = frozenset({Number.DEL_PORT, Number.SET_CALL_FD})
-"""Requests that must be answered within ``reply_timeout``, even if nobody waits for it."""
+_TURN = 32
+"""Frames before other tasks get a turn. Long ones, and those with descriptors, count for more."""
+_PAYLOAD_PER_FRAME = 512
+"""Bytes of payload that count like one more frame."""
 _LINGER = 1.0
 """Seconds after the last frame for answers that the peer owes, see :meth:`Link.finish`."""
 
@@ -57,7 +54,19 @@ class ServerLimits:
     """What one connection may cost. Times in seconds, sizes in bytes."""
 
     max_connections: int = 64
+    """That have said HELLO; see :mod:`vmbus.attach.server.places`."""
+    max_silent: int = 32
+    """That have not, beside those; of more the oldest is closed."""
     max_vps: int = 2048
+    max_regions: int = 512
+    """Of guest memory, with those that are out of the map but still in use."""
+    max_memory_bytes: int = 1 << 40
+    """The sum of them: address space, which is not ours alone; a sparse file costs its owner
+    nothing."""
+    max_descriptors: int = 4096
+    """Kept for one VMM: a region, port, channel and SINT eventfd have one each. Fewer if the
+    process may not open so many for everybody, see
+    :class:`~vmbus.attach.server.places.DescriptorShares`."""
     post_credits: int = 64
     """POST_MESSAGEs not yet taken by the bus; the real hypervisor has 16 buffers per port."""
     outgoing_bytes: int = 1 << 20
@@ -65,6 +74,8 @@ class ServerLimits:
     """Requests to the VMM without an answer."""
     hello_timeout: float = 10.0
     """From connecting to HELLO."""
+    idle_timeout: float = 60.0
+    """From one request to the next: of operators, and of VMMs that have not attached a guest."""
     write_timeout: float = 10.0
     reply_timeout: float = 10.0
     """For requests to the VMM that it can answer at once; DELIVER_MESSAGE has no limit."""
@@ -81,20 +92,24 @@ class Session(Protocol):
     def state(self) -> State:
         """Where the connection stands."""
 
+    def check(self, spec: MessageSpec, frame: Frame) -> None:
+        """Raise PeerProtocolError unless the message may come now, with these descriptors."""
+
     def handle(self, spec: MessageSpec, frame: Frame) -> None:
         """Act on a request that is legal in this state; raises PeerProtocolError to refuse.
 
         The frame is closed when this returns: take what is needed.
         """
 
-    def dropped(self, error: PeerProtocolError) -> None:
-        """An asynchronous message broke a rule and was dropped."""
+    def dropped(self, kind: int, error: PeerProtocolError) -> None:
+        """Asynchronous message ``kind`` broke a rule and was dropped."""
 
 
-Answer = bytes | Exception
-"""Payload of a reply, or RefusedError, or trio.BrokenResourceError."""
-_Pending = tuple[int, Callable[[Answer], None]]
-"""Message number of an unanswered request, and who gets the answer."""
+def check_frame(spec: MessageSpec, state: State, frame: Frame) -> None:
+    """Raise PeerProtocolError unless ``frame`` may come in ``state``, with its descriptors."""
+    check_state(spec, state)
+    frame.check_whole()
+    check_fds(spec, len(frame.fds))
 
 
 class _Outgoing:
@@ -123,18 +138,24 @@ class Link:
         self._queued_bytes = 0
         self._queued_keys: set[Hashable] = set()
         self._work = trio.Event()
-        self._pending: dict[int, _Pending] = {}
-        self._deadlines: deque[tuple[float, int, _Pending]] = deque()
-        self._next_seq = 1
+        self._questions = Questions(self, limits.outstanding_requests, limits.reply_timeout)
         self._nursery: trio.Nursery | None = None
         self._finishing = False
         self._lingering = False
         self.session = session
         self.limits = limits
+        self.name = "a peer without a name"
+        """For logs; better once HELLO was said."""
+        self.heard = trio.current_time()
+        """When the last request came."""
+        self.working = False
+        """Whether a QUERY or COMMAND is being answered."""
         self.closed = trio.Event()
         """Set once nothing can be sent or received any more."""
         self.reason = ""
         """Why the link is closed."""
+        self.broken = False
+        """Whether that is because the peer broke a rule."""
 
     async def run(self) -> None:
         """Serve the connection until it is closed by either side; raises nothing but Cancelled."""
@@ -152,7 +173,7 @@ class Link:
             for item in self._queue:
                 close_all(item.fds)
             self._queue.clear()
-            self._sock.close()
+            close_connection(self._sock)
 
     def fail(self, reason: str) -> None:
         """Close the connection now; requests to the peer end in BrokenResourceError. Idempotent."""
@@ -174,10 +195,10 @@ class Link:
                 ECONNRESET before what was sent to it last (net/unix/af_unix.c,
                 unix_release_sock; net/core/datagram.c looks at the error first).
         """
-        if self.closed.is_set():
+        if self.closed.is_set() or self._finishing:
             return
         self._finishing = True
-        self._lingering = linger and bool(self._pending)
+        self._lingering = linger and bool(self._questions)
         self.reason = reason
         if self._lingering:
             self.spawn(self._stop_lingering)
@@ -189,16 +210,12 @@ class Link:
         self._close_if_done()
 
     def _close_if_done(self) -> None:
-        if self._finishing and not self._queue and not (self._lingering and self._pending):
+        if self._finishing and not self._queue and not (self._lingering and self._questions):
             self.fail(self.reason)
 
     def abandon(self) -> None:
         """End all requests to the peer in BrokenResourceError; nobody waits for the answers."""
-        pending = self._pending
-        # They may be on their way, and that is no mistake of the peer's.
-        self._pending = {seq: (kind, _ignore) for seq, (kind, _) in pending.items()}
-        for _, callback in pending.values():
-            callback(trio.BrokenResourceError(self.reason or "the peer said goodbye"))
+        self._questions.abandon(self.reason or "the peer said goodbye")
 
     def spawn(self, function: Callable[[], Awaitable[None]]) -> None:
         """Run ``function`` beside the connection; it is cancelled when the connection ends."""
@@ -248,32 +265,12 @@ class Link:
             close_all(fds)
             callback(trio.BrokenResourceError(self.reason))
             return
-        if len(self._pending) >= self.limits.outstanding_requests:
+        seq = self._questions.ask(kind, callback)
+        if seq is None:
             close_all(fds)
-            self.fail(f"the peer left {len(self._pending)} requests without an answer")
             callback(trio.BrokenResourceError(self.reason))
             return
-        seq = self._next_seq
-        self._next_seq = seq % 0xFFFFFFFF + 1
-        entry = self._pending[seq] = (kind, callback)
-        if kind in _IN_TIME:
-            self._deadlines.append((trio.current_time() + self.limits.reply_timeout, seq, entry))
-            if len(self._deadlines) == 1:
-                self.spawn(self._watch_deadlines)
         self._submit(pack_frame(kind, 0, seq, payload, len(fds)), fds)
-
-    async def _watch_deadlines(self) -> None:
-        # The limit is the same for all, so the oldest is the first to end.
-        while self._deadlines:
-            when, seq, entry = self._deadlines[0]
-            if self._pending.get(seq) is entry:
-                await trio.sleep_until(when)
-                if self._pending.get(seq) is entry:
-                    self._fail_late(entry[0])
-            self._deadlines.popleft()
-
-    def _fail_late(self, kind: int) -> None:
-        self.fail(f"no answer to {MESSAGES[kind].name} in {self.limits.reply_timeout:g} s")
 
     async def request(self, kind: int, payload: bytes, fds: list[int] | None = None) -> bytes:
         """Send a request and wait for the answer, at most ``reply_timeout`` seconds.
@@ -293,7 +290,7 @@ class Link:
         with trio.move_on_after(self.limits.reply_timeout):
             await answered.wait()
         if not answers:
-            self._fail_late(kind)
+            self._questions.fail_late(kind)
         if isinstance(answers[0], Exception):
             raise answers[0]
         return answers[0]
@@ -360,58 +357,64 @@ class Link:
 
     async def _read_loop(self) -> None:
         sock, reader = self._sock, self._reader
-        burst = 0
+        left = _TURN
         while not self.closed.is_set():
             try:
-                alive = receive(sock, reader)
-            except BlockingIOError:
-                burst = 0
-                await trio.lowlevel.wait_readable(sock)
-                continue
-            except OSError as error:
-                self.fail(f"connection lost: {error.strerror}")
-                return
-            if not alive:
-                where = "" if reader.at_boundary() else " in the middle of a frame"
-                self.fail(f"the peer closed the connection{where}")
-                return
-            if not self._handle_frames():
-                return
-            burst += 1
-            if burst == _BURST:
-                burst = 0
-                await trio.lowlevel.checkpoint()
-
-    def _handle_frames(self) -> bool:
-        """Dispatch what has arrived; False once framing or a rule without an answer is broken."""
-        while True:
-            try:
-                frame = self._reader.next_frame()
+                frame = reader.next_frame()
             except PeerProtocolError as error:
-                header = self._reader.last_header
+                header = reader.last_header
                 if header is not None and header[1] == 0:
                     self.reply_error(header[0], header[2], error.errno, str(error))
                 self._lose(error)
-                return False
-            if frame is None:
-                return True
-            try:
-                self._dispatch(frame)
-            except PeerProtocolError as error:
-                self._lose(error)
-                return False
-            finally:
-                frame.close()
+                return
+            if frame is not None:
+                left -= 1 + len(frame.payload) // _PAYLOAD_PER_FRAME + len(frame.fds)
+                if not self._take(frame):
+                    return
+            else:
+                try:
+                    alive = receive(sock, reader)
+                except BlockingIOError:
+                    left = _TURN
+                    await trio.lowlevel.wait_readable(sock)
+                    continue
+                except OSError as error:
+                    self.fail(f"connection lost: {error.strerror}")
+                    return
+                if not alive:
+                    where = "" if reader.at_boundary() else " in the middle of a frame"
+                    self.fail(f"the peer closed the connection{where}")
+                    return
+                left -= 1
+            if left <= 0:
+                left = _TURN
+                await trio.lowlevel.checkpoint()
+
+    def _take(self, frame: Frame) -> bool:
+        """Act on one frame; False once a rule without an answer is broken."""
+        try:
+            self._dispatch(frame)
+        except PeerProtocolError as error:
+            self._lose(error)
+            return False
+        finally:
+            refused = bool(frame.fds)
+            frame.close()
+        if refused and closing_backlog() > MAX_CLOSING:
+            self.fail("its descriptors take too long to close")
+        return True
 
     def _lose(self, error: PeerProtocolError) -> None:
-        logger.warning("vmbus-user: closing the connection: %s", error)
-        self.fail(str(error))
+        """Close the connection, but let what is queued get out, the refusal above all."""
+        self.broken = True
+        self.finish(str(error))
+        self.abandon()
 
     def _dispatch(self, frame: Frame) -> None:
         if self.closed.is_set():
             return
         if frame.flags & REPLY:
-            self._answer(frame)
+            self._questions.answer_untrusted(frame)
             self._close_if_done()
             return
         if self._finishing:
@@ -419,50 +422,15 @@ class Link:
         asynchronous = bool(frame.flags & ASYNC)
         session = self.session
         try:
-            spec = find_spec(frame.kind, Direction.TO_SERVER)
-            if spec.is_async != asynchronous:
-                raise PeerProtocolError(
-                    f"{spec.name}: the async flag must be {int(spec.is_async)}",
-                    errno=errno.EPROTO,
-                    fatal=asynchronous,
-                )
-            check_request(spec, session.state, len(frame.fds))
+            spec = check_kind(frame.kind, Direction.TO_SERVER, asynchronous=asynchronous)
+            session.check(spec, frame)
+            if not asynchronous:
+                self.heard = trio.current_time()
             session.handle(spec, frame)
         except PeerProtocolError as error:
             if error.fatal:
                 raise
             if asynchronous:
-                session.dropped(error)
+                session.dropped(frame.kind, error)
             else:
                 self.reply_error(frame.kind, frame.seq, error.errno, str(error))
-
-    def _answer(self, frame: Frame) -> None:
-        kind, callback = self._pending.pop(frame.seq, (0, None))
-        if callback is None or kind != frame.kind:
-            if callback is not None:
-                self._pending[frame.seq] = (kind, callback)
-            raise PeerProtocolError(
-                f"reply: nothing was asked as type {frame.kind:#x} seq {frame.seq}",
-                errno=errno.EPROTO,
-                fatal=True,
-            )
-        spec = MESSAGES[kind]
-        try:
-            if frame.fds:
-                raise PeerProtocolError(
-                    f"{spec.name} reply: must not carry descriptors", errno=errno.EPROTO
-                )
-            if frame.flags & ERROR:
-                refusal = ErrorReply.decode_untrusted(frame.payload)
-                callback(RefusedError(spec.name, refusal.errno, refusal.text))
-                return
-            if frame.payload:
-                raise PeerProtocolError(f"{spec.name} reply: must be empty", errno=errno.EMSGSIZE)
-        except PeerProtocolError as error:
-            callback(trio.BrokenResourceError(str(error)))
-            raise PeerProtocolError(str(error), errno=error.errno, fatal=True) from error
-        callback(frame.payload)
-
-
-def _ignore(_answer: Answer) -> None:
-    """An answer that nobody waits for any more."""

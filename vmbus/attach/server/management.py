@@ -10,6 +10,8 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import trio
+
 from vmbus.attach.protocol.framing import Frame
 from vmbus.attach.protocol.layout import require
 from vmbus.attach.protocol.limits import MAX_PAYLOAD
@@ -17,6 +19,7 @@ from vmbus.attach.protocol.messages import Number
 from vmbus.attach.protocol.to_server import JsonObject, Query
 from vmbus.attach.server.link import Link
 from vmbus.errors import VMBusError
+from vmbus.log_budget import LogBudget
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +45,15 @@ class Management:
     Args:
         query: Answers QUERY; None refuses with ENOSYS.
         command: Answers COMMAND; None refuses with ENOSYS.
+        log: For callbacks that fail, with a traceback each.
     """
 
-    def __init__(self, query: QueryCallback | None, command: CommandCallback | None) -> None:
+    def __init__(
+        self, query: QueryCallback | None, command: CommandCallback | None, log: LogBudget
+    ) -> None:
         self._query = query
         self._command = command
-        self._busy = False
+        self._log = log
 
     def begin(self, link: Link, frame: Frame) -> None:
         """Start answering. Raises PeerProtocolError for a bad or untimely request.
@@ -55,7 +61,6 @@ class Management:
         A callback that raises :class:`VMBusError` or ``OSError`` refuses with its text; anything
         else it raises is logged and becomes EIO. Neither ends the connection.
         """
-        require(not self._busy, "QUERY: another request is being answered", errno.EBUSY)
         work: Callable[[], dict[str, Any] | Awaitable[dict[str, Any]]]
         if frame.kind == Number.QUERY:
             kind = Query.decode_untrusted(frame.payload).kind
@@ -70,7 +75,11 @@ class Management:
             assert command is not None
             work = lambda: command(value)  # noqa: E731
         number, seq = frame.kind, frame.seq
-        self._busy = True
+        name = Number(number).name
+        require(
+            not link.working, f"{name}: another QUERY or COMMAND is being answered", errno.EBUSY
+        )
+        link.working = True
 
         async def answer() -> None:
             try:
@@ -84,11 +93,13 @@ class Management:
             except OSError as error:
                 link.reply_error(number, seq, error.errno or errno.EIO, str(error))
             except Exception as error:
-                logger.exception("%s failed", Number(number).name)
+                if self._log.spend():
+                    logger.exception("%s: %s failed%s", link.name, name, self._log.left_out())
                 link.reply_error(number, seq, errno.EIO, f"the server failed: {error!r}")
             else:
                 link.reply(number, seq, b"" if fds else data, fds)
             finally:
-                self._busy = False
+                link.working = False
+                link.heard = trio.current_time()
 
         link.spawn(answer)

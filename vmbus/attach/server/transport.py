@@ -6,14 +6,14 @@ import errno
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import trio
 
-from vmbus.attach.protocol.descriptors import check_eventfd_untrusted
-from vmbus.attach.protocol.framing import Frame, close_all
+from vmbus.attach.protocol.closing import close_all
+from vmbus.attach.protocol.framing import Frame
 from vmbus.attach.protocol.layout import require
-from vmbus.attach.protocol.limits import DIRECT_SINT, Feature, GoodbyeReason, LogLevel, PortKind
+from vmbus.attach.protocol.limits import Feature, GoodbyeReason, LogLevel, PortKind
 from vmbus.attach.protocol.messages import MESSAGES, MessageSpec, Number, RefusedError, State
 from vmbus.attach.protocol.to_server import (
     Goodbye,
@@ -21,9 +21,7 @@ from vmbus.attach.protocol.to_server import (
     MemoryRegion,
     RemMem,
     SetMemTable,
-    SetSintFd,
     SignalEvent,
-    SynicState,
     VmInfo,
     decode_post_untrusted,
 )
@@ -37,13 +35,17 @@ from vmbus.attach.protocol.to_vmm import (
     SetCallFd,
     SignalFlag,
 )
-from vmbus.attach.server.calls import FLAGS_PER_SINT_BYTES, SocketCall, VpSynic
+from vmbus.attach.server.calls import SocketCall, VpSynic, eventfd_pair
 from vmbus.attach.server.delivery import Delivery
 from vmbus.attach.server.events import EventQueue
 from vmbus.attach.server.guest_memory import MemoryTable
-from vmbus.attach.server.link import Answer, Link
+from vmbus.attach.server.link import Link, check_frame
 from vmbus.attach.server.management import Management
-from vmbus.errors import AttachError, GuestProtocolError, PeerProtocolError
+from vmbus.attach.server.places import DescriptorShares
+from vmbus.attach.server.questions import Answer
+from vmbus.attach.server.synics import Synics
+from vmbus.errors import AttachError, PeerProtocolError
+from vmbus.log_budget import LogBudget
 from vmbus.memory import GuestMemory
 from vmbus.partition.doorbell import EventfdDoorbell
 from vmbus.partition.events import (
@@ -56,6 +58,9 @@ from vmbus.partition.events import (
 )
 
 logger = logging.getLogger(__name__)
+
+_LIFE_CYCLE = frozenset({Number.RESET, Number.PAUSE, Number.RESUME})
+_DIRECT = frozenset({Number.SYNIC_STATE, Number.SET_SINT_FD})
 
 
 class SocketTransport:
@@ -71,6 +76,7 @@ class SocketTransport:
         features: As agreed.
         management: Answers QUERY.
         claim: Called with the VM's id when it becomes known; raises PeerProtocolError to refuse.
+        shares: Say how many descriptors may be kept.
         trust_vmm: Accept memory that can be truncated under us.
     """
 
@@ -83,12 +89,13 @@ class SocketTransport:
         features: Feature,
         management: Management,
         claim: Callable[[uuid.UUID], None],
+        shares: DescriptorShares,
         trust_vmm: bool,
     ) -> None:
         self._link = link
         self._hello = hello
-        self._management = management
         self._claim = claim
+        self._shares = shares
         self.features = features
         self.name = name
         self.memory = GuestMemory()
@@ -99,11 +106,13 @@ class SocketTransport:
         self.attached = trio.Event()
         """Set with the first memory table: the handler may start."""
         self.held: dict[SocketCall, None] | None = None
-        self.synics: list[VpSynic] = []
+        self.synics = Synics(self.memory)
         self.open_calls: set[SocketCall] = set()
         self.dropped_messages = 0
         """Asynchronous messages that broke a rule."""
-        self._table = MemoryTable(self.memory, trusted=trust_vmm)
+        self._table = MemoryTable(self.memory, link.limits, trusted=trust_vmm)
+        self._log = LogBudget()
+        shares.add(self)
         self._events = EventQueue(link.limits.post_credits, self._grant_credit, self._answer_attach)
         self._running = trio.Event()
         self._running.set()
@@ -125,7 +134,7 @@ class SocketTransport:
             Number.RESET: self._on_reset,
             Number.PAUSE: self._on_pause,
             Number.RESUME: self._on_resume,
-            Number.QUERY: self._on_query,
+            Number.QUERY: lambda frame: management.begin(link, frame),
             Number.GOODBYE: self._on_goodbye,
         }
 
@@ -188,6 +197,8 @@ class SocketTransport:
     async def add_event_port(self, connection_id: int, flag: int) -> EventfdDoorbell:
         """Let the guest signal ``connection_id``. Is a checkpoint. Raises AttachError."""
         key = (connection_id, flag)
+        if self._room <= 0:
+            raise AttachError(f"event port {connection_id:#x}/{flag}: too many descriptors")
         if key in self._ports:
             raise AttachError(f"event port {connection_id:#x}/{flag} exists already")
         request = AddEventPort(connection_id, flag).encode()
@@ -233,6 +244,16 @@ class SocketTransport:
 
     # -- vmbus.attach.server.calls.CallOwner -------------------------------------------------------
 
+    @property
+    def has_call_fds(self) -> bool:
+        """Whether tier T1 was agreed."""
+        return Feature.CALL_FD in self.features
+
+    @property
+    def vp_synics(self) -> Sequence[VpSynic]:
+        """One for each VP."""
+        return self.synics.vps
+
     def signal_by_message(self, vp: int, sint: int, flag: int) -> None:
         """Tier T0; equal signals that wait in the queue are one."""
         if self.state is not State.CLOSED:
@@ -242,17 +263,17 @@ class SocketTransport:
 
     def offer_call_fd(self, call: SocketCall) -> int:
         """Tier T1, if agreed."""
-        if Feature.CALL_FD not in self.features or self.state is State.CLOSED:
+        if not self.has_call_fds or self.state is State.CLOSED or self._room <= 0:
             return -1
-        made: list[int] = []
         try:
-            made.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
-            made.append(os.dup(made[0]))
+            fd, theirs = eventfd_pair()
         except OSError as error:
-            close_all(made)
-            logger.warning("%s: no eventfd for a channel: %s", self.name, error.strerror)
+            if self._log.spend():
+                left_out = self._log.left_out()
+                logger.warning(
+                    "%s: no eventfd for a channel: %s%s", self.name, error.strerror, left_out
+                )
             return -1
-        fd, theirs = made
 
         def answered(answer: Answer) -> None:
             taken = not isinstance(answer, Exception)
@@ -269,6 +290,12 @@ class SocketTransport:
             message = SetCallFd(call.port, call.vp, call.sint, call.flag)
             self._link.request_soon(Number.SET_CALL_FD, message.encode(), [], lambda _: None)
 
+    @property
+    def descriptors(self) -> int:
+        """How many are kept for this VMM, if each call has one."""
+        kept = len(self._ports) + len(self.open_calls)
+        return kept + self._table.descriptors + self.synics.descriptors
+
     # -- for the server ------------------------------------------------------------------------
 
     def end(self) -> None:
@@ -278,8 +305,11 @@ class SocketTransport:
         self._running.set()
         self._link.abandon()
 
-    def release(self, reason: GoodbyeReason) -> None:
-        """Nobody uses the transport any more: close calls, doorbells, memory and the link."""
+    def release(self, reason: GoodbyeReason, why: str = "") -> None:
+        """Nobody uses the transport any more: close calls, doorbells, memory and the link.
+
+        ``reason`` goes into a GOODBYE of ours, ``why`` into the refusal of an unfinished attach.
+        """
         said_goodbye = self.state is State.CLOSED
         self.end()
         for call in tuple(self.open_calls):
@@ -287,27 +317,44 @@ class SocketTransport:
         for port in self._ports.values():
             port.close()
         self._ports.clear()
-        for synic in self.synics:
-            synic.close()
+        self.synics.close()
         self._table.close()
+        self._shares.remove(self)
         if self._attach_request is not None:
-            text = "SET_MEM_TABLE: the server could not serve this guest"
+            text = f"SET_MEM_TABLE: this guest cannot be served: {why or 'the server ends'}"
             self._link.reply_error(*self._attach_request, errno.EIO, text)
         if self._goodbye is not None:
             self._link.reply(*self._goodbye)
         elif not said_goodbye and not self._link.closed.is_set():
             self._link.request_soon(Number.GOODBYE, Goodbye(reason).encode(), [], lambda _: None)
-        self._link.finish("goodbye", linger=self._goodbye is not None)
+        who = "the peer" if said_goodbye else "the server"
+        self._link.finish(f"{who} said goodbye", linger=self._goodbye is not None)
 
     # -- vmbus.attach.server.link.Session ----------------------------------------------------------
+
+    def check(self, spec: MessageSpec, frame: Frame) -> None:
+        """Check state, descriptors and feature; take the credit of a posted message."""
+        state = self.state
+        if spec.number == Number.POST_MESSAGE:
+            self._events.take_credit()
+        elif self._lifecycle_busy and spec.number in _LIFE_CYCLE:
+            # Between two states; what is the matter is the one before, and EBUSY.
+            state = next(iter(spec.states))
+        check_frame(spec, state, frame)
+        if spec.number in _DIRECT and Feature.DIRECT not in self.features:
+            raise PeerProtocolError(
+                f"{spec.name}: feature DIRECT was not agreed", errno=errno.EPROTO
+            )
 
     def handle(self, spec: MessageSpec, frame: Frame) -> None:
         """Act on one request."""
         self._handlers[spec.number](frame)
 
-    def dropped(self, error: PeerProtocolError) -> None:
-        """Count it and tell the VMM."""
+    def dropped(self, kind: int, error: PeerProtocolError) -> None:
+        """Count it, give its credit back, and tell the VMM."""
         self.dropped_messages += 1
+        if kind == Number.POST_MESSAGE:
+            self._events.give_credit(1)
         self.report(str(error))
 
     # -- requests ------------------------------------------------------------------------------
@@ -332,15 +379,9 @@ class SocketTransport:
     def _grant_credit(self, count: int) -> None:
         self._link.post(Number.POST_CREDIT, PostCredit(count).encode())
 
-    def _need(self, feature: Feature, owner: str) -> None:
-        require(
-            feature in self.features,
-            f"{owner}: feature {feature.name} was not agreed",
-            errno.EPROTO,
-        )
-
-    def _need_vp(self, vp: int, owner: str) -> None:
-        require(vp < self.vp_count, f"{owner}: vp {vp} must be below {self.vp_count}")
+    @property
+    def _room(self) -> int:
+        return self._shares.room(self)
 
     def _on_vm_info(self, frame: Frame) -> None:
         info = VmInfo.decode_untrusted(frame.payload)
@@ -351,15 +392,16 @@ class SocketTransport:
         self._claim(info.uuid)
         self.vm_id = info.uuid
         self.vp_count = info.vp_count
-        self.synics = [VpSynic() for _ in range(info.vp_count)]
+        self.synics.describe(info.vp_count)
         self.state = State.DESCRIBED
         self._link.reply(frame.kind, frame.seq)
 
     def _on_set_mem_table(self, frame: Frame) -> None:
         table = SetMemTable.decode_untrusted(frame.payload)
         self._table.check_idle()
-        removed = self._table.replace_untrusted(table, frame.fds)
-        self._aim_all()
+        removed = self._table.replace_untrusted(table, frame.fds, self._room)
+        frame.close_mapped()
+        self.synics.aim()
         if self.state is State.DESCRIBED:
             self.state = State.ATTACHED
             self._attach_request = (frame.kind, frame.seq)
@@ -371,63 +413,30 @@ class SocketTransport:
     def _on_add_mem(self, frame: Frame) -> None:
         region = MemoryRegion.decode_untrusted(frame.payload)
         self._table.check_idle()
-        self._table.add_untrusted(region, frame.fds[0])
-        self._aim_all()
+        self._table.add_untrusted(region, frame.fds[0], self._room)
+        frame.close_mapped()
+        self.synics.aim()
         self._link.reply(frame.kind, frame.seq)
 
     def _on_rem_mem(self, frame: Frame) -> None:
         request = RemMem.decode_untrusted(frame.payload)
         self._table.check_idle()
         region = self._table.remove_untrusted(request)
-        self._aim_all()
+        self.synics.aim()
         self._table.retire([region], self._events.put, self._link, frame)
 
-    def _aim_all(self) -> None:
-        for synic in self.synics:
-            self._aim(synic)
-
-    def _aim(self, synic: VpSynic) -> None:
-        """Use T2 for this VP exactly while everything it needs is there."""
-        synic.flags = None
-        if synic.page is not None and synic.fd >= 0:
-            start = synic.page + DIRECT_SINT * FLAGS_PER_SINT_BYTES
-            try:
-                # One page lies in one region, so this is one view.
-                (synic.flags,) = self.memory.views(start, FLAGS_PER_SINT_BYTES, write=True)
-            except GuestProtocolError:
-                # The VMM keeps the page in memory of its own: the slower tiers it is.
-                return
-
     def _on_synic_state(self, frame: Frame) -> None:
-        self._need(Feature.DIRECT, "SYNIC_STATE")
-        state = SynicState.decode_untrusted(frame.payload)
-        self._need_vp(state.vp, "SYNIC_STATE")
-        synic = self.synics[state.vp]
-        synic.page = state.flags_page
-        self._aim(synic)
+        self.synics.set_state_untrusted(frame.payload)
         self._link.reply(frame.kind, frame.seq)
 
     def _on_set_sint_fd(self, frame: Frame) -> None:
-        self._need(Feature.DIRECT, "SET_SINT_FD")
-        request = SetSintFd.decode_untrusted(frame.payload)
-        self._need_vp(request.vp, "SET_SINT_FD")
-        check_eventfd_untrusted(frame.fds[0], "SET_SINT_FD")
-        synic = self.synics[request.vp]
-        if synic.fd >= 0:
-            close_all((synic.fd,))
-        synic.fd = frame.take_fd()
-        self._aim(synic)
+        self.synics.set_sint_fd_untrusted(frame, self._room)
         self._link.reply(frame.kind, frame.seq)
 
     def _on_post_message(self, frame: Frame) -> None:
+        connection_id, message_type, vp, payload = decode_post_untrusted(frame.payload)
+        self.synics.need(vp, "POST_MESSAGE")
         events = self._events
-        events.take_credit()
-        try:
-            connection_id, message_type, vp, payload = decode_post_untrusted(frame.payload)
-            self._need_vp(vp, "POST_MESSAGE")
-        except PeerProtocolError:
-            events.give_credit(1)
-            raise
         events.put(PostedMessage(connection_id, message_type, vp, payload, events.message_done))
 
     def _on_signal_event(self, frame: Frame) -> None:
@@ -440,9 +449,7 @@ class SocketTransport:
     def _on_reset(self, frame: Frame) -> None:
         done = self._lifecycle(frame)
         self._events.drop_messages()
-        for synic in self.synics:
-            synic.page = None
-            self._aim(synic)
+        self.synics.reset()
         if self.held is not None:
             self.held.clear()
         self._events.put(PartitionReset(done))
@@ -482,9 +489,6 @@ class SocketTransport:
             self._link.reply(kind, seq)
 
         return Once(done)
-
-    def _on_query(self, frame: Frame) -> None:
-        self._management.begin(self._link, frame)
 
     def _on_goodbye(self, frame: Frame) -> None:
         Goodbye.decode_untrusted(frame.payload)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.attach import make_eventfd, send_raw
+from vmbus.attach.protocol.closing import close_all
 from vmbus.attach.protocol.framing import (
     ASYNC,
     ERROR,
@@ -18,7 +19,6 @@ from vmbus.attach.protocol.framing import (
     REPLY,
     Frame,
     FrameReader,
-    close_all,
     pack_frame,
     receive,
     send,
@@ -103,7 +103,7 @@ def test_more_descriptors_than_a_frame_may_have_break_the_framing(pair: Pair) ->
     reader = reader_for(theirs)
     assert receive(theirs, reader)
     assert lost(reader).errno == errno.EMSGSIZE
-    assert reader.last_header is None
+    assert reader.last_header == (1, 0, 1)
     os.close(fd)
 
 
@@ -138,10 +138,6 @@ def test_a_broken_header_loses_the_framing_and_closes_what_came(
 ) -> None:
     reader = FrameReader(stream=stream)
     reader.feed_untrusted(data, [make_eventfd() for _ in range(fds)])
-    for frame in reader._frames:
-        assert stream
-        frame.close()
-    reader._frames.clear()
     assert lost(reader).errno == code
     assert reader.last_header is not None
     # Whatever comes now is closed and ignored.
@@ -204,7 +200,7 @@ def test_descriptors_in_the_middle_of_a_stream_frame_are_lost() -> None:
     data = pack_frame(0x82, 0, 1, b"payload")
     reader.feed_untrusted(data[:18])
     reader.feed_untrusted(data[18:20], [make_eventfd()])
-    assert "claims" in str(lost(reader))
+    assert "1 descriptors came" in str(lost(reader))
 
 
 def test_descriptors_cannot_be_heaped_up_before_a_header() -> None:
@@ -235,3 +231,56 @@ def test_closing_the_reader_closes_frames_and_fragments() -> None:
 def test_closing_what_is_closed_already_is_harmless() -> None:
     fd = make_eventfd()
     close_all([fd, fd])
+
+
+# -- descriptors that this process had no room for -------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("came", [0, 1])
+def test_a_frame_whose_descriptors_were_lost_says_so(came: int, *, stream: bool) -> None:
+    reader = FrameReader(stream=stream)
+    fds = [make_eventfd() for _ in range(came)]
+    reader.feed_untrusted(pack_frame(1, 0, 1, b"abc", 2), fds, socket.MSG_CTRUNC)
+    (frame,) = frames_of(reader)
+    assert (frame.fds, frame.payload) == ([], b"abc")
+    with pytest.raises(PeerProtocolError, match="too many files are open") as caught:
+        frame.check_whole()
+    assert (caught.value.errno, caught.value.fatal) == (errno.EMFILE, False)
+    # The next one is whole again.
+    reader.feed_untrusted(pack_frame(1, 0, 2, b"", 1), [make_eventfd()])
+    (frame,) = frames_of(reader)
+    frame.check_whole()
+    frame.close()
+
+
+def test_descriptors_are_lost_with_the_frame_of_a_stream_that_claims_them() -> None:
+    reader = FrameReader(stream=True)
+    data = pack_frame(1, 0, 1, b"") + pack_frame(2, 0, 2, b"payload", 1)
+    reader.feed_untrusted(data[:20], (), socket.MSG_CTRUNC)
+    (first,) = frames_of(reader)
+    first.check_whole()
+    assert reader.next_frame() is None
+    reader.feed_untrusted(data[20:35])
+    assert reader.next_frame() is None
+    reader.feed_untrusted(data[35:] + pack_frame(3, 0, 3, b""))
+    second, third = frames_of(reader)
+    assert (second.short, third.short) == (True, False)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_lost_descriptors_that_no_header_claims_lose_the_framing(*, stream: bool) -> None:
+    reader = FrameReader(stream=stream)
+    reader.feed_untrusted(pack_frame(1, 0, 1, b""), (), socket.MSG_CTRUNC)
+    assert "more descriptors came" in str(lost(reader))
+
+
+def test_a_stream_is_taken_apart_as_frames_are_asked_for() -> None:
+    """Many small ones are the time of who takes them, not of who feeds them all at once."""
+    reader = FrameReader(stream=True)
+    good = pack_frame(1, 0, 1, b"")
+    reader.feed_untrusted(good * 2 + HEADER.pack(1, ERROR, 1, 0, 0, 0))
+    for left in (2 * 16, 16):
+        assert reader.next_frame() is not None
+        assert len(reader._buffer) == left
+    lost(reader)

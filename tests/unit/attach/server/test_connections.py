@@ -11,6 +11,7 @@ import trio
 from tests.support.attach import Bus, raw_vmm
 from vmbus.attach.server import open_listener, serve
 from vmbus.attach.server.connections import accept
+from vmbus.log_budget import LogBudget
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
@@ -41,13 +42,13 @@ async def test_a_lack_of_descriptors_is_waited_out(
             listener,
             [OSError(errno.EMFILE, "too many"), ConnectionAbortedError(), BlockingIOError()],
         )
-        sock = await accept(failing)  # type: ignore[arg-type]
+        sock = await accept(failing, LogBudget())  # type: ignore[arg-type]
         assert failing.failures == []
         sock.close()
         with raw_vmm(tmp_path / "s"):
             failing.failures.append(OSError(errno.EINVAL, "broken"))
             with pytest.raises(OSError, match="broken"):
-                await accept(failing)  # type: ignore[arg-type]
+                await accept(failing, LogBudget())  # type: ignore[arg-type]
 
 
 async def test_a_broken_listener_ends_the_server(tmp_path: Path) -> None:

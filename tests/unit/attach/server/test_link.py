@@ -11,7 +11,7 @@ from tests.support.leaks import count_fds
 from vmbus.attach.protocol.framing import Frame
 from vmbus.attach.protocol.messages import MessageSpec, Number, State
 from vmbus.attach.server import ServerLimits
-from vmbus.attach.server.link import Link
+from vmbus.attach.server.link import Link, check_frame
 from vmbus.errors import PeerProtocolError
 
 
@@ -26,7 +26,10 @@ class Silent:
     def handle(self, spec: MessageSpec, frame: Frame) -> None:
         self.requests.append(spec.number)
 
-    def dropped(self, error: PeerProtocolError) -> None:
+    def check(self, spec: MessageSpec, frame: Frame) -> None:
+        check_frame(spec, self.state, frame)
+
+    def dropped(self, kind: int, error: PeerProtocolError) -> None:
         raise AssertionError
 
 
@@ -65,7 +68,7 @@ async def test_a_cancelled_link_closes_its_socket() -> None:
 
 async def test_request_ids_wrap_around_without_zero() -> None:
     link, theirs = make_link()
-    link._next_seq = 0xFFFFFFFF
+    link._questions._next_seq = 0xFFFFFFFF
     for _ in range(2):
         link.request_soon(Number.GOODBYE, b"", [], lambda _: None)
     assert [theirs.recv(16)[4:8] for _ in range(2)] == [b"\xff" * 4, b"\1\0\0\0"]
