@@ -18,7 +18,6 @@
 `doorbells`            monitor pages and interrupt page: the doorbells that are memory
 `bell`, `lookout`      waiting for a channel's doorbell; looking on before sleeping
 `account`              the control plane as lines of a log
-`log_budget`           how many lines a guest can cause
 `statistics`           counters of a channel
 ====================== ===========================================================================
 """

@@ -35,10 +35,10 @@ from vmbus.host.config import BusConfig
 from vmbus.host.delivery import Deliveries
 from vmbus.host.device import Device
 from vmbus.host.doorbells import InterruptPage, MonitorPage, SharedDoorbell
-from vmbus.host.log_budget import LogBudget
 from vmbus.host.observer import Observer, Observers
 from vmbus.host.roster import Roster
 from vmbus.host.runner import ChannelRunner
+from vmbus.log_budget import LogBudget
 from vmbus.partition.events import (
     MemoryRemoval,
     PartitionPaused,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import trio
 
 from vmbus.engine.events import SendMessage
-from vmbus.host.log_budget import LogBudget
+from vmbus.log_budget import LogBudget
 from vmbus.partition.transport import Transport
 from vmbus.wire.messages import MESSAGE_TYPE_VMBUS
 

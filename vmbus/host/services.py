@@ -12,8 +12,8 @@ from vmbus.host.buffer import Leases
 from vmbus.host.config import BusConfig
 from vmbus.host.delivery import Deliveries
 from vmbus.host.doorbells import InterruptPage, MonitorPage
-from vmbus.host.log_budget import LogBudget
 from vmbus.host.observer import Observers
+from vmbus.log_budget import LogBudget
 from vmbus.partition.transport import Transport
 
 

@@ -20,6 +20,7 @@ import trio
 from vmbus.errors import GuestProtocolError, leaves
 from vmbus.host.channel import Channel
 from vmbus.ring import Packet
+from vmbus.workers import work_for
 
 ServeBatch = Callable[[Channel, list[Packet], trio.Nursery], None]
 """Acts on packets that came in together: answers them with :meth:`Channel.complete`, or starts
@@ -85,6 +86,8 @@ class Life:
 
     async def _serve(self, channel: Channel) -> None:
         """Serve one channel until it ends, then wait for the tasks it has under way."""
+        # One guest has one memory, whatever controllers it has.
+        work_for(channel.memory, channel)
         async with trio.open_nursery() as nursery:
             try:
                 while True:

@@ -16,7 +16,7 @@ import trio
 
 from vmbus.attach.server.admission import Admission, Peer
 from vmbus.errors import ConfigError, PeerProtocolError
-from vmbus.host.log_budget import LogBudget
+from vmbus.log_budget import LogBudget
 from vmbus.plugins.sharing import Line
 from vmbus.server.devices import SharedKey
 from vmbus.supervisor import relay

@@ -232,6 +232,8 @@ class DiskCore(DispatchUnit):
         for at, part in split(buffers, self.limit):
             if at:
                 await trio.lowlevel.checkpoint()
+                if self.disk.try_readv(offset + at, part):
+                    continue
             await self.disk.readv(offset + at, part)
 
     async def write(self, offset: int, buffers: Sequence[memoryview], *, fua: bool = False) -> None:
@@ -243,6 +245,8 @@ class DiskCore(DispatchUnit):
         for at, part in split(buffers, self.limit):
             if at:
                 await trio.lowlevel.checkpoint()
+                if self.disk.try_writev(offset + at, part, fua=fua):
+                    continue
             await self.disk.writev(offset + at, part, fua=fua)
 
     async def settle(self) -> None:

@@ -274,8 +274,9 @@ def data_in_untrusted(command: Command, size: int, sector: int, byte: int) -> Se
     return [*command.data, memoryview(bytearray(spare))] if spare else command.data
 
 
-STEP: Final = 8 << 20
-"""Bytes moved without letting other tasks run; more than any driver asks for at once."""
+STEP: Final = 2 << 20
+"""Bytes moved without letting other tasks run, and by one call of a worker thread: as much as a
+guest may ask for at once by default. What one call takes, a neighbour waits."""
 
 
 def split(buffers: Sequence[memoryview], limit: int) -> Iterable[tuple[int, Sequence[memoryview]]]:

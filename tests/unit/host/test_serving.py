@@ -11,6 +11,7 @@ from vmbus.host.serving import Life
 from vmbus.memory import GuestMemory
 from vmbus.testing import LoneHost, channel_pair
 from vmbus.wire.packets import IN_BAND, build_packet
+from vmbus.workers import _owner
 
 
 def request(transaction_id: int) -> bytes:
@@ -156,3 +157,30 @@ async def test_a_life_that_is_over_takes_no_more_tasks():
             life.flush_soon()
             await trio.lowlevel.checkpoint()
     primary.close_doorbell()
+
+
+async def test_channels_of_a_guest_are_parts_of_it_to_the_worker_threads():
+    """Its controllers have channels of their own and the same memory; a neighbour has another."""
+    owners: dict[str, object] = {}
+
+    async def look(name, channel):
+        owners[name] = _owner.get()
+        channel.complete(2, b"")
+
+    async def serve(name, channel, guest):
+        def act(_channel, _packets, nursery):
+            nursery.start_soon(look, name, channel)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Life(channel, act).run)
+            guest.send(request(2))
+            while name not in owners:
+                await trio.sleep(0)
+            channel.end()
+
+    for name in ("one", "other"):
+        channel, guest = channel_pair()
+        await serve(name, channel, guest)
+        assert owners[name] == (channel.memory, channel)
+        channel.close_doorbell()
+    assert owners["one"] != owners["other"]

@@ -1,4 +1,4 @@
-"""How much a guest may make us log."""
+"""How much a guest or a peer may make us log."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class LogBudget:
         self._burst = burst
         self._interval = interval
         self._left = float(burst)
+        self._left_out = 0
         self._since = trio.current_time()
 
     def spend(self) -> bool:
@@ -29,6 +30,12 @@ class LogBudget:
         self._left = min(self._burst, self._left + (now - self._since) / self._interval)
         self._since = now
         if self._left < 1:
+            self._left_out += 1
             return False
         self._left -= 1
         return True
+
+    def left_out(self) -> str:
+        """Return the words about lines left out since this was last asked; usually none."""
+        count, self._left_out = self._left_out, 0
+        return f" ({count} lines like this were left out)" if count else ""
