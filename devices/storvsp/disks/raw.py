@@ -294,7 +294,7 @@ class RawDisk(Disk):
         self._check_open()
         if not self._info.read_only:
             with disk_errors("flush"):
-                await self._durability.promise(
+                await self._durability.flush(
                     functools.partial(self._workers.run, linux.sync, self._fd)
                 )
         if not self._closed:
