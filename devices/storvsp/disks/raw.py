@@ -390,8 +390,9 @@ class RawDisk(Disk):
             self._size = -1  # every range is outside now, at no cost to an open disk
             fd, self._fd = self._fd, -1
             await self._workers.aclose()
+            # Calls that were abandoned know it by its number, and have its lock keep others out.
             with disk_errors("close"):
-                os.close(fd)
+                self._workers.when_back(functools.partial(os.close, fd))
 
     async def _call(
         self, action: str, offset: int | None, function: Callable[[*Ts], T], *args: *Ts

@@ -31,6 +31,7 @@ from storvsp.scsi.inquiry import (
     vital_page,
 )
 from storvsp.scsi.modes import ModePages
+from storvsp.scsi.pace import Turn, may_act
 from storvsp.scsi.sense import (
     CheckCondition,
     ReservationConflict,
@@ -161,11 +162,9 @@ class DispatchUnit(LogicalUnit):
         with trio.CancelScope() as scope:
             self._running[scope] = command
             try:
-                await self.gate.acquire(exclusive=exclusive)
-                try:
+                async with Turn(self.gate, exclusive=exclusive):
+                    await may_act()
                     return await work()
-                finally:
-                    self.gate.release(exclusive=exclusive)
             finally:
                 del self._running[scope]
                 self._ended.unpark_all()
@@ -213,6 +212,8 @@ class DispatchUnit(LogicalUnit):
                 return check_condition(error.sense)
             case ReservationConflict():
                 return RESERVATION_CONFLICT
+            case trio.EndOfChannel():  # nobody waits for it any more
+                return TASK_ABORTED
             case DiskError():
                 logger.info("%r: %s", command, error)
                 cause = error

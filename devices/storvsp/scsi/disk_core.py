@@ -22,6 +22,7 @@ from storvsp.scsi.cdb import (
     decode_transfer_untrusted,
 )
 from storvsp.scsi.inquiry import Identity, block_pages
+from storvsp.scsi.medium import Medium
 from storvsp.scsi.modes import (
     CACHING,
     CONTROL,
@@ -30,6 +31,7 @@ from storvsp.scsi.modes import (
     ModePages,
     disk_pages,
 )
+from storvsp.scsi.pace import step
 from storvsp.scsi.removable import Tray
 from storvsp.scsi.reservations import Reservations
 from storvsp.scsi.sense import CheckCondition, Sense, invalid_cdb_field, out_of_range
@@ -41,8 +43,8 @@ CHUNK: Final = 1 << 20
 """Bytes of host memory a command that compares or repeats data works with at a time."""
 
 BULK: Final = 8
-"""Commands of one unit that hold :data:`CHUNK` bytes at the same time. A guest may have thousands
-of requests under way."""
+"""Commands of one guest to a unit that hold :data:`CHUNK` bytes at the same time; it may have
+thousands of requests under way."""
 
 _DISK: Final = 0x00
 _SBC_3: Final = 0x04C0
@@ -55,7 +57,7 @@ class DiskCore(DispatchUnit):
         self, disk: Disk, *, luns: Callable[[], Iterable[int]], identity: bytes = b""
     ) -> None:
         info = disk.info
-        self.disk = disk
+        self.disk = Medium(disk, self.refresh)
         self.tray = Tray()
         self.reservations = Reservations()
         self.blocks = info.size // info.sector_size
@@ -76,8 +78,7 @@ class DiskCore(DispatchUnit):
         """Bytes handed to the back-end at once."""
         self.chunk = min(self.limit, CHUNK)
         """Bytes a command works on at a time in the host's memory."""
-        self.bulk = trio.Semaphore(BULK)
-        """Held by a command that works in the host's memory."""
+        self._bulk: dict[Hashable, trio.Semaphore] = {}
         self.readers: set[Hashable] = set()
         """Initiators whose reads nothing is in the way of."""
         self.writers: set[Hashable] = set()
@@ -122,6 +123,13 @@ class DiskCore(DispatchUnit):
         """Whether completed writes may still be volatile."""
         return bool(self.modes.current(CACHING)[2] & WRITE_CACHE_ENABLED)
 
+    def bulk(self, command: Command) -> trio.Semaphore:
+        """Return what a command holds that works in the host's memory.
+
+        One of them for each guest: those of one that is paused stand still with it.
+        """
+        return self._bulk.setdefault(command.initiator, trio.Semaphore(BULK))
+
     def write_protection(self) -> int | None:
         """Return the ASC/ASCQ with which writes are refused, or None if they are not."""
         if self._read_only:
@@ -135,7 +143,7 @@ class DiskCore(DispatchUnit):
         self.readers = set()
         self.writers = set()
         self.write_through = not self.cached and self.disk.info.write_cache
-        if self.gate.closed or self.not_ready() is not None:
+        if self.gate.closed or self.disk.stopped or self.not_ready() is not None:
             return
         writable = self.write_protection() is None
         for initiator in self.attentions:
@@ -160,6 +168,7 @@ class DiskCore(DispatchUnit):
         """Forget an initiator; see the base class."""
         self.reservations.release(initiator)
         self.tray.lock(initiator, prevent=False)
+        self._bulk.pop(initiator, None)
         super().detach(initiator)
 
     def close(self) -> None:
@@ -231,7 +240,7 @@ class DiskCore(DispatchUnit):
         """
         for at, part in split(buffers, self.limit):
             if at:
-                await trio.lowlevel.checkpoint()
+                await step()
                 if self.disk.try_readv(offset + at, part):
                     continue
             await self.disk.readv(offset + at, part)
@@ -244,7 +253,7 @@ class DiskCore(DispatchUnit):
         fua = fua or self.write_through
         for at, part in split(buffers, self.limit):
             if at:
-                await trio.lowlevel.checkpoint()
+                await step()
                 if self.disk.try_writev(offset + at, part, fua=fua):
                     continue
             await self.disk.writev(offset + at, part, fua=fua)

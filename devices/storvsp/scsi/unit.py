@@ -121,6 +121,9 @@ class LogicalUnit(abc.ABC):
     """How often all commands were aborted, by a reset or because another medium was put in. One
     that came in before that must not begin after it."""
 
+    name = ""
+    """What operators call it: where it is, and what is behind it."""
+
     @abc.abstractmethod
     def try_execute(self, command: Command) -> Outcome | None:
         """Run a command that needs no waiting. Cannot block.
