@@ -18,10 +18,11 @@ from collections.abc import Callable
 import trio
 
 from storvsp.scsi import Command, DataDirection, LogicalUnit, Outcome, absent_unit
+from storvsp.scsi.cdb import command_name
 from storvsp.scsi.pace import keep_pace, may_act
 from storvsp.scsi.sense import UNIT_ATTENTION
 from storvsp.scsi.unit import TASK_ABORTED
-from storvsp.units import Units, address_text
+from storvsp.units import Units
 from storvsp.wire import (
     COMPLETE_IO,
     EXECUTE_SRB,
@@ -276,7 +277,7 @@ class Requests:
         # The unit that is there now: another one may take its place before the task begins.
         undertaking = channel.undertakings.begin(
             REQUEST_WEIGHT + len(packet.data) + PIECE_WEIGHT * len(command.data),
-            lambda: f"{unit.name or address_text((srb.path, srb.target, srb.lun))}: {command}",
+            lambda: f"{unit.name or 'a unit'}: {command_name(command.cdb)}",
         )
         execution = _Execution(packet, srb, command, unit, undertaking, unit.aborts)
         self._under_way[execution] = None

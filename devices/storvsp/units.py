@@ -123,7 +123,7 @@ class Units:
             unit = DiskUnit(disk, luns=luns, identity=identity)
         if disk is not None:
             self._media[address] = _Medium(disk, owned, source, disk.watch(self.changed))
-        self._place(address, unit)
+        self._place(address, unit, source or (type(disk).__name__ if disk is not None else ""))
         return address
 
     def add_unit(self, unit: LogicalUnit, *, path: int, target: int, lun: int) -> Address:
@@ -133,7 +133,9 @@ class Units:
         self._place(address, unit)
         return address
 
-    def _place(self, address: Address, unit: LogicalUnit) -> None:
+    def _place(self, address: Address, unit: LogicalUnit, source: str = "") -> None:
+        if not unit.name:
+            unit.name = f"disk {address_text(address)}" + (f" ({source})" if source else "")
         self.by_address[address] = unit
         if self._seen is not None:
             unit.introduce(self.initiator, replaces=self._seen.get(address))

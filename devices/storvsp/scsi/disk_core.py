@@ -88,6 +88,15 @@ class DiskCore(DispatchUnit):
         super().__init__(luns, ModePages(disk_pages(write_cache=info.write_cache)))
         self._unwatch = disk.watch(self._resized)
 
+    @property
+    def name(self) -> str:
+        """What operators call it."""
+        return self.disk.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self.disk.name = name
+
     def identity(self) -> Identity:
         """Return who the unit is."""
         return self._identity

@@ -50,7 +50,7 @@ class Medium(Disk):
 
     def __init__(self, disk: Disk, changed: Callable[[], None] = lambda: None) -> None:
         self.disk = disk
-        self.name = type(disk).__name__
+        self.name = ""
         self.stops = False
         self.stopped = ""
         self.full = 0
