@@ -227,10 +227,16 @@ class _Threads:
 
     def stop(self) -> None:
         """End the threads; no call is under way or will be made. Cannot block."""
-        _all_threads().discard(self)
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
+        self._forget_if_stopped()
+
+    def _forget_if_stopped(self) -> None:
+        with self._wake:
+            over = self._stopping and not self._lost
+        if over:  # else there are calls still that somebody may ask about
+            _all_threads().discard(self)
 
     def _start_thread(self) -> None:
         number = self._started + 1
@@ -323,6 +329,7 @@ class _Threads:
                 trio.lowlevel.reschedule(call.task)
             else:
                 call.away.came_back()
+                self._forget_if_stopped()
 
 
 class WorkerPool:

@@ -160,6 +160,7 @@ async def test_calls_of_an_owner_that_is_gone_are_given_up_and_what_they_use_sta
     assert abandoned("gone") == DEFAULT_THREADS
     assert abandoned("nobody") == 0
     await pool.aclose()  # does not wait for them
+    assert abandoned("gone") == DEFAULT_THREADS
     pool.when_back(lambda: told.append(abandoned("gone")))
     other = shared_pool()
     assert await other.run(int) == 0

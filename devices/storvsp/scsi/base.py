@@ -61,6 +61,7 @@ from storvsp.scsi.unit import (
     take,
 )
 from vmbus.errors import ConfigError
+from vmbus.log_budget import LogBudget
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class DispatchUnit(LogicalUnit):
         self._running: dict[trio.CancelScope, Command] = {}
         self._ended = trio.lowlevel.ParkingLot()
         self._closed = False
+        self._budgets: dict[int, LogBudget] = {}
 
     # What the kinds of units differ in.
 
@@ -215,17 +217,26 @@ class DispatchUnit(LogicalUnit):
             case trio.EndOfChannel():  # nobody waits for it any more
                 return TASK_ABORTED
             case DiskError():
-                logger.info("%r: %s", command, error)
+                self._report(logging.INFO, f"{command!r}: {error}", None)
                 cause = error
             case OSError():
-                logger.error("%r: the disk let an OSError escape", command, exc_info=error)
+                self._report(logging.ERROR, f"{command!r}: the disk let an OSError escape", error)
                 cause = MediumError(str(error))
             case _:
-                logger.error("%r: internal error", command, exc_info=error)
+                self._report(logging.ERROR, f"{command!r}: internal error", error)
                 return check_condition(Sense(sense.HARDWARE_ERROR, sense.INTERNAL_TARGET_FAILURE))
         return check_condition(
             sense.from_disk_error(cause, sector_size=self.sector_size, writing=writing)
         )
+
+    def _report(self, level: int, text: str, error: Exception | None) -> None:
+        """Log what has become of a command, within a budget: a guest can repeat it for ever."""
+        if logger.isEnabledFor(level):
+            budget = self._budgets.get(level)
+            if budget is None:
+                budget = self._budgets[level] = LogBudget()
+            if budget.spend():
+                logger.log(level, "%s: %s%s", self.name, text, budget.left_out(), exc_info=error)
 
     def abort(self, initiator: Hashable | None = None) -> None:
         """End the commands that wait for the disk with TASK ABORTED. Cannot block.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -172,6 +172,10 @@ class DiskCore(DispatchUnit):
         self.reservations.release_any()
         self.tray.unlock_all()
         super().reset()
+
+    def describe(self) -> dict[str, Any]:
+        """Return why the disk has been stopped, and how often it had no room."""
+        return {"stopped": self.disk.stopped, "no_space": self.disk.full}
 
     def detach(self, initiator: Hashable) -> None:
         """Forget an initiator; see the base class."""

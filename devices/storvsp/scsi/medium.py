@@ -94,13 +94,17 @@ class Medium(Disk):
             try:
                 return await make()
             except NoSpaceError as error:
-                if not self._no_space(error):
+                if not self.no_space(error):
                     raise
             finally:
                 pace.leave()
 
-    def _no_space(self, error: NoSpaceError) -> bool:
-        """Take note that there was no room. Returns whether the call is to be made again."""
+    def no_space(self, error: NoSpaceError) -> bool:
+        """Take note that there was no room. Cannot block.
+
+        Returns:
+            Whether the call is to be made again, when the disk goes on.
+        """
         self.full += 1
         if self.stops:
             if not self.stopped:
@@ -132,7 +136,7 @@ class Medium(Disk):
         try:
             return self.disk.try_writev(offset, buffers, fua=fua)
         except NoSpaceError as error:
-            if self._no_space(error):
+            if self.no_space(error):
                 return False
             raise
 
