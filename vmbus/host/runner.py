@@ -202,7 +202,10 @@ class ChannelRunner:
                 await transport.remove_event_port(self.event.connection_id, 0)
         except (AttachError, trio.BrokenResourceError) as error:
             # Whatever the VMM makes of it, we do not listen any more.
-            _log.info("%s: event port of channel %d: %s", transport.name, self.event.relid, error)
+            if self.bus.life_log.spend():
+                _log.info(
+                    "%s: event port of channel %d: %s", transport.name, self.event.relid, error
+                )
 
     def _make_channel(self, port: Doorbell | None) -> Channel:
         event = self.event
