@@ -112,6 +112,7 @@ class Channel(OutgoingHalf):
         self._drained: trio.Event | None = None
         self._room = trio.Event()
         self.undertakings = Undertakings(self._look_drained, self._look_room)
+        self._load = self.undertakings.load
         self._subchannels_out, self._subchannels_in = trio.open_memory_channel["Channel"](
             max(offer.max_subchannels, 1)
         )
@@ -144,7 +145,7 @@ class Channel(OutgoingHalf):
                 if self._gate is not None:
                     await self._gate.wait()
                     continue
-                if self._outstanding >= self.max_outstanding or self.undertakings.load.full:
+                if self._outstanding >= self.max_outstanding or self._load.full:
                     self._room = trio.Event()
                     await self._room.wait()
                     continue

@@ -5,6 +5,7 @@
 `admission`      what guests are called, and that no two are called the same
 `link`           one connection, reader and writer
 `transport`      a :class:`vmbus.partition.transport.Transport` over a link
+`lifecycle`      RESET, PAUSE and RESUME: one at a time, each answered once
 `events`         what the VMM tells the bus, in order and bounded by credits
 `calls`          raising event flags: the three tiers
 `delivery`       a message on its way into a slot, with the VMM
