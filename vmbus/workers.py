@@ -390,11 +390,17 @@ class WorkerPool:
                 del call  # break the cycle traceback -> frame -> call -> error
         return cast("T", call.value)
 
+    @property
+    def away(self) -> int:
+        """Calls that were abandoned and are under way still."""
+        return self._away.count
+
     def when_back(self, tell: Callable[[], None]) -> None:
         """Have ``tell`` called when no call that was abandoned is under way. Cannot block.
 
         That is at once, if none is. For what such calls use: the number of a file that is closed
-        under them would be given to another one. Not called if the trio run ends before.
+        under them would be given to another one. It must not raise, and is not called if the trio
+        run ends before.
         """
         self._away.told.append(tell)
         self._away.tell()

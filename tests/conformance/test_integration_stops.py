@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import struct
 import threading
 import uuid
@@ -21,7 +22,7 @@ from storvsp import ScsiController
 from storvsp.disk import Buffers
 from storvsp.disks import linux
 from storvsp.disks.ram import RamDisk
-from storvsp.disks.raw import RawDisk
+from storvsp.disks.raw import RawDisk, _close_late
 from tests.support.worlds import World, first_disk, read_10, world
 from vmbus.errors import ConfigError
 from vmbus.guest import LINUX_6_1
@@ -228,7 +229,7 @@ async def test_a_bus_ends_in_time_and_what_does_not_come_back_keeps_what_it_uses
             with pytest.raises(ConfigError, match="in use"):
                 await RawDisk.open(image)
             go.set()
-            await until(lambda: not disk._workers._away.count)
+            await until(lambda: not disk._workers.away)
             assert not abandoned(memory)
             monkeypatch.undo()
             again = await RawDisk.open(image)
@@ -236,3 +237,10 @@ async def test_a_bus_ends_in_time_and_what_does_not_come_back_keeps_what_it_uses
     finally:
         go.set()
         await keeper.aclose()
+
+
+async def test_a_file_that_cannot_be_closed_late_is_a_line_in_the_log(caplog):
+    fd = os.open("/dev/null", os.O_RDWR)
+    os.close(fd)
+    _close_late(fd)
+    assert "could not be closed: " in caplog.text

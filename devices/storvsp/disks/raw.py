@@ -390,9 +390,11 @@ class RawDisk(Disk):
             self._size = -1  # every range is outside now, at no cost to an open disk
             fd, self._fd = self._fd, -1
             await self._workers.aclose()
-            # Calls that were abandoned know it by its number, and have its lock keep others out.
+            if self._workers.away:  # they know it by its number, and its lock keeps others out
+                self._workers.when_back(functools.partial(_close_late, fd))
+                return
             with disk_errors("close"):
-                self._workers.when_back(functools.partial(os.close, fd))
+                os.close(fd)
 
     async def _call(
         self, action: str, offset: int | None, function: Callable[[*Ts], T], *args: *Ts
@@ -413,6 +415,13 @@ class RawDisk(Disk):
     def _refuse(self, offset: int, length: int) -> None:
         self._check_open()
         check_range(offset, length, self._size)
+
+
+def _close_late(fd: int) -> None:
+    try:
+        os.close(fd)
+    except OSError as error:  # nobody else would hear of it
+        _log.warning("a file whose last call came back late could not be closed: %s", error)
 
 
 def _zero(fd: int, offset: int, length: int, may_unmap: bool) -> bool:
