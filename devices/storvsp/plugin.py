@@ -160,7 +160,7 @@ async def add_shared(controller: ScsiController, text: str, line: Line) -> Addre
     """
     place = DiskSpec.parse(text).split()[1]
     if place.get("on-error", "report") != "report":
-        line.sock.close()
+        line.close()
         raise ConfigError(f"{text}: a shared disk does not stop for one of its guests")
     path, target, lun = _place(text, place)
     unit = SharedUnit(
@@ -216,7 +216,9 @@ async def add(controller: ScsiController, text: str) -> Address:
 
 def _place(text: str, place: Mapping[str, str]) -> tuple[int, int, int | None]:
     numbers = {
-        name: _number(text, name, place[name]) for name in place if name in {"path", "target", "lun"}
+        name: _number(text, name, place[name])
+        for name in place
+        if name in {"path", "target", "lun"}
     }
     return numbers.get("path", 0), numbers.get("target", 0), numbers.get("lun")
 

@@ -292,7 +292,7 @@ class Requests:
                 await may_act()
                 # Else it came in time, but what aborts it was quicker than its task.
                 if unit.aborts == execution.aborts:
-                    outcome = await unit.execute(execution.command)
+                    outcome = await self._execute(execution)
         finally:
             execution.undertaking.end()
             del self._under_way[execution]
@@ -301,6 +301,15 @@ class Requests:
         # Tasks that end in the same turn of the loop share one flush only by luck; the ring's
         # signalling rule keeps the price of a flush low.
         await channel.flush()
+
+    async def _execute(self, execution: _Execution) -> Outcome:
+        if execution.unit.paced:
+            return await execution.unit.execute(execution.command)
+        await execution.undertaking.enter()
+        try:
+            return await execution.unit.execute(execution.command)
+        finally:
+            execution.undertaking.leave()
 
     @property
     def busy(self) -> bool:

@@ -170,6 +170,22 @@ async def test_a_pause_fails_in_time_and_names_what_does_not_come_back_and_the_g
             there.bus._resume()
 
 
+async def test_a_pause_waits_for_commands_of_units_that_know_no_pace():
+    """Those that are served elsewhere, or by somebody else's code, may write memory at any time."""
+    disk = CountingDisk(1 << 40)
+    made = make(disk)
+    made.units.by_address[0, 0, 0].paced = False
+    async with world(made, config=AT_ONCE) as there, there.boot(LINUX_6_1) as guest:
+        adapter, _ = await first_disk(guest, sub_channels=0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(adapter.execute, VERIFY_1_TIB)
+            await until(lambda: disk.reads > 20)
+            answers: list[str] = []
+            await ask(there, PartitionPaused, answers)
+            assert answers == ["disk 0:0:0 (CountingDisk): VERIFY(16): not back in 0 s"]
+            nursery.cancel_scope.cancel()
+
+
 async def test_a_reset_fails_in_time_and_succeeds_when_all_has_come_back():
     disk = HungDisk(1 << 20)
     with disk.let_go_at_the_end():

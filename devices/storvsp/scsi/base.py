@@ -74,6 +74,7 @@ class DispatchUnit(LogicalUnit):
         modes: The unit's mode pages.
     """
 
+    paced = True
     table: Table
     """The commands."""
     replaced: tuple[int, ...] = (sense.INQUIRY_DATA_HAS_CHANGED, sense.CAPACITY_DATA_HAS_CHANGED)

@@ -121,6 +121,9 @@ class LogicalUnit(abc.ABC):
     """How often all commands were aborted, by a reset or because another medium was put in. One
     that came in before that must not begin after it."""
 
+    paced = False
+    """Whether its commands look at their pace by themselves (:mod:`storvsp.scsi.pace`). If not, a
+    pause waits for each of them."""
     name = ""
     """What operators call it: where it is, and what is behind it."""
 
