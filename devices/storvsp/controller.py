@@ -79,6 +79,7 @@ class ScsiController:
         lun: int | None = None,
         owned: bool = True,
         source: str = "",
+        stop_when_full: bool = False,
     ) -> Address:
         """Put a disk behind the controller; a running guest is told at once. Cannot block.
 
@@ -89,6 +90,8 @@ class ScsiController:
             lun: 0 to 254, or None for the lowest free one.
             owned: Close the disk when it is removed or the controller leaves the bus.
             source: What people call it, such as the specification that it was made from.
+            stop_when_full: Keep commands that find no room until :meth:`continue_disk`, instead of
+                failing them.
 
         Returns:
             Where it is.
@@ -97,8 +100,27 @@ class ScsiController:
             ConfigError: The address is taken or does not exist.
         """
         return self.units.add_disk(
-            disk, path=path, target=target, lun=lun, owned=owned, source=source
+            disk,
+            path=path,
+            target=target,
+            lun=lun,
+            owned=owned,
+            source=source,
+            stop_when_full=stop_when_full,
         )
+
+    def continue_disk(self, address: Address) -> bool:
+        """Let a disk go on that has been stopped because there was no room. Cannot block.
+
+        The commands that it has kept are tried again.
+
+        Returns:
+            Whether it was stopped.
+
+        Raises:
+            ConfigError: There is no disk at ``address``.
+        """
+        return self.units.continue_disk(address)
 
     def add_drive(self, *, path: int = 0, target: int = 0, lun: int | None = None) -> Address:
         """Put an empty CD-ROM drive behind the controller, as :meth:`add_disk` does. Cannot block.

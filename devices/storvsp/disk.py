@@ -57,7 +57,7 @@ import abc
 import contextlib
 import dataclasses
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vmbus.errors import DeviceError
 
@@ -286,3 +286,28 @@ def disk_errors(action: str, *, offset: int | None = None) -> Iterator[None]:
         if error.errno in {errno.ENXIO, errno.ENODEV, errno.ENOENT, errno.ECONNRESET}:
             raise DiskUnavailableError(text, offset=offset) from error
         raise MediumError(text, offset=offset) from error
+
+
+def divide_ranges(ranges: Iterable[tuple[int, int]], step: int) -> Iterator[list[tuple[int, int]]]:
+    """Divide ranges into what is freed in one go: a list of short ones, or part of a long one.
+
+    A long one is made of 256 parts at most: where there is nothing to free, as in most of a disk
+    of many terabytes, size costs nothing.
+
+    Args:
+        ranges: (offset, length) in bytes.
+        step: Bytes in one go, as far as that does.
+    """
+    trip: list[tuple[int, int]] = []
+    size = 0
+    for offset, length in ranges:
+        largest = max(1, -(-length // (256 * step))) * step
+        for at in range(0, length, largest):
+            part = min(largest, length - at)
+            if trip and size + part > step:
+                yield trip
+                trip, size = [], 0
+            trip.append((offset + at, part))
+            size += part
+    if trip:
+        yield trip

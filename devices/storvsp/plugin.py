@@ -42,7 +42,8 @@ class ScsiPlugin:
 
         Args:
             specs: ``scheme:[options]target``; the options ``path``, ``target`` and ``lun`` place
-                the disk, otherwise it gets the lowest free LUN of path 0, target 0.
+                the disk, otherwise it gets the lowest free LUN of path 0, target 0; ``on-error``
+                is ``report`` or ``stop``.
             instance_id: The offer's instance GUID.
             initiator: Who the guest is.
             options: Any of :data:`OPTIONS`, as in :class:`ScsiController`.
@@ -94,6 +95,7 @@ class ScsiPlugin:
             {"action": "insert", "address": "1", "spec": "cd:a.iso"} -> {"done": true}
             {"action": "change", "address": "1", "spec": "cd:b.iso"} -> {"done": true}
             {"action": "eject", "address": "1"}                      -> {"done": true}
+            {"action": "continue", "address": "0"}                   -> {"continued": true}
 
         ``resize`` without ``size`` looks again at a back-end that has grown outside; to make a disk
         smaller it needs ``"shrink": true``. ``insert`` wants an empty or open drive. ``change`` and
@@ -129,11 +131,13 @@ class ScsiPlugin:
             case {"action": "eject", "address": str(text)}:
                 force = _flag(request, "force")
                 return {"done": await device.eject_medium(parse_address(text), force=force)}
+            case {"action": "continue", "address": str(text)}:
+                return {"continued": device.continue_disk(parse_address(text))}
             case _:
                 raise ConfigError(
                     "a SCSI controller can: add (spec), remove (address), resize (address, size, "
                     "shrink), insert (address, spec), change (address, spec, force), eject "
-                    "(address, force)"
+                    "(address, force), continue (address)"
                 )
 
 
@@ -154,7 +158,11 @@ async def add_shared(controller: ScsiController, text: str, line: Line) -> Addre
     Raises:
         ConfigError: Its place is taken, or its keeper is gone.
     """
-    path, target, lun = _place(text, DiskSpec.parse(text).split()[1])
+    place = DiskSpec.parse(text).split()[1]
+    if place.get("on-error", "report") != "report":
+        line.close()
+        raise ConfigError(f"{text}: a shared disk does not stop for one of its guests")
+    path, target, lun = _place(text, place)
     unit = SharedUnit(
         line.sock,
         line.staging_fd,
@@ -181,6 +189,9 @@ async def add(controller: ScsiController, text: str) -> Address:
         ConfigError: It cannot be opened, or its place is taken.
     """
     spec, place = DiskSpec.parse(text).split()
+    policy = place.pop("on-error", "report")
+    if policy not in {"report", "stop"}:
+        raise ConfigError(f"{text}: on-error is report or stop, not {policy[:40]!r}")
     if "shared" in place:
         raise ConfigError(f"{text}: only disks that the server was started with are shared")
     path, target, lun = _place(text, place)
@@ -190,14 +201,25 @@ async def add(controller: ScsiController, text: str) -> Address:
         return controller.add_drive(path=path, target=target, lun=lun)
     disk = await open_disk(spec)
     try:
-        return controller.add_disk(disk, path=path, target=target, lun=lun, source=str(spec))
+        return controller.add_disk(
+            disk,
+            path=path,
+            target=target,
+            lun=lun,
+            source=str(spec),
+            stop_when_full=policy == "stop",
+        )
     except BaseException:
         await disk.aclose()
         raise
 
 
 def _place(text: str, place: Mapping[str, str]) -> tuple[int, int, int | None]:
-    numbers = {name: _number(text, name, place[name]) for name in place if name != "shared"}
+    numbers = {
+        name: _number(text, name, place[name])
+        for name in place
+        if name in {"path", "target", "lun"}
+    }
     return numbers.get("path", 0), numbers.get("target", 0), numbers.get("lun")
 
 

@@ -10,6 +10,7 @@ turns out to be wrong, goes the long way, :meth:`Requests.execute`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import struct
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from collections.abc import Callable
 import trio
 
 from storvsp.scsi import Command, DataDirection, LogicalUnit, Outcome, absent_unit
+from storvsp.scsi.cdb import command_name
+from storvsp.scsi.pace import keep_pace, may_act
 from storvsp.scsi.sense import UNIT_ATTENTION
 from storvsp.scsi.unit import TASK_ABORTED
 from storvsp.units import Units
@@ -39,6 +42,7 @@ from storvsp.wire import (
 )
 from vmbus.errors import STATUS_SUCCESS, GuestProtocolError
 from vmbus.host.channel import Channel
+from vmbus.host.undertakings import Undertaking
 from vmbus.ring import Packet
 from vmbus.wire.gpa import PAGE_SIZE, pfn_list
 from vmbus.wire.packets import COMPLETION, DESCRIPTOR_SIZE, GPA_DIRECT
@@ -55,6 +59,11 @@ assert GOOD.size == DESCRIPTOR_SIZE + PACKET_SIZE
 assert REQUEST.size == PACKET_SIZE
 OFFSET8 = DESCRIPTOR_SIZE // 8
 LENGTH8 = GOOD.size // 8
+
+REQUEST_WEIGHT = 6 << 10
+"""Bytes of host memory that a request holds while it waits: its task, frames and small objects."""
+PIECE_WEIGHT = 208
+"""Bytes for each piece of guest memory its data is in: a view, and its place in a list."""
 
 _range = RANGE.unpack_from
 _request = REQUEST.unpack_from
@@ -91,6 +100,7 @@ class _Execution:
     srb: Srb
     command: Command
     unit: LogicalUnit
+    undertaking: Undertaking
     aborts: int
     """:attr:`LogicalUnit.aborts` when the command came."""
 
@@ -306,24 +316,41 @@ class Requests:
             return
         self.waited += 1
         # The unit that is there now: another one may take its place before the task begins.
-        execution = _Execution(packet, srb, command, unit, unit.aborts)
+        undertaking = channel.undertakings.begin(
+            REQUEST_WEIGHT + len(packet.data) + PIECE_WEIGHT * len(command.data),
+            lambda: f"{unit.name or 'a unit'}: {command_name(command.cdb)}",
+        )
+        execution = _Execution(packet, srb, command, unit, undertaking, unit.aborts)
         self._under_way[execution] = None
         nursery.start_soon(self._execute_slowly, channel, execution)
 
     async def _execute_slowly(self, channel: Channel, execution: _Execution) -> None:
         unit = execution.unit
+        keep_pace(execution.undertaking)
+        outcome = TASK_ABORTED
         try:
-            if unit.aborts == execution.aborts:
-                outcome = await unit.execute(execution.command)
-            else:  # it came in time, but what aborts it was quicker than its task
-                outcome = TASK_ABORTED
+            with contextlib.suppress(trio.EndOfChannel):
+                await may_act()
+                # Else it came in time, but what aborts it was quicker than its task.
+                if unit.aborts == execution.aborts:
+                    outcome = await self._execute(execution)
         finally:
+            execution.undertaking.end()
             del self._under_way[execution]
             self._ended.unpark_all()
         self._finish(channel, execution.packet, execution.srb, outcome)
         # Tasks that end in the same turn of the loop share one flush only by luck; the ring's
         # signalling rule keeps the price of a flush low.
         await channel.flush()
+
+    async def _execute(self, execution: _Execution) -> Outcome:
+        if execution.unit.paced:
+            return await execution.unit.execute(execution.command)
+        await execution.undertaking.enter()
+        try:
+            return await execution.unit.execute(execution.command)
+        finally:
+            execution.undertaking.leave()
 
     @property
     def busy(self) -> bool:

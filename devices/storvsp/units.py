@@ -105,6 +105,7 @@ class Units:
         lun: int | None,
         owned: bool = True,
         source: str = "",
+        stop_when_full: bool = False,
     ) -> Address:
         """See :meth:`storvsp.controller.ScsiController.add_disk` and ``add_drive``."""
         if lun is None:
@@ -121,9 +122,10 @@ class Units:
             unit = CdromUnit(disk, luns=luns, identity=identity)
         else:
             unit = DiskUnit(disk, luns=luns, identity=identity)
+            unit.disk.stops = stop_when_full
         if disk is not None:
             self._media[address] = _Medium(disk, owned, source, disk.watch(self.changed))
-        self._place(address, unit)
+        self._place(address, unit, source or (type(disk).__name__ if disk is not None else ""))
         return address
 
     def add_unit(self, unit: LogicalUnit, *, path: int, target: int, lun: int) -> Address:
@@ -133,7 +135,9 @@ class Units:
         self._place(address, unit)
         return address
 
-    def _place(self, address: Address, unit: LogicalUnit) -> None:
+    def _place(self, address: Address, unit: LogicalUnit, source: str = "") -> None:
+        if not unit.name:
+            unit.name = f"disk {address_text(address)}" + (f" ({source})" if source else "")
         self.by_address[address] = unit
         if self._seen is not None:
             unit.introduce(self.initiator, replaces=self._seen.get(address))
@@ -301,6 +305,13 @@ class Units:
             if inspect.isawaitable(done):
                 await done
         return disk.info.size
+
+    def continue_disk(self, address: Address) -> bool:
+        """See :meth:`storvsp.controller.ScsiController.continue_disk`."""
+        unit = self.by_address.get(address)
+        if not isinstance(unit, DiskUnit):
+            raise ConfigError(f"there is no disk at {address_text(address)}")
+        return unit.disk.go_on()
 
     def disk(self, address: Address) -> Disk | None:
         """Return the back-end at an address, or None."""

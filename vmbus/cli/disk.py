@@ -37,7 +37,7 @@ def controller_option(function: F) -> F:
 
 @click.group()
 def command() -> None:
-    """List, add, remove and resize the disks of a running guest, and change media.
+    """List, add, remove, resize and continue the disks of a running guest, and change media.
 
     Guests notice at once. A disk's address is its LUN, or path:target:lun.
     """
@@ -60,7 +60,7 @@ def list_disks(*, socket_path: str, guest: str | None, as_json: bool) -> None:
         print_json(disks)
     elif disks:
         print_table(
-            ("guest", "controller", "address", "size", "kind", "access", "source"),
+            ("guest", "controller", "address", "size", "kind", "access", "state", "source"),
             [
                 (
                     disk["guest"],
@@ -69,6 +69,7 @@ def list_disks(*, socket_path: str, guest: str | None, as_json: bool) -> None:
                     "-" if disk["size"] is None else size_text(disk["size"]),
                     disk["kind"],
                     _ACCESS[disk["read_only"]],
+                    _state(disk),
                     disk["source"] or "-",
                 )
                 for disk in disks
@@ -218,6 +219,31 @@ def eject_medium(
     _tell_medium(result, as_json=as_json, text=f"ejected {address}")
 
 
+@command.command("continue")
+@socket_option
+@guest_option
+@controller_option
+@json_option
+@click.argument("address")
+def continue_disk(
+    *, socket_path: str, guest: str | None, controller: int, as_json: bool, address: str
+) -> None:
+    """Let the disk at ADDRESS go on that has stopped because its image found no room.
+
+    Disks with the option on-error=stop do that. Make room first: what the guest has written
+    meanwhile is tried again. The exit code is 1 if the disk was not stopped.
+    """
+    result = _operate(socket_path, guest, controller, action="continue", address=address)
+    if as_json:
+        print_json(result)
+    elif result["continued"]:
+        click.echo(f"{address} goes on")
+    else:
+        click.echo(f"{address} was not stopped", err=True)
+    if not result["continued"]:
+        raise SystemExit(1)
+
+
 def _tell_medium(result: dict[str, Any], *, as_json: bool, text: str) -> None:
     if as_json:
         print_json(result)
@@ -230,6 +256,11 @@ def _tell_medium(result: dict[str, Any], *, as_json: bool, text: str) -> None:
         )
     if not result["done"]:
         raise SystemExit(1)
+
+
+def _state(disk: dict[str, Any]) -> str:
+    """Say whether a disk keeps the guest waiting, and why."""
+    return f"stopped: {disk['stopped']}" if disk.get("stopped") else "-"
 
 
 def _controllers(guest: dict[str, Any]) -> list[dict[str, Any]]:

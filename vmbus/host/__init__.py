@@ -5,6 +5,8 @@
 `roster`               the devices of a bus: offered, failed, removed, closed
 `runner`               one open channel's task: rings made, device run, everything given back
 `channel`              an open channel, as a device uses it
+`undertakings`         requests that take their time: weighed, held while paused, named
+`stops`                pauses, resets and the end of a bus, each within its bound
 `device`               what a device is to the bus
 `serving`              :class:`Life`: the loop that serves the channels of a device
 `buffer`               leases of GPADLs: pages go back when the device has let go

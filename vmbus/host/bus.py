@@ -38,6 +38,7 @@ from vmbus.host.doorbells import InterruptPage, MonitorPage, SharedDoorbell
 from vmbus.host.observer import Observer, Observers
 from vmbus.host.roster import Roster
 from vmbus.host.runner import ChannelRunner
+from vmbus.host.stops import Stops
 from vmbus.log_budget import LogBudget
 from vmbus.partition.events import (
     MemoryRemoval,
@@ -57,6 +58,7 @@ from vmbus.wire.messages import (
 from vmbus.wire.versions import Version
 
 _log = logging.getLogger("vmbus.bus")
+
 
 TlListener = Callable[[events.TlConnect], bool]
 """Answers an hv_sock connect request: True if it will offer a channel for it. Cannot block.
@@ -98,6 +100,7 @@ class Bus:
         self.observers = Observers(self._ring_observer_changed)
         self.observers.add(Account(transport.name, self.engine))
         self._roster = Roster(self, self.runners)
+        self._stops = Stops(self, self.runners)
         self.deliveries = Deliveries(transport, self._take_posts)
         self._posts: deque[PostedMessage] = deque()
         """Taken from the transport, not yet given to the engine; bounded by the transport."""
@@ -350,15 +353,14 @@ class Bus:
                     if self.engine.gpadl_table.has_done_a_lot():
                         await trio.lowlevel.checkpoint()
                 case PartitionReset():
-                    self._reset(event.done)
+                    self._reset(event)
                 case PartitionPaused():
                     if not self.paused:
                         self._running = trio.Event()
                     self.deliveries.hold()
                     self.monitor.hold()
-                    for runner in self.runners.values():
-                        runner.hold()
-                    self.nursery.start_soon(self._pause, event.done)
+                    self._stops.hold()
+                    self.nursery.start_soon(self._stops.pause, event, self._resume)
                 case PartitionResumed():
                     self._resume()
                     event.done()
@@ -387,8 +389,8 @@ class Bus:
                 self.report_fault(f"message of SynIC type {post.message_type:#x}", None)
             post.done()
 
-    def _reset(self, done: Callable[[], None]) -> None:
-        self._reset_done.append(done)
+    def _reset(self, event: PartitionReset) -> None:
+        self._reset_done.append(self._stops.begin_reset(event.done, event.failed))
         while self._posts:
             self._posts.popleft().done()
         self.deliveries.drop(reserved=True)
@@ -397,11 +399,6 @@ class Bus:
         for runner in self.runners.values():
             # Those that are opening hear nothing from the engine, and may wait for the resume.
             runner.stop()
-
-    async def _pause(self, done: Callable[[], None]) -> None:
-        for runner in tuple(self.runners.values()):
-            await runner.pause()
-        done()
 
     def _resume(self) -> None:
         self._running.set()
@@ -421,13 +418,12 @@ class Bus:
             await self._running.wait()
 
     async def aclose(self) -> None:
-        """End all channels and close all devices. For :func:`open_bus`. Is a checkpoint."""
+        """End all channels and close all devices. For :func:`open_bus`. Is a checkpoint.
+
+        What worker threads have begun and does not come back is given up after a while.
+        """
         self._ending = True
-        while self.runners:
-            for runner in tuple(self.runners.values()):
-                runner.stop()
-            for runner in tuple(self.runners.values()):
-                await runner.finished.wait()
+        await self._stops.end()
         await self._roster.aclose()
 
     def open_channels(self) -> list[Channel]:

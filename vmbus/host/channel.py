@@ -36,6 +36,7 @@ from vmbus.host.buffer import GpadlLease
 from vmbus.host.channel_host import ChannelHost
 from vmbus.host.lookout import Lookout
 from vmbus.host.outgoing import OutgoingHalf
+from vmbus.host.undertakings import Undertakings
 from vmbus.memory import GuestMemory
 from vmbus.partition.transport import Call, Doorbell
 from vmbus.ring import Packet, RingReader, RingWriter, completion
@@ -65,6 +66,7 @@ class Channel(OutgoingHalf):
         observer: Hears of packets and signals; None, which costs nothing, if nobody listens.
         max_outstanding: Requests that may be unanswered before reading stops; a budget, since
             each one makes the device hold state.
+        undertakings: Those of them that take their time, weighed by what they hold.
 
     Args:
         host: The bus.
@@ -109,6 +111,8 @@ class Channel(OutgoingHalf):
         self._released = trio.Event()
         self._drained: trio.Event | None = None
         self._room = trio.Event()
+        self.undertakings = Undertakings(self._look_drained, self._look_room)
+        self._load = self.undertakings.load
         self._subchannels_out, self._subchannels_in = trio.open_memory_channel["Channel"](
             max(offer.max_subchannels, 1)
         )
@@ -141,7 +145,7 @@ class Channel(OutgoingHalf):
                 if self._gate is not None:
                     await self._gate.wait()
                     continue
-                if self._outstanding >= self.max_outstanding:
+                if self._outstanding >= self.max_outstanding or self._load.full:
                     self._room = trio.Event()
                     await self._room.wait()
                     continue
@@ -212,10 +216,29 @@ class Channel(OutgoingHalf):
         self._queue.append(packet)
         if self._outstanding:
             self._outstanding -= 1
-            if not self._outstanding and self._drained is not None:
-                self._drained.set()
-                self._drained = None
+            if self._drained is not None:
+                self._look_drained()
             self._room.set()
+
+    def _look_drained(self) -> None:
+        """Wake who waits for requests to end, if those that are left are at rest."""
+        if self._drained is not None and self._outstanding <= self.undertakings.resting:
+            self._drained.set()
+            self._drained = None
+
+    def _look_room(self) -> None:
+        self._room.set()
+
+    async def wait_lighter(self) -> None:
+        """Wait while undertakings weigh too much for more of them. A checkpoint.
+
+        Not while the channel is held: those that rest then become no lighter, and a pause waits
+        for the requests that have been read. Nor when it has ended.
+        """
+        await trio.lowlevel.checkpoint()
+        while self._load.full and self._gate is None and not self._ended:
+            self._room = trio.Event()
+            await self._room.wait()
 
     @property
     def outstanding(self) -> int:
@@ -339,6 +362,7 @@ class Channel(OutgoingHalf):
         self._ended = True
         self._call.close()
         self._room.set()
+        self.undertakings.end()
         self._subchannels_out.close()
         if self._gate is not None:
             self._gate.set()
@@ -372,13 +396,21 @@ class Channel(OutgoingHalf):
         """Hand out no more packets. Cannot block."""
         if self._gate is None:
             self._gate = trio.Event()
+            self._room.set()
+
+    def stand_still(self) -> None:
+        """Hand out no more packets, and let no undertaking begin to act. Cannot block."""
+        self.hold()
+        self.undertakings.hold()
 
     async def pause(self) -> None:
-        """Hand out no more packets, wait for those handed out, then write no more. A checkpoint.
+        """Stand still, wait for what is under way, then write no more. A checkpoint.
 
-        What is queued for a ring that has no room stays queued.
+        Undertakings at rest are not waited for. What is queued for a ring that has no room stays
+        queued.
         """
-        gate = await self._quiesce()
+        self.stand_still()
+        gate = await self._quiesce(resting=True)
         if gate is self._gate:
             self._frozen = True
 
@@ -388,13 +420,14 @@ class Channel(OutgoingHalf):
         Raises:
             RingError: The guest's read index is corrupt.
         """
-        await self._quiesce()
+        await self._quiesce(resting=False)
         await self.flush()
 
-    async def _quiesce(self) -> trio.Event | None:
+    async def _quiesce(self, *, resting: bool) -> trio.Event | None:
+        """Hold, and wait until nothing is under way, or (``resting``) nothing but what rests."""
         self.hold()
         gate = self._gate
-        while self._outstanding and not self._ended:
+        while self._outstanding > (self.undertakings.resting if resting else 0) and not self._ended:
             self._drained = self._drained if self._drained is not None else trio.Event()
             await self._drained.wait()
         self._settle()
@@ -403,6 +436,7 @@ class Channel(OutgoingHalf):
     def resume(self) -> None:
         """Undo :meth:`pause`. Cannot block."""
         self._frozen = False
+        self.undertakings.go_on()
         if self._gate is not None:
             gate, self._gate = self._gate, None
             gate.set()

@@ -17,5 +17,10 @@ class BusConfig:
     """Requests a guest may have open on one channel before we stop reading it."""
     close_grace: float = 5.0
     """Seconds a device gets to return after its channel ended, before it is cancelled."""
+    pause_grace: float = 5.0
+    """Seconds that a pause waits for transfers in flight, before it is given up."""
+    fence_grace: float = 5.0
+    """Seconds that a device has in addition to ``close_grace``, for transfers in flight. Then a
+    reset is answered with a failure, and a bus that is closed goes on without them."""
     longest_look: float = DEFAULT_LONGEST
     """Seconds to look for packets before sleeping, at most; see :mod:`vmbus.host.lookout`."""

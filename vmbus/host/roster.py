@@ -141,7 +141,8 @@ class Roster:
             entry.key = self._bus.engine.offer(entry.device.offer)
         except BudgetError as error:
             # Others have taken its room; the guest's next life may leave more.
-            _log.warning("%s: %s cannot come back: %s", self._name, entry.instance, error)
+            if self._bus.failure_log.spend():
+                _log.warning("%s: %s cannot come back: %s", self._name, entry.instance, error)
             return
         entry.offered = True
         self._owners[entry.key] = entry

@@ -72,6 +72,7 @@ class ChannelRunner:
         self.closed_by_guest = False
         self.served = trio.Event()
         self._closing = trio.Event()
+        self._opening = trio.CancelScope()
         self._starting = trio.CancelScope()
         self._scope = trio.CancelScope()
         self._cut_off = ""
@@ -88,12 +89,14 @@ class ChannelRunner:
 
     def stop(self) -> None:
         """End the channel, without the engine being told. Idempotent. Cannot block."""
+        if not self._closing.is_set():
+            self._scope.deadline = trio.current_time() + self.bus.config.close_grace
         self._closing.set()
         self._unpaused.set()
         self._starting.cancel()
         if self.channel is not None:
             self.channel.end()
-        self._scope.deadline = trio.current_time() + self.bus.config.close_grace
+        self._opening.cancel()
 
     def retarget(self, vp: int) -> None:
         """Interrupt another VP. Cannot block."""
@@ -107,7 +110,7 @@ class ChannelRunner:
         if self._unpaused.is_set() and not self._closing.is_set():
             self._unpaused = trio.Event()
         if self.channel is not None:
-            self.channel.hold()
+            self.channel.stand_still()
 
     async def pause(self) -> None:
         """Wait until nothing is in flight and guest memory is not touched. Is a checkpoint."""
@@ -155,7 +158,8 @@ class ChannelRunner:
                 if event.incoming_by_page:
                     await self.bus.need_shared_doorbell()
                 else:
-                    port = await transport.add_event_port(event.connection_id, 0)
+                    with self._opening:
+                        port = await transport.add_event_port(event.connection_id, 0)
                 await self._wait_for_turn()
                 if not self._closing.is_set():
                     channel = self._make_channel(port)
@@ -200,11 +204,15 @@ class ChannelRunner:
     async def _remove_port(self) -> None:
         transport = self.bus.transport
         try:
-            with trio.CancelScope(shield=True):
+            # A VMM that does not answer holds up nobody else's end.
+            with trio.move_on_after(self.bus.config.close_grace, shield=True):
                 await transport.remove_event_port(self.event.connection_id, 0)
         except (AttachError, trio.BrokenResourceError) as error:
             # Whatever the VMM makes of it, we do not listen any more.
-            _log.info("%s: event port of channel %d: %s", transport.name, self.event.relid, error)
+            if self.bus.life_log.spend():
+                _log.info(
+                    "%s: event port of channel %d: %s", transport.name, self.event.relid, error
+                )
 
     def _make_channel(self, port: Doorbell | None) -> Channel:
         event = self.event

@@ -8,7 +8,8 @@ only what to do with a batch::
         await Life(primary, self.serve_batch).run()
 
 A request that has to wait gets a task in the nursery that comes with its batch; the life of a
-channel ends when those tasks have.
+channel ends when those tasks have. It is one of the channel's undertakings meanwhile
+(:mod:`vmbus.host.undertakings`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import trio
 
 from vmbus.errors import GuestProtocolError, leaves
 from vmbus.host.channel import Channel
+from vmbus.host.undertakings import DEVICE_LOAD, Load
 from vmbus.ring import Packet
+from vmbus.workers import work_for
 
 ServeBatch = Callable[[Channel, list[Packet], trio.Nursery], int | None]
 """Acts on packets that came in together: answers them with :meth:`Channel.complete`, or starts
@@ -40,6 +43,7 @@ class Life:
         self.primary = primary
         self._serve_batch = serve_batch
         self._nursery: trio.Nursery | None = None
+        self._load = Load(DEVICE_LOAD)
 
     async def run(self) -> None:
         """Serve until the primary ends. Is a checkpoint.
@@ -87,6 +91,9 @@ class Life:
 
     async def _serve(self, channel: Channel) -> None:
         """Serve one channel until it ends, then wait for the tasks it has under way."""
+        # One guest has one memory, whatever controllers it has.
+        work_for(channel.memory, channel)
+        channel.undertakings.load.part_of(self._load)
         async with trio.open_nursery() as nursery:
             try:
                 while True:
@@ -99,7 +106,7 @@ class Life:
                             break
                         # A batch is bounded in packets, and a packet may mean a lot of work.
                         packets = packets[done:]
-                        await trio.lowlevel.checkpoint()
+                        await channel.wait_lighter()
                         if channel.ended:
                             break
             except trio.EndOfChannel:

@@ -23,6 +23,11 @@ class Once:
         """Whether there has been a call."""
         return self._function is None
 
+    def call_off(self) -> bool:
+        """Let no call count any more. Returns whether one would have."""
+        function, self._function = self._function, None
+        return function is not None
+
     def __call__(self) -> None:
         """Call the function, the first time."""
         function, self._function = self._function, None
@@ -61,6 +66,9 @@ class PartitionReset:
 
     done: Callable[[], None]
     """Called by the bus once nothing of the old guest life touches memory any more."""
+    failed: Callable[[str], None] | None = None
+    """Called instead, with the reason, if that takes longer than it may: something of the old life
+    may still touch memory. None: the partition waits however long it takes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,6 +77,9 @@ class PartitionPaused:
 
     done: Callable[[], None]
     """Called by the bus when it is quiet: no transfer in flight, no message or signal to come."""
+    failed: Callable[[str], None] | None = None
+    """Called instead, with the reason, if that takes longer than it may; the bus goes on as if it
+    had not been asked. None: the partition waits however long it takes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,11 +8,18 @@ open. The way back is to open it anew, knowing that what was written before may 
 
 ``O_DIRECT`` goes by the page cache: what fails there fails where it was asked for, and says nothing
 about other data.
+
+A promise that is abandoned, because the call that was to keep it does not come back, counts as one
+that failed: nobody would hear of it.
+
+Flushes are shared: each is about everything that was written before, so all that are asked for
+while one is under way are answered by the next one.
 """
 
 from __future__ import annotations
 
 import collections
+import copy
 import itertools
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -21,8 +28,17 @@ import trio
 
 from storvsp.disk import MediumError
 from storvsp.disks.linux import SyncError
+from vmbus.workers import AbandonedError
 
 T = TypeVar("T")
+
+
+class _Flush:
+    """One flush, of all those who had asked for it when it began."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.error: Exception | None = None
 
 
 class Durability:
@@ -37,6 +53,9 @@ class Durability:
         self._numbers = itertools.count()
         self._under_way: dict[int, None] = {}  # in the order of their beginnings
         self._waiting: collections.deque[tuple[int, trio.Event]] = collections.deque()
+        self._next = _Flush()
+        self._flushing = False
+        self._flushed = trio.lowlevel.ParkingLot()
         self.lost = ""
         """Why it cannot, in the kernel's words; empty as long as it can."""
 
@@ -65,7 +84,7 @@ class Durability:
         self._under_way[number] = None
         try:
             made = await make()
-        except SyncError as error:
+        except (SyncError, AbandonedError) as error:
             self.lost = error.strerror or str(error)
             raise
         finally:
@@ -78,6 +97,37 @@ class Durability:
             await ended.wait()
         self.check()
         return made
+
+    async def flush(self, make: Callable[[], Awaitable[None]]) -> None:
+        """Make everything last that was written before, together with others. A checkpoint.
+
+        One of those who wait awaits ``make()``; if it is cancelled before that has done anything,
+        another one does.
+
+        Raises:
+            MediumError: As :meth:`promise`.
+            SyncError: As ``make`` raises it, to each of those who shared the flush.
+        """
+        mine = self._next
+        while not mine.ended:
+            if self._flushing:
+                await self._flushed.park()
+                continue
+            self._flushing = True
+            if self._next is mine:  # who comes from now on may have written since
+                self._next = _Flush()
+            try:
+                await self.promise(make)
+                mine.ended = True
+            except Exception as error:
+                mine.ended, mine.error = True, error
+                raise
+            finally:
+                self._flushing = False
+                self._flushed.unpark_all()
+            return
+        if mine.error is not None:
+            raise copy.copy(mine.error) from mine.error
 
     def _oldest(self, default: int) -> int:
         return next(iter(self._under_way), default)

@@ -44,7 +44,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar, TypeVarTuple
 
 import trio
@@ -59,6 +59,7 @@ from storvsp.disk import (
     OutOfRangeError,
     ReadOnlyError,
     disk_errors,
+    divide_ranges,
 )
 from storvsp.disks import direct as direct_io, linux
 from storvsp.disks.buffers import check_range, merge_extents
@@ -298,7 +299,7 @@ class RawDisk(Disk):
         self._check_open()
         if not self._info.read_only:
             with disk_errors("flush"):
-                await self._durability.promise(
+                await self._durability.flush(
                     functools.partial(self._workers.run, linux.sync, self._fd)
                 )
         if not self._closed:
@@ -314,7 +315,7 @@ class RawDisk(Disk):
             return
         free = linux.punch_hole if self._device is None else linux.discard
         # Between two trips a command can be aborted; one that has begun is waited for.
-        for trip in _trips(ranges):
+        for trip in divide_ranges(ranges, UNMAP_STEP):
             first = trip[0][0] if len(trip) == 1 else None
             left = await self._call("unmap", first, linux.each_of, free, self._fd, trip)
             if self._device is not None:
@@ -404,6 +405,9 @@ class RawDisk(Disk):
             self._size = -1  # every range is outside now, at no cost to an open disk
             fd, self._fd = self._fd, -1
             await self._workers.aclose()
+            if self._workers.away:  # they know it by its number, and its lock keeps others out
+                self._workers.when_back(functools.partial(_close_late, fd))
+                return
             with disk_errors("close"):
                 os.close(fd)
 
@@ -428,25 +432,11 @@ class RawDisk(Disk):
         check_range(offset, length, self._size)
 
 
-def _trips(ranges: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Divide ranges into what a worker frees in one go: a list of short ones, part of a long one.
-
-    A long one is made of 256 parts at most: where there is nothing to free, as in most of a disk
-    of many terabytes, size costs nothing.
-    """
-    trip: list[tuple[int, int]] = []
-    size = 0
-    for offset, length in ranges:
-        largest = max(1, -(-length // (256 * UNMAP_STEP))) * UNMAP_STEP
-        for at in range(0, length, largest):
-            part = min(largest, length - at)
-            if trip and size + part > UNMAP_STEP:
-                yield trip
-                trip, size = [], 0
-            trip.append((offset + at, part))
-            size += part
-    if trip:
-        yield trip
+def _close_late(fd: int) -> None:
+    try:
+        os.close(fd)
+    except OSError as error:  # nobody else would hear of it
+        _log.warning("a file whose last call came back late could not be closed: %s", error)
 
 
 def _zero(fd: int, offset: int, length: int, may_unmap: bool) -> bool:

@@ -42,6 +42,7 @@ class DiskSpec(Spec):
         "target": _PLACES,
         "lun": _PLACES,
         "shared": "one disk for all guests of a server, with one set of reservations",
+        "on-error": "says what becomes of commands that find no room",
     }
 
 

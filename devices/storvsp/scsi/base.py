@@ -31,6 +31,7 @@ from storvsp.scsi.inquiry import (
     vital_page,
 )
 from storvsp.scsi.modes import ModePages
+from storvsp.scsi.pace import Turn, may_act
 from storvsp.scsi.sense import (
     CheckCondition,
     ReservationConflict,
@@ -61,6 +62,7 @@ from storvsp.scsi.unit import (
     take,
 )
 from vmbus.errors import ConfigError
+from vmbus.log_budget import LogBudget
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class DispatchUnit(LogicalUnit):
         modes: The unit's mode pages.
     """
 
+    paced = True
     table: Table
     """The commands."""
     replaced: tuple[int, ...] = (sense.INQUIRY_DATA_HAS_CHANGED, sense.CAPACITY_DATA_HAS_CHANGED)
@@ -92,6 +95,7 @@ class DispatchUnit(LogicalUnit):
         self._running: dict[trio.CancelScope, Command] = {}
         self._ended = trio.lowlevel.ParkingLot()
         self._closed = False
+        self._budgets: dict[int, LogBudget] = {}
 
     # What the kinds of units differ in.
 
@@ -166,11 +170,9 @@ class DispatchUnit(LogicalUnit):
         with trio.CancelScope() as scope:
             self._running[scope] = command
             try:
-                await self.gate.acquire(exclusive=exclusive)
-                try:
+                async with Turn(self.gate, exclusive=exclusive):
+                    await may_act()
                     return await work()
-                finally:
-                    self.gate.release(exclusive=exclusive)
             finally:
                 del self._running[scope]
                 self._ended.unpark_all()
@@ -218,18 +220,29 @@ class DispatchUnit(LogicalUnit):
                 return check_condition(error.sense)
             case ReservationConflict():
                 return RESERVATION_CONFLICT
+            case trio.EndOfChannel():  # nobody waits for it any more
+                return TASK_ABORTED
             case DiskError():
-                logger.info("%r: %s", command, error)
+                self._report(logging.INFO, f"{command!r}: {error}", None)
                 cause = error
             case OSError():
-                logger.error("%r: the disk let an OSError escape", command, exc_info=error)
+                self._report(logging.ERROR, f"{command!r}: the disk let an OSError escape", error)
                 cause = MediumError(str(error))
             case _:
-                logger.error("%r: internal error", command, exc_info=error)
+                self._report(logging.ERROR, f"{command!r}: internal error", error)
                 return check_condition(Sense(sense.HARDWARE_ERROR, sense.INTERNAL_TARGET_FAILURE))
         return check_condition(
             sense.from_disk_error(cause, sector_size=self.sector_size, writing=writing)
         )
+
+    def _report(self, level: int, text: str, error: Exception | None) -> None:
+        """Log what has become of a command, within a budget: a guest can repeat it for ever."""
+        if logger.isEnabledFor(level):
+            budget = self._budgets.get(level)
+            if budget is None:
+                budget = self._budgets[level] = LogBudget()
+            if budget.spend():
+                logger.log(level, "%s: %s%s", self.name, text, budget.left_out(), exc_info=error)
 
     def abort(self, initiator: Hashable | None = None) -> None:
         """End the commands that wait for the disk with TASK ABORTED. Cannot block.

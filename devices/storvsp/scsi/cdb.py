@@ -69,6 +69,23 @@ SET_CD_SPEED: Final = 0xBB
 MECHANISM_STATUS: Final = 0xBD
 READ_CD: Final = 0xBE
 
+_NAMES = {value: name for name, value in tuple(globals().items()) if isinstance(value, int)}
+
+
+def command_name(cdb: bytes) -> str:
+    """Return what a command is called, for people: ``WRITE(10)``; its first byte if nobody knows.
+
+    Args:
+        cdb: The guest's; may be empty.
+    """
+    name = _NAMES.get(cdb[0]) if cdb else None
+    if name is None:
+        return f"command {cdb[:1].hex()}h"
+    words = name.split("_")
+    size = f"({words.pop()})" if words[-1].isdecimal() else ""
+    return " ".join(words) + size
+
+
 # SERVICE ACTION IN(16), MAINTENANCE IN.
 SA_READ_CAPACITY_16: Final = 0x10
 SA_GET_LBA_STATUS: Final = 0x12

@@ -8,13 +8,12 @@ import struct
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from typing import Final
 
-import trio
-
 from storvsp.disk import Disk, DiskError
 from storvsp.scsi import cdb as op, cdrom_data as mmc, sense
 from storvsp.scsi.base import COMMON, DispatchUnit
 from storvsp.scsi.cdb import Transfer, decode_transfer_untrusted
 from storvsp.scsi.inquiry import Identity, identity_pages
+from storvsp.scsi.medium import Medium
 from storvsp.scsi.modes import (
     CAPABILITIES,
     TRAY_CAPABILITIES,
@@ -22,6 +21,7 @@ from storvsp.scsi.modes import (
     ModePages,
     cdrom_pages,
 )
+from storvsp.scsi.pace import step
 from storvsp.scsi.removable import PREVENT_ALLOW, Tray
 from storvsp.scsi.sense import CheckCondition, Sense, invalid_cdb_field, out_of_range
 from storvsp.scsi.table import Access, Spec, make_table, usage
@@ -67,7 +67,7 @@ class CdromUnit(DispatchUnit):
         self.table = TABLE
         self.tray = Tray()
         self._unwatch: Callable[[], None] = lambda: None
-        self.disk: Disk | None = None
+        self.disk: Medium | None = None
         """The medium, also while the guest has the tray open."""
         self.blocks = 0
         """Sectors of the medium; 0 without one."""
@@ -104,10 +104,10 @@ class CdromUnit(DispatchUnit):
         self.abort()
         self._unwatch()
         self._unwatch = disk.watch(self._resized)
-        self.disk = disk
+        self.disk = Medium(disk)
         self.tray.open = False
         self._new_medium()
-        return old
+        return old.disk if old is not None else None
 
     @staticmethod
     def check_medium(disk: Disk) -> None:
@@ -139,7 +139,7 @@ class CdromUnit(DispatchUnit):
             self.tray.unlock_all()
             self.event = mmc.EVENT_MEDIA_REMOVAL
             self.refresh()
-        return disk
+        return disk.disk if disk is not None else None
 
     def introduce(self, initiator: Hashable, *, replaces: type[LogicalUnit] | None) -> None:
         """Raise what news there is; see the base class."""
@@ -237,7 +237,7 @@ class CdromUnit(DispatchUnit):
         self.tray.lock(initiator, prevent=False)
         super().detach(initiator)
 
-    def medium(self) -> Disk:
+    def medium(self) -> Medium:
         """Return the medium, or raise NOT READY."""
         reason = self.not_ready()
         if reason is not None:
@@ -302,7 +302,7 @@ async def read(unit: CdromUnit, command: Command) -> Outcome:
     for at, part in split(buffers, _limit(disk)):
         if part:
             if at:
-                await trio.lowlevel.checkpoint()
+                await step()
             await disk.readv(offset + at, part)
     return Outcome(STATUS_GOOD, b"", size)
 

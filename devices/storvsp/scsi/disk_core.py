@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -22,6 +22,7 @@ from storvsp.scsi.cdb import (
     decode_transfer_untrusted,
 )
 from storvsp.scsi.inquiry import Identity, block_pages
+from storvsp.scsi.medium import Medium
 from storvsp.scsi.modes import (
     CACHING,
     CONTROL,
@@ -30,6 +31,7 @@ from storvsp.scsi.modes import (
     ModePages,
     disk_pages,
 )
+from storvsp.scsi.pace import step
 from storvsp.scsi.removable import Tray
 from storvsp.scsi.reservations import Reservations
 from storvsp.scsi.sense import CheckCondition, Sense, invalid_cdb_field, out_of_range
@@ -41,8 +43,8 @@ CHUNK: Final = 1 << 20
 """Bytes of host memory a command that compares or repeats data works with at a time."""
 
 BULK: Final = 8
-"""Commands of one unit that hold :data:`CHUNK` bytes at the same time. A guest may have thousands
-of requests under way."""
+"""Commands of one guest to a unit that hold :data:`CHUNK` bytes at the same time; it may have
+thousands of requests under way."""
 
 _DISK: Final = 0x00
 _SBC_3: Final = 0x04C0
@@ -55,7 +57,7 @@ class DiskCore(DispatchUnit):
         self, disk: Disk, *, luns: Callable[[], Iterable[int]], identity: bytes = b""
     ) -> None:
         info = disk.info
-        self.disk = disk
+        self.disk = Medium(disk, self.refresh)
         self.tray = Tray()
         self.reservations = Reservations()
         self.blocks = info.size // info.sector_size
@@ -76,8 +78,7 @@ class DiskCore(DispatchUnit):
         """Bytes handed to the back-end at once."""
         self.chunk = min(self.limit, CHUNK)
         """Bytes a command works on at a time in the host's memory."""
-        self.bulk = trio.Semaphore(BULK)
-        """Held by a command that works in the host's memory."""
+        self._bulk: dict[Hashable, trio.Semaphore] = {}
         self._turn = trio.Lock()
         self.readers: set[Hashable] = set()
         """Initiators whose reads nothing is in the way of."""
@@ -87,6 +88,15 @@ class DiskCore(DispatchUnit):
         """Every write has to be durable, because the write cache is off."""
         super().__init__(luns, ModePages(disk_pages(write_cache=info.write_cache)))
         self._unwatch = disk.watch(self._resized)
+
+    @property
+    def name(self) -> str:
+        """What operators call it."""
+        return self.disk.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self.disk.name = name
 
     def identity(self) -> Identity:
         """Return who the unit is."""
@@ -123,6 +133,13 @@ class DiskCore(DispatchUnit):
         """Whether completed writes may still be volatile."""
         return bool(self.modes.current(CACHING)[2] & WRITE_CACHE_ENABLED)
 
+    def bulk(self, command: Command) -> trio.Semaphore:
+        """Return what a command holds that works in the host's memory.
+
+        One of them for each guest: those of one that is paused stand still with it.
+        """
+        return self._bulk.setdefault(command.initiator, trio.Semaphore(BULK))
+
     def write_protection(self) -> int | None:
         """Return the ASC/ASCQ with which writes are refused, or None if they are not."""
         if self._read_only:
@@ -136,7 +153,7 @@ class DiskCore(DispatchUnit):
         self.readers = set()
         self.writers = set()
         self.write_through = not self.cached and self.disk.info.write_cache
-        if self.gate.closed or self.not_ready() is not None:
+        if self.gate.closed or self.disk.stopped or self.not_ready() is not None:
             return
         writable = self.write_protection() is None
         for initiator in self.attentions:
@@ -157,10 +174,15 @@ class DiskCore(DispatchUnit):
         self.tray.unlock_all()
         super().reset()
 
+    def describe(self) -> dict[str, Any]:
+        """Return why the disk has been stopped, and how often it had no room."""
+        return {"stopped": self.disk.stopped, "no_space": self.disk.full}
+
     def detach(self, initiator: Hashable) -> None:
         """Forget an initiator; see the base class."""
         self.reservations.release(initiator)
         self.tray.lock(initiator, prevent=False)
+        self._bulk.pop(initiator, None)
         super().detach(initiator)
 
     def close(self) -> None:
@@ -241,7 +263,9 @@ class DiskCore(DispatchUnit):
         """
         for at, part in split(buffers, self.limit):
             if at:
-                await trio.lowlevel.checkpoint()
+                await step()
+                if self.disk.try_readv(offset + at, part):
+                    continue
             await self.disk.readv(offset + at, part)
 
     async def write(self, offset: int, buffers: Sequence[memoryview], *, fua: bool = False) -> None:
@@ -252,7 +276,9 @@ class DiskCore(DispatchUnit):
         fua = fua or self.write_through
         for at, part in split(buffers, self.limit):
             if at:
-                await trio.lowlevel.checkpoint()
+                await step()
+                if self.disk.try_writev(offset + at, part, fua=fua):
+                    continue
             await self.disk.writev(offset + at, part, fua=fua)
 
     async def settle(self) -> None:

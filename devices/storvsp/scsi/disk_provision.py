@@ -6,12 +6,11 @@ import struct
 from collections.abc import Iterable
 from typing import Final
 
-import trio
-
 from storvsp.disk import Extent
 from storvsp.scsi import cdb as op
 from storvsp.scsi.disk_core import DiskCore
 from storvsp.scsi.inquiry import MAX_UNMAP_DESCRIPTORS, MAX_WRITE_SAME_BYTES
+from storvsp.scsi.pace import step
 from storvsp.scsi.sense import (
     invalid_cdb_field,
     invalid_parameter,
@@ -24,9 +23,6 @@ from storvsp.scsi.unit import GOOD, STATUS_GOOD, Command, Outcome, fill, take
 _UNMAP_HEADER = struct.Struct(">HH4x")
 _UNMAP_DESCRIPTOR = struct.Struct(">QI4x")
 _STATUS_DESCRIPTOR = struct.Struct(">QIB3x")
-
-ZERO_STEP: Final = 1 << 26
-"""Bytes zeroed without letting other tasks run: a back-end in memory may do all of it at once."""
 
 STATUS_WINDOW: Final = 1 << 26
 """Bytes one GET LBA STATUS looks at; it need not describe all of the disk (SBC-3 5.5.2)."""
@@ -93,6 +89,7 @@ async def unmap(unit: DiskCore, command: Command) -> Outcome:
         if lba + blocks > unit.blocks:
             raise out_of_range(lba, 8 + 16 * index, in_cdb=False)
     sector = unit.sector_size
+    await step()
     await unit.disk.unmap_many(
         [(lba * sector, blocks * sector) for lba, blocks in merge_ranges(ranges)]
     )
@@ -128,16 +125,13 @@ async def write_same(unit: DiskCore, command: Command) -> Outcome:
         moved = sector
     offset = transfer.lba * sector
     if any(block):
-        async with unit.bulk:
+        async with unit.bulk(command):
             pattern = memoryview(block * (min(unit.chunk, size) // sector))
             for at in range(0, size, len(pattern)):
-                await trio.lowlevel.checkpoint()
+                await step()
                 await unit.write(offset + at, [pattern[: size - at]])
     else:
-        for at in range(0, size, ZERO_STEP):
-            await trio.lowlevel.checkpoint()
-            step = min(ZERO_STEP, size - at)
-            await unit.disk.write_zeroes(offset + at, step, may_unmap=thin)
+        await unit.disk.write_zeroes(offset, size, may_unmap=thin)
         await unit.settle()
     return Outcome(STATUS_GOOD, b"", moved)
 

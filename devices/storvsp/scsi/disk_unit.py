@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from storvsp.disk import Disk
+from storvsp.disk import Disk, NoSpaceError
 from storvsp.scsi import disk_blocks, disk_provision, disk_verify, reserve_commands
 from storvsp.scsi.base import COMMON
 from storvsp.scsi.cdb import FIELDS_10, FIELDS_16, READ_10, READ_16, WRITE_10, WRITE_16
@@ -102,6 +102,8 @@ class DiskUnit(DiskCore):
                     command.plan = lba, count, False
                     return None
         except Exception as error:
+            if isinstance(error, NoSpaceError) and self.disk.no_space(error):
+                return None
             return self.failed(command, error, writing=writing)
         good = self._good
         return good[count] if count < len(good) else Outcome(STATUS_GOOD, b"", size)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import Final
 
-import trio
-
 from storvsp.scsi import cdb as op, sense
 from storvsp.scsi.disk_core import CHUNK, DiskCore
 from storvsp.scsi.inquiry import MAX_COMPARE_AND_WRITE
+from storvsp.scsi.pace import step
 from storvsp.scsi.sense import CheckCondition, Sense, invalid_cdb_field
 from storvsp.scsi.table import Access, Spec, usage
 from storvsp.scsi.unit import STATUS_GOOD, Command, Outcome, take
@@ -66,14 +65,14 @@ async def verify(unit: DiskCore, command: Command) -> Outcome:
         moved = size if check == 1 else sector
         unit.data_out_untrusted(command, moved, transfer.count_byte)
     chunk = min(unit.chunk, size)
-    async with unit.bulk:
+    async with unit.bulk(command):
         pattern = b""
         if check == 3 and size:
             pattern = take(command, sector) * (chunk // sector)
         scratch = bytearray(chunk)
         data = Cutter(command.data)
         for at in range(0, size, max(chunk, 1)):
-            await trio.lowlevel.checkpoint()
+            await step()
             length = min(chunk, size - at)
             offset = transfer.lba * sector + at
             if not check:
@@ -99,11 +98,11 @@ async def write_and_verify(unit: DiskCore, command: Command) -> Outcome:
     size = transfer.blocks * sector
     unit.data_out_untrusted(command, size, transfer.count_byte)
     chunk = min(unit.chunk, size)
-    async with unit.bulk:
+    async with unit.bulk(command):
         scratch = bytearray(chunk)
         data = Cutter(command.data)
         for at in range(0, size, max(chunk, 1)):
-            await trio.lowlevel.checkpoint()
+            await step()
             offset = transfer.lba * sector + at
             copy = b"".join(data.take(min(chunk, size - at)))
             await unit.write(offset, [memoryview(copy)], fua=True)
@@ -132,11 +131,12 @@ async def compare_and_write(unit: DiskCore, command: Command) -> Outcome:
     data = take(command, 2 * size)
     offset = transfer.lba * unit.sector_size
     found = bytearray(size)
-    await unit.read(offset, [memoryview(found)])
-    at = first_difference(found, data[:size])
-    if at is not None:
-        raise _miscompare(at)
-    await unit.write(offset, [memoryview(data)[size:]], fua=transfer.fua)
+    async with unit.disk.together():
+        await unit.read(offset, [memoryview(found)])
+        at = first_difference(found, data[:size])
+        if at is not None:
+            raise _miscompare(at)
+        await unit.write(offset, [memoryview(data)[size:]], fua=transfer.fua)
     return Outcome(STATUS_GOOD, b"", 2 * size)
 
 
@@ -149,7 +149,7 @@ async def orwrite(unit: DiskCore, command: Command) -> Outcome:
     chunk = min(unit.chunk, CHUNK)
     data = Cutter(command.data)
     for at in range(0, size, chunk):
-        await trio.lowlevel.checkpoint()
+        await step()
         length = min(chunk, size - at)
         offset = transfer.lba * sector + at
         bits = int.from_bytes(b"".join(data.take(length)), "little")

@@ -121,6 +121,12 @@ class LogicalUnit(abc.ABC):
     """How often all commands were aborted, by a reset or because another medium was put in. One
     that came in before that must not begin after it."""
 
+    paced = False
+    """Whether its commands look at their pace by themselves (:mod:`storvsp.scsi.pace`). If not, a
+    pause waits for each of them."""
+    name = ""
+    """What operators call it: where it is, and what is behind it."""
+
     @abc.abstractmethod
     def try_execute(self, command: Command) -> Outcome | None:
         """Run a command that needs no waiting. Cannot block.
@@ -274,8 +280,9 @@ def data_in_untrusted(command: Command, size: int, sector: int, byte: int) -> Se
     return [*command.data, memoryview(bytearray(spare))] if spare else command.data
 
 
-STEP: Final = 8 << 20
-"""Bytes moved without letting other tasks run; more than any driver asks for at once."""
+STEP: Final = 2 << 20
+"""Bytes moved without letting other tasks run, and by one call of a worker thread: as much as a
+guest may ask for at once by default. What one call takes, a neighbour waits."""
 
 
 def split(buffers: Sequence[memoryview], limit: int) -> Iterable[tuple[int, Sequence[memoryview]]]:

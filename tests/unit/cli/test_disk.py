@@ -67,10 +67,31 @@ def test_disks_of_all_guests_are_listed_by_controller(run):
     result = run("list")
     assert result.exit_code == 0
     assert result.output.splitlines() == [
-        "guest  controller  address  size    kind       access       source",
-        "vm1    0           0:0:0    64 MiB  RamDisk    read, write  ram:64M",
-        "vm1    1           0:0:5    -       CdromUnit  -            -",
+        "guest  controller  address  size    kind       access       state  source",
+        "vm1    0           0:0:0    64 MiB  RamDisk    read, write  -      ram:64M",
+        "vm1    1           0:0:5    -       CdromUnit  -            -      -",
     ]
+
+
+def test_the_list_says_which_disk_keeps_its_guest_waiting(run, server):
+    stopped = {**UNIT, "stopped": "No space left on device"}
+    server.guests = [make_guest("vm1", devices=[make_controller(0, stopped)])]
+    assert "read, write  stopped: No space left on device  ram:64M" in run("list").output
+
+
+@pytest.mark.parametrize(("was_stopped", "code", "text"), [
+    (True, 0, "0:0:1 goes on\n"),
+    (False, 1, "0:0:1 was not stopped\n"),
+])  # fmt: skip
+def test_a_stopped_disk_is_continued(run, server, was_stopped, code, text):
+    server.result = {"continued": was_stopped}
+    result = run("continue", "0:0:1")
+    assert (result.exit_code, result.output) == (code, text)
+    assert server.commands == [
+        {"backend": "disk", "index": 0, "action": "continue", "address": "0:0:1"}
+    ]
+    result = run("continue", "0:0:1", "--json")
+    assert (result.exit_code, json.loads(result.output)) == (code, server.result)
 
 
 def test_the_list_as_json(run):
@@ -174,5 +195,5 @@ def test_a_failing_server_is_a_failure(run, server):
 
 def test_the_help_shows_the_subcommands():
     result = run_cli("disk", "--help")
-    for name in ("list", "add", "remove", "resize", "insert", "change", "eject"):
+    for name in ("list", "add", "remove", "resize", "insert", "change", "eject", "continue"):
         assert f"  {name} " in result.output

@@ -234,8 +234,8 @@ async def test_a_guest_uses_its_disks_while_operators_look_and_change_them(path,
             assert resized.stdout == "3 has 3 MiB now\n"
             listed = await in_thread(run_cli, "disk", "list", "--socket", path)
             assert listed.stdout.splitlines()[1:] == [
-                "vm1    0           0:0:0    4 MiB  RamDisk  read, write  ram:4M",
-                "vm1    0           0:0:3    3 MiB  RamDisk  read, write  ram:2M",
+                "vm1    0           0:0:0    4 MiB  RamDisk  read, write  -      ram:4M",
+                "vm1    0           0:0:3    3 MiB  RamDisk  read, write  -      ram:2M",
             ]
             assert [each.size for each in await scan(adapter)] == [4 << 20, 3 << 20]
             removed = await in_thread(run_cli, "disk", "remove", "--socket", path, "0:0:3")

@@ -100,6 +100,20 @@ async def test_a_port_that_cannot_be_removed_is_no_matter(error):
         assert numbers(await guest.post(m.GpadlTeardown(relid=1, gpadl=7))) == [12]
 
 
+async def test_a_guest_that_opens_and_closes_for_ever_fills_no_log(caplog):
+    caplog.set_level("INFO")
+    device = EchoDevice(1)
+    async with failing(device, remove_port=AttachError("what port")) as there:
+        guest = RawGuest(there)
+        await guest.connect()
+        await guest.post(*guest.gpadl(1, 7, range(0x40, 0x48)))
+        for _ in range(60):
+            await guest.post(guest.open_message(1, 7, 4))
+            await guest.post(m.CloseChannel(relid=1))
+        assert len(device.lives) == 60
+    assert 2 <= len([each for each in caplog.records if "channel 1" in each.getMessage()]) <= 25
+
+
 async def test_a_channel_without_interrupts_is_silent():
     device = EchoDevice(1)
     async with world(device) as there:

@@ -11,6 +11,7 @@ from vmbus.host.serving import Life
 from vmbus.memory import GuestMemory
 from vmbus.testing import LoneHost, channel_pair
 from vmbus.wire.packets import IN_BAND, build_packet
+from vmbus.workers import _owner
 
 
 def request(transaction_id: int) -> bytes:
@@ -179,5 +180,61 @@ async def test_a_device_that_has_done_enough_gets_the_rest_when_others_had_their
         assert seen == [[1, 2, 3, 4, 5], [3, 4, 5], [5]]
         assert [packet.transaction_id for packet in guest.receive_nowait()] == [3, 4, 5]
         assert channel.outstanding == 0
+        channel.end()
+    channel.close_doorbell()
+
+
+async def test_channels_of_a_guest_are_parts_of_it_to_the_worker_threads():
+    """Its controllers have channels of their own and the same memory; a neighbour has another."""
+    owners: dict[str, object] = {}
+
+    async def look(name, channel):
+        owners[name] = _owner.get()
+        channel.complete(2, b"")
+
+    async def serve(name, channel, guest):
+        def act(_channel, _packets, nursery):
+            nursery.start_soon(look, name, channel)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Life(channel, act).run)
+            guest.send(request(2))
+            while name not in owners:
+                await trio.sleep(0)
+            channel.end()
+
+    for name in ("one", "other"):
+        channel, guest = channel_pair()
+        await serve(name, channel, guest)
+        assert owners[name] == (channel.memory, channel)
+        channel.close_doorbell()
+    assert owners["one"] != owners["other"]
+
+
+async def test_the_rest_of_a_batch_waits_while_undertakings_weigh_too_much_but_not_for_a_pause():
+    channel, guest = channel_pair()
+    channel.undertakings.load.limit = 1000
+    seen: list[list[int]] = []
+    heavy = []
+
+    def serve(channel, packets, _nursery):
+        seen.append([packet.transaction_id for packet in packets])
+        heavy.append(channel.undertakings.begin(1000, lambda: "heavy"))
+        channel.complete(packets[0].transaction_id, b"")
+        return 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Life(channel, serve).run)
+        guest.send(*(request(number) for number in (1, 2, 3)))
+        await trio.testing.wait_all_tasks_blocked()
+        assert seen == [[1, 2, 3]]
+        heavy.pop().end()
+        await trio.testing.wait_all_tasks_blocked()
+        assert seen[1:] == [[2, 3]]
+        channel.hold()
+        await trio.testing.wait_all_tasks_blocked()
+        assert seen[2:] == [[3]], "a pause waits for what has been read"
+        for each in heavy:
+            each.end()
         channel.end()
     channel.close_doorbell()

@@ -218,6 +218,8 @@ async def test_a_snapshot_is_json_before_in_and_after_a_life():
                 "kind": "Watched",
                 "source": "",
                 "read_only": False,
+                "stopped": "",
+                "no_space": 0,
             }
         ]
         channel.end()

@@ -11,7 +11,7 @@ import pytest
 from storvsp import ScsiController
 from storvsp.disks.raw import RawDisk
 from storvsp.plugin import PLUGIN, add, parse_address
-from storvsp.scsi import CdromUnit
+from storvsp.scsi import CdromUnit, DiskUnit
 from storvsp.scsi.cdrom_data import EVENT_EJECT_REQUEST
 from storvsp.units import Address, address_text
 from vmbus.errors import ConfigError
@@ -259,4 +259,33 @@ async def test_what_is_no_medium_or_no_drive_is_said(request_: dict[str, Any], h
     with pytest.raises(ConfigError, match=hint):
         await PLUGIN.command(controller, request_)
     assert [unit["kind"] for unit in controller.units.describe()] == ["RamDisk", "CdromUnit"]
+    await controller.aclose()
+
+
+@pytest.mark.parametrize(("spec", "stops"), [
+    ("ram:1M", False),
+    ("ram:[on-error=report]1M", False),
+    ("ram:[on-error=stop]1M", True),
+])  # fmt: skip
+async def test_what_a_full_disk_does_is_an_option(spec, stops):
+    controller = await make(spec)
+    unit = controller.units.by_address[0, 0, 0]
+    assert isinstance(unit, DiskUnit)
+    assert unit.disk.stops is stops
+    request = {"action": "continue", "address": "0"}
+    assert await PLUGIN.command(controller, request) == {"continued": False}
+    unit.disk.stopped = "No space left on device"
+    assert controller.snapshot()["units"][0]["stopped"] == "No space left on device"
+    assert await PLUGIN.command(controller, request) == {"continued": True}
+    assert not unit.disk.stopped
+    await controller.aclose()
+
+
+async def test_only_disks_stop_and_in_known_ways():
+    with pytest.raises(ConfigError, match="on-error is report or stop, not 'explode'"):
+        await make("ram:[on-error=explode]1M")
+    controller = await make("cd:")
+    for address in ("0", "7"):
+        with pytest.raises(ConfigError, match="there is no disk at"):
+            await PLUGIN.command(controller, {"action": "continue", "address": address})
     await controller.aclose()

@@ -313,7 +313,7 @@ class Attachment:
         finally:
             frame.close()
 
-    def goodbye(self, reason: int = GoodbyeReason.NORMAL, *, timeout: float = 10.0) -> None:
+    def goodbye(self, reason: int = GoodbyeReason.NORMAL, *, timeout: float = 30.0) -> None:
         """End the connection in order: returns when the server uses no memory any more."""
         try:
             self._loop.request(Number.GOODBYE, Goodbye(reason).encode(), (), timeout)

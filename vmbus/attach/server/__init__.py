@@ -7,6 +7,7 @@
 `link`           one connection, reader and writer
 `questions`      requests to the VMM, and their answers
 `transport`      a :class:`vmbus.partition.transport.Transport` over a link
+`lifecycle`      RESET, PAUSE and RESUME: one at a time, each answered once
 `events`         what the VMM tells the bus, in order and bounded by credits
 `calls`          raising event flags: the three tiers
 `synics`         the VPs' SynICs, as far as the server sets flags itself

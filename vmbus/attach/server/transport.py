@@ -14,7 +14,7 @@ from vmbus.attach.protocol.closing import close_all
 from vmbus.attach.protocol.framing import Frame
 from vmbus.attach.protocol.layout import require
 from vmbus.attach.protocol.limits import Feature, GoodbyeReason, LogLevel, PortKind
-from vmbus.attach.protocol.messages import MESSAGES, MessageSpec, Number, RefusedError, State
+from vmbus.attach.protocol.messages import MessageSpec, Number, RefusedError, State
 from vmbus.attach.protocol.to_server import (
     Goodbye,
     Hello,
@@ -39,6 +39,7 @@ from vmbus.attach.server.calls import SocketCall, VpSynic, eventfd_pair
 from vmbus.attach.server.delivery import Delivery
 from vmbus.attach.server.events import EventQueue
 from vmbus.attach.server.guest_memory import MemoryTable
+from vmbus.attach.server.lifecycle import Lifecycle
 from vmbus.attach.server.link import Link, check_frame
 from vmbus.attach.server.management import Management
 from vmbus.attach.server.places import DescriptorShares
@@ -49,13 +50,13 @@ from vmbus.log_budget import LogBudget
 from vmbus.memory import GuestMemory
 from vmbus.partition.doorbell import EventfdDoorbell
 from vmbus.partition.events import (
-    Once,
     PartitionEvent,
     PartitionPaused,
     PartitionReset,
     PartitionResumed,
     PostedMessage,
 )
+from vmbus.workers import abandoned
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class SocketTransport:
         self._running = trio.Event()
         self._running.set()
         self._attach_request: tuple[int, int] | None = None
-        self._lifecycle_busy = False
+        self._lifecycle = Lifecycle(link)
         self._goodbye: tuple[int, int] | None = None
         self._ports: dict[tuple[int, int], EventfdDoorbell] = {}
         self._deliveries: dict[tuple[int, int], Delivery] = {}
@@ -323,7 +324,10 @@ class SocketTransport:
         if self._attach_request is not None:
             text = f"SET_MEM_TABLE: this guest cannot be served: {why or 'the server ends'}"
             self._link.reply_error(*self._attach_request, errno.EIO, text)
-        if self._goodbye is not None:
+        if self._goodbye is not None and (calls := abandoned(self.memory)):
+            text = f"GOODBYE: {calls} transfer(s) that have not come back may still use memory"
+            self._link.reply_error(*self._goodbye, errno.ETIMEDOUT, text)
+        elif self._goodbye is not None:
             self._link.reply(*self._goodbye)
         elif not said_goodbye and not self._link.closed.is_set():
             self._link.request_soon(Number.GOODBYE, Goodbye(reason).encode(), [], lambda _: None)
@@ -337,7 +341,7 @@ class SocketTransport:
         state = self.state
         if spec.number == Number.POST_MESSAGE:
             self._events.take_credit()
-        elif self._lifecycle_busy and spec.number in _LIFE_CYCLE:
+        elif self._lifecycle.busy and spec.number in _LIFE_CYCLE:
             # Between two states; what is the matter is the one before, and EBUSY.
             state = next(iter(spec.states))
         check_frame(spec, state, frame)
@@ -447,15 +451,15 @@ class SocketTransport:
             port.ring()
 
     def _on_reset(self, frame: Frame) -> None:
-        done = self._lifecycle(frame)
+        done, failed = self._lifecycle.begin(frame)
         self._events.drop_messages()
         self.synics.reset()
         if self.held is not None:
             self.held.clear()
-        self._events.put(PartitionReset(done))
+        self._events.put(PartitionReset(done, failed))
 
     def _on_pause(self, frame: Frame) -> None:
-        self._events.put(PartitionPaused(self._lifecycle(frame, self._now_paused)))
+        self._events.put(PartitionPaused(*self._lifecycle.begin(frame, self._now_paused)))
 
     def _now_paused(self) -> None:
         if self.state is State.ATTACHED:
@@ -464,31 +468,13 @@ class SocketTransport:
             self._running = trio.Event()
 
     def _on_resume(self, frame: Frame) -> None:
-        done = self._lifecycle(frame)
+        done, _ = self._lifecycle.begin(frame)
         self.state = State.ATTACHED
         held, self.held = self.held or {}, None
         self._running.set()
         for call in held:
             call.signal()
         self._events.put(PartitionResumed(done))
-
-    def _lifecycle(self, frame: Frame, then: Callable[[], None] = lambda: None) -> Once:
-        """Check the request; return the event's ``done``."""
-        MESSAGES[frame.kind].request.decode_untrusted(frame.payload)
-        require(
-            not self._lifecycle_busy,
-            f"{Number(frame.kind).name}: RESET, PAUSE or RESUME is under way",
-            errno.EBUSY,
-        )
-        self._lifecycle_busy = True
-        kind, seq = frame.kind, frame.seq
-
-        def done() -> None:
-            self._lifecycle_busy = False
-            then()
-            self._link.reply(kind, seq)
-
-        return Once(done)
 
     def _on_goodbye(self, frame: Frame) -> None:
         Goodbye.decode_untrusted(frame.payload)

@@ -22,6 +22,7 @@ from storvsp.scsi.cdrom_data import (
 )
 from storvsp.scsi.cdrom_unit import TABLE
 from storvsp.scsi.disk_provision import parse_unmap_untrusted
+from storvsp.scsi.medium import Medium
 from storvsp.scsi.modes import ModePages, cdrom_pages, disk_pages
 from storvsp.scsi.sense import CheckCondition
 from storvsp.scsi.table import (
@@ -124,8 +125,8 @@ UNITS: list[Callable[[], DiskUnit | CdromUnit]] = [
 @given(batch=st.lists(commands(), min_size=1, max_size=8))
 def test_every_command_has_one_outcome_within_its_bounds(make, inline, batch):
     unit = make()
-    if isinstance(unit.disk, MemoryDisk):
-        unit.disk.inline = inline
+    if isinstance(unit.disk, Medium) and isinstance(unit.disk.disk, MemoryDisk):
+        unit.disk.disk.inline = inline
 
     async def main():
         for command, buffer in batch:

@@ -6,7 +6,7 @@ import trio.testing
 
 from storvsp.scsi import DiskUnit
 from storvsp.scsi.disk_core import BULK
-from storvsp.scsi.unit import TASK_ABORTED
+from storvsp.scsi.unit import STATUS_GOOD, TASK_ABORTED
 from tests.support.scsi import MemoryDisk, make_command, run
 from tests.support.scsi_verify import make_unit
 
@@ -119,3 +119,31 @@ async def test_long_commands_let_others_run_although_the_disk_never_waits(cdb, s
         assert (await run(unit, cdb, room=room, out=out)).status == 0
         assert turns >= 10
         nursery.cancel_scope.cancel()
+
+
+async def test_a_flush_has_its_turn_beside_loops_of_commands_that_are_alone():
+    """First come, first served: each of the others is let in once before it, at most."""
+    disk, unit = make_unit()
+    await run(unit, "00 00 00 00 00 00")
+    disk.inline = False
+    disk.data[:512] = bytes(512)
+    alone = 0
+    over = False
+
+    async def loop() -> None:
+        nonlocal alone
+        while not over:
+            reply = await run(unit, "89 00 0000000000000000 000000 01 00 00", out=bytes(1024))
+            assert reply.status == STATUS_GOOD
+            alone += 1
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(loop)
+        for _ in range(5):
+            while not unit.gate.closed:
+                await trio.sleep(0)
+            before = alone
+            assert (await run(unit, "35 00 00000000 00 0000 00")).status == STATUS_GOOD
+            assert alone - before <= 3
+        over = True

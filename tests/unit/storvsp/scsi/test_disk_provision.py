@@ -8,7 +8,8 @@ import pytest
 
 from storvsp.disk import Extent, NoSpaceError
 from storvsp.scsi import DiskUnit
-from storvsp.scsi.disk_provision import STATUS_LOOKS, ZERO_STEP, BlockRuns, merge_ranges
+from storvsp.scsi.disk_provision import STATUS_LOOKS, BlockRuns, merge_ranges
+from storvsp.scsi.medium import ZERO_PIECE
 from tests.support.scsi import MemoryDisk, Reply, run
 
 
@@ -147,12 +148,12 @@ async def test_a_long_range_is_zeroed_in_steps():
         asked.append((offset, length))
 
     disk.write_zeroes = write_zeroes  # type: ignore[method-assign, assignment]  # records
-    count = ZERO_STEP // 512
+    count = ZERO_PIECE // 512
     assert (await run(unit, same(16, 1, lba=1, count=2 * count + 3))).status == 0
     assert asked == [
-        (512, ZERO_STEP),
-        (512 + ZERO_STEP, ZERO_STEP),
-        (512 + 2 * ZERO_STEP, 3 * 512),
+        (512, ZERO_PIECE),
+        (512 + ZERO_PIECE, ZERO_PIECE),
+        (512 + 2 * ZERO_PIECE, 3 * 512),
     ]
 
 

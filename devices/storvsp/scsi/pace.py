@@ -1,0 +1,142 @@
+"""Where a command that waits may be stopped: what the SCSI layer knows of pauses.
+
+A command that cannot be answered on the spot runs in a task of its own, and whoever has started it
+may want it to stand still: the guest is paused, and neither its memory nor the disk may be touched
+until it goes on; or nobody waits for the command any more. That is said by a :class:`Pace`, a
+property of the task. A command looks at it where it does not mind: before each call of the disk
+(:class:`storvsp.scsi.medium.Medium` does that), between the pieces of a long one (:func:`step`),
+and when it has waited for its turn. It gives its turn to others while it stands still.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol
+
+import trio
+
+from storvsp.scsi.gate import Gate
+
+
+class Pace(Protocol):
+    """Whether a command may act; see :class:`vmbus.host.undertakings.Undertaking`, which is one."""
+
+    @property
+    def held(self) -> bool:
+        """Whether it has to wait before it acts."""
+
+    @property
+    def over(self) -> bool:
+        """Whether it must not act any more."""
+
+    async def wait_released(self) -> None:
+        """Wait until it may act. A checkpoint if it has to. Raises trio.EndOfChannel."""
+
+    async def enter(self) -> None:
+        """Begin to act, when that is allowed. Raises trio.EndOfChannel."""
+
+    def leave(self) -> None:
+        """Come to rest."""
+
+    async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """Rest while something is waited for. A checkpoint. Raises trio.EndOfChannel."""
+
+
+class _Free:
+    """The pace of a command that nothing holds up."""
+
+    held = False
+    over = False
+
+    async def wait_released(self) -> None:
+        """Nothing to wait for."""
+
+    async def enter(self) -> None:
+        """It may."""
+
+    def leave(self) -> None:
+        """Nobody minds."""
+
+    async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """Wait."""
+        await wait()
+
+
+FREE: Final[Pace] = _Free()
+_pace: contextvars.ContextVar[Pace] = contextvars.ContextVar("pace", default=FREE)
+_turn: contextvars.ContextVar[Turn | None] = contextvars.ContextVar("turn", default=None)
+
+
+def keep_pace(pace: Pace) -> None:
+    """Give this task a pace. Cannot block."""
+    _pace.set(pace)
+
+
+def current_pace() -> Pace:
+    """Return the pace of this task."""
+    return _pace.get()
+
+
+class Turn:
+    """A command's turn at a gate, for the length of an ``async with``.
+
+    Args:
+        gate: Which.
+        exclusive: Alone, or beside others.
+    """
+
+    def __init__(self, gate: Gate, *, exclusive: bool) -> None:
+        self._gate = gate
+        self._exclusive = exclusive
+        self._inside = False
+
+    async def enter(self) -> None:
+        """Wait for it. A checkpoint if it has to."""
+        await self._gate.acquire(exclusive=self._exclusive)
+        self._inside = True
+
+    def leave(self) -> None:
+        """Let others have theirs. Idempotent. Cannot block."""
+        if self._inside:
+            self._inside = False
+            self._gate.release(exclusive=self._exclusive)
+
+    async def __aenter__(self) -> None:
+        _turn.set(self)
+        await self.enter()
+
+    async def __aexit__(self, *_: object) -> None:
+        _turn.set(None)
+        self.leave()
+
+
+async def may_act() -> None:
+    """Return when this task's command may act. A checkpoint if it has to wait.
+
+    Raises:
+        trio.EndOfChannel: It must not act any more.
+    """
+    pace = _pace.get()
+    if pace.over:
+        raise trio.EndOfChannel
+    while pace.held:
+        turn = _turn.get()
+        if turn is None:
+            await pace.wait_released()
+        else:  # others may use the medium meanwhile, another guest perhaps
+            turn.leave()
+            await pace.wait_released()
+            await turn.enter()
+
+
+async def step() -> None:
+    """Let others run between two pieces of a long command, and stand still if need be.
+
+    A checkpoint: an aborted command ends here.
+
+    Raises:
+        trio.EndOfChannel: It must not act any more.
+    """
+    await trio.lowlevel.checkpoint()
+    await may_act()

@@ -1,0 +1,155 @@
+"""Flushes of one disk that wait together are one flush."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from functools import partial
+
+import pytest
+import trio
+import trio.testing
+
+from storvsp.disk import MediumError
+from storvsp.disks import linux
+from storvsp.disks.durability import Durability
+from storvsp.disks.linux import SyncError
+from storvsp.disks.raw import RawDisk
+from vmbus.workers import AbandonedError
+
+
+class Syncs:
+    """Flushes that wait to be let through."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.gates = [trio.Event() for _ in range(9)]
+        self.errors: dict[int, Exception] = {}
+
+    async def make(self) -> None:
+        number = self.begun
+        self.begun += 1
+        await self.gates[number].wait()
+        if number in self.errors:
+            raise self.errors[number]
+
+
+async def test_those_who_wait_share_the_next_flush_and_not_the_one_that_has_begun():
+    """What is under way may have begun before the data of a later one was written."""
+    durability, syncs = Durability(cached=True), Syncs()
+    ended: list[str] = []
+
+    async def flush(name: str) -> None:
+        await durability.flush(syncs.make)
+        ended.append(name)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(flush, "first")
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(50):
+            nursery.start_soon(flush, "later")
+        await trio.testing.wait_all_tasks_blocked()
+        assert syncs.begun == 1
+        syncs.gates[0].set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert ended == ["first"]
+        assert syncs.begun == 2
+        nursery.start_soon(flush, "last")
+        await trio.testing.wait_all_tasks_blocked()
+        syncs.gates[1].set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert ended == ["first"] + ["later"] * 50
+        assert syncs.begun == 3
+        syncs.gates[2].set()
+    assert ended[-1] == "last"
+
+
+@pytest.mark.parametrize("cached", [True, False])
+async def test_a_failed_flush_has_failed_for_all_who_shared_it(cached):
+    durability, syncs = Durability(cached=cached), Syncs()
+    syncs.errors[1] = SyncError(errno.EIO, "Input/output error")
+    outcomes: list[object] = []
+
+    async def flush() -> None:
+        try:
+            await durability.flush(syncs.make)
+            outcomes.append(None)
+        except (SyncError, MediumError) as error:
+            outcomes.append(error)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(flush)
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(5):
+            nursery.start_soon(flush)
+        await trio.testing.wait_all_tasks_blocked()
+        for gate in syncs.gates:
+            gate.set()
+    assert outcomes[0] is None
+    assert [type(each) for each in outcomes[1:]] == [SyncError] * 5
+    assert {str(each) for each in outcomes[1:]} == {str(syncs.errors[1])}
+    assert len(set(map(id, outcomes[1:]))) == 5, "each has a traceback of its own"
+    assert syncs.begun == 2
+    if cached:
+        with pytest.raises(MediumError, match="has to be opened anew"):
+            await durability.flush(syncs.make)
+
+
+async def test_another_one_makes_the_flush_if_the_first_to_ask_is_cancelled():
+    durability, syncs = Durability(cached=True), Syncs()
+    ended: list[str] = []
+
+    async def flush(scope: trio.CancelScope, name: str) -> None:
+        with scope:
+            await durability.flush(syncs.make)
+            ended.append(name)
+
+    scopes = {name: trio.CancelScope() for name in ("first", "second", "third")}
+    async with trio.open_nursery() as nursery:
+        for name, scope in scopes.items():
+            nursery.start_soon(flush, scope, name)
+            await trio.testing.wait_all_tasks_blocked()
+        scopes["first"].cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert syncs.begun == 2, "one of the others goes on"
+        for gate in syncs.gates:
+            gate.set()
+    assert sorted(ended) == ["second", "third"]
+    assert syncs.begun == 2, "and it is enough for both"
+
+
+async def test_a_flush_that_does_not_come_back_has_failed():
+    durability = Durability(cached=True)
+
+    async def hang() -> None:
+        raise AbandonedError
+
+    with pytest.raises(AbandonedError):
+        await durability.flush(hang)
+    with pytest.raises(MediumError, match="not come back"):
+        durability.check()
+
+
+async def test_flushes_of_an_image_are_one_system_call(tmp_path, monkeypatch):
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    disk = await RawDisk.open(image)
+    go = threading.Event()
+    calls: list[int] = []
+
+    def sync(fd: int) -> None:
+        calls.append(fd)
+        assert go.wait(30)
+
+    monkeypatch.setattr(linux, "sync", sync)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(disk.flush)
+        while not calls:
+            await trio.sleep(0)
+        for _ in range(40):
+            nursery.start_soon(disk.flush)
+        nursery.start_soon(partial(disk.writev, 0, [memoryview(bytes(512))], fua=True))
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        go.set()
+    assert len(calls) == 2
+    await disk.aclose()
