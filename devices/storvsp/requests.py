@@ -121,7 +121,9 @@ class Requests:
         initiator = self._units.initiator
         gather = channel.memory.gather
         complete = channel.complete_packet
-        inline = 0
+        # Counted per unit, which seldom changes within a batch.
+        current: LogicalUnit | None = None
+        commands = read = written = 0
         left = iter(packets)
         for packet in left:
             data = packet.data
@@ -166,43 +168,60 @@ class Requests:
                         _DIRECTIONS[data_in],
                         initiator,
                     )
+                    if unit is not current:
+                        if current is not None:
+                            self._count(current, commands, read, written)
+                        current = unit
+                        commands = read = written = 0
                     outcome = unit.try_execute(command)
                     if outcome is None:
                         self._wait(
                             channel, packet, Srb._make(request), command, unit=unit, nursery=nursery
                         )
-                    elif outcome[0]:
-                        inline += 1
-                        self._finish(channel, packet, Srb._make(request), outcome)
+                        continue
+                    commands += 1
+                    moved = outcome[2]
+                    if data_in:
+                        read += moved
                     else:
-                        inline += 1
-                        if packet.flags & 1:
-                            complete(
-                                _good(
-                                    COMPLETION,
-                                    OFFSET8,
-                                    LENGTH8,
-                                    0,
-                                    packet.transaction_id,
-                                    COMPLETE_IO,
-                                    0,
-                                    0,
-                                    request[3],
-                                    SRB_SUCCESS,
-                                    0,
-                                    data[start + 16 : start + 21],
-                                    0,
-                                    data_in,
-                                    outcome[2],
-                                    data[start + 48 :],
-                                )
+                        written += moved
+                    if outcome[0]:
+                        self._finish(channel, packet, Srb._make(request), outcome)
+                    elif packet.flags & 1:
+                        complete(
+                            _good(
+                                COMPLETION,
+                                OFFSET8,
+                                LENGTH8,
+                                0,
+                                packet.transaction_id,
+                                COMPLETE_IO,
+                                0,
+                                0,
+                                request[3],
+                                SRB_SUCCESS,
+                                0,
+                                data[start + 16 : start + 21],
+                                0,
+                                data_in,
+                                moved,
+                                data[start + 48 :],
                             )
+                        )
                     continue
             if not otherwise(channel, packet, nursery):
                 break
         for packet in left:
             otherwise(channel, packet, nursery)
-        self.inline += inline
+        if current is not None:
+            self._count(current, commands, read, written)
+
+    def _count(self, unit: LogicalUnit, commands: int, read: int, written: int) -> None:
+        """Count commands that were answered on the spot."""
+        self.inline += commands
+        unit.commands += commands
+        unit.bytes_read += read
+        unit.bytes_written += written
 
     # -- the long way ----------------------------------------------------------------------------
 
@@ -227,6 +246,7 @@ class Requests:
         outcome = unit.try_execute(command)
         if outcome is not None:
             self.inline += 1
+            _count(unit, command, outcome)
             self._finish(channel, packet, srb, outcome)
         else:
             self._wait(channel, packet, srb, command, unit=unit, nursery=nursery)
@@ -279,6 +299,7 @@ class Requests:
         finally:
             del self._under_way[execution]
             self._ended.unpark_all()
+        _count(unit, execution.command, outcome)
         self._finish(channel, execution.packet, execution.srb, outcome)
         # Tasks that end in the same turn of the loop share one flush only by luck; the ring's
         # signalling rule keeps the price of a flush low.
@@ -347,6 +368,14 @@ class Requests:
                 size=answer_size(packet),
             ),
         )
+
+
+def _count(unit: LogicalUnit, command: Command, outcome: Outcome) -> None:
+    unit.commands += 1
+    if command.direction is DataDirection.READ:
+        unit.bytes_read += outcome.transferred
+    else:
+        unit.bytes_written += outcome.transferred
 
 
 def _tells_new_capacity(sense: bytes) -> bool:

@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from vmbus.cli.client import ask_guests, pick_guest, send_command
-from vmbus.cli.output import print_json, print_table, size_text
+from vmbus.cli.output import print_json, print_table, safe, size_text
 from vmbus.cli.params import F, json_option, socket_option
 
 _ACCESS = {True: "read only", False: "read, write", None: "-"}
+_UNCHANGED = "the guest has locked the tray and has been asked to let go; --force does not ask"
 
 BACKEND = "disk"
 """What the server calls the back-ends of the devices that this is about."""
@@ -60,7 +61,7 @@ def list_disks(*, socket_path: str, guest: str | None, as_json: bool) -> None:
         print_json(disks)
     elif disks:
         print_table(
-            ("guest", "controller", "address", "size", "kind", "access", "source"),
+            ("guest", "controller", "address", "size", "kind", "access", "state", "source"),
             [
                 (
                     disk["guest"],
@@ -69,6 +70,7 @@ def list_disks(*, socket_path: str, guest: str | None, as_json: bool) -> None:
                     "-" if disk["size"] is None else size_text(disk["size"]),
                     disk["kind"],
                     _ACCESS[disk["read_only"]],
+                    _state(disk),
                     disk["source"] or "-",
                 )
                 for disk in disks
@@ -97,6 +99,7 @@ def add_disk(
         print_json(result)
     else:
         click.echo(f"added at {result['address']}")
+        _tell_warnings(result)
 
 
 @command.command("remove")
@@ -223,13 +226,28 @@ def _tell_medium(result: dict[str, Any], *, as_json: bool, text: str) -> None:
         print_json(result)
     elif result["done"]:
         click.echo(text)
+        _tell_warnings(result)
     else:
-        click.echo(
-            "the guest has locked the tray and has been asked to let go; --force does not ask",
-            err=True,
-        )
+        click.echo(_UNCHANGED, err=True)
     if not result["done"]:
         raise SystemExit(1)
+
+
+def _tell_warnings(result: dict[str, Any]) -> None:
+    for text in result.get("warnings", ()):
+        click.echo(f"warning: {safe(text)}", err=True)
+
+
+def _state(disk: dict[str, Any]) -> str:
+    """Say what a drive does with its medium; disks have none of this."""
+    if "tray" not in disk:
+        return "-"
+    words = [] if disk["size"] is not None else ["empty"]
+    if disk["tray"] != "closed":
+        words.append(f"tray {disk['tray']}")
+    if disk["locked"]:
+        words.append("locked")
+    return ", ".join(words) or "closed"
 
 
 def _controllers(guest: dict[str, Any]) -> list[dict[str, Any]]:

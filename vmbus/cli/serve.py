@@ -17,8 +17,6 @@ from vmbus.wire.versions import Version
 if TYPE_CHECKING:
     from vmbus.server import DeviceSetup
 
-_SWITCHES = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
-
 
 @click.command(
     epilog="Examples:\n\n"
@@ -285,7 +283,7 @@ def parse_device(text: str) -> DeviceSetup:
     """Parse ``NAME [OPTION=VALUE]... [SPEC]...``. Raises click.UsageError.
 
     An option's name has no ``:`` before its ``=``; everything from the first specification on is
-    one. Values are numbers, sizes, on, off or words.
+    one. What the values mean is the device's business.
     """
     from vmbus.plugins.devices import DEVICES
     from vmbus.server import DeviceSetup
@@ -306,15 +304,6 @@ def parse_device(text: str) -> DeviceSetup:
             raise click.UsageError(
                 f"--device {text!r}: {option!r} is neither OPTION=VALUE nor scheme:target"
             )
-        options[key] = _value(value)
+        options[key] = value
         del words[0]
     return DeviceSetup(name, tuple(words), options)
-
-
-def _value(text: str) -> int | bool | str:
-    if text.lower() in _SWITCHES:
-        return _SWITCHES[text.lower()]
-    try:
-        return parse_size(text)
-    except click.BadParameter:
-        return text

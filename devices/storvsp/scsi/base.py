@@ -208,11 +208,12 @@ class DispatchUnit(LogicalUnit):
             error: What it raised.
             writing: True if the command was changing the medium.
         """
+        if isinstance(error, CheckCondition):
+            return check_condition(error.sense)
+        if isinstance(error, ReservationConflict):
+            return RESERVATION_CONFLICT
+        self.errors += 1
         match error:
-            case CheckCondition():
-                return check_condition(error.sense)
-            case ReservationConflict():
-                return RESERVATION_CONFLICT
             case DiskError():
                 logger.info("%r: %s", command, error)
                 cause = error

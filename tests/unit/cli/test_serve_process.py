@@ -234,22 +234,22 @@ async def test_a_guest_uses_its_disks_while_operators_look_and_change_them(path,
             assert resized.stdout == "3 has 3 MiB now\n"
             listed = await in_thread(run_cli, "disk", "list", "--socket", path)
             assert listed.stdout.splitlines()[1:] == [
-                "vm1    0           0:0:0    4 MiB  RamDisk  read, write  ram:4M",
-                "vm1    0           0:0:3    3 MiB  RamDisk  read, write  ram:2M",
+                "vm1    0           0:0:0    4 MiB  RamDisk  read, write  -      ram:4M",
+                "vm1    0           0:0:3    3 MiB  RamDisk  read, write  -      ram:2M",
             ]
             assert [each.size for each in await scan(adapter)] == [4 << 20, 3 << 20]
             removed = await in_thread(run_cli, "disk", "remove", "--socket", path, "0:0:3")
             assert removed.exit_code == 0
             again = await in_thread(run_cli, "disk", "remove", "--socket", path, "3")
             assert again.exit_code == 2
-            assert again.stderr == "Error: nothing is at path 0, target 0, LUN 3\n"
+            assert again.stderr == "Error: nothing is at 0:0:3\n"
             late = await in_thread(run_cli, "disk", "resize", "--socket", path, "3", "3M")
             assert (late.exit_code, late.stderr) == (again.exit_code, again.stderr)
             nowhere = await in_thread(
                 run_cli, "disk", "add", "--socket", path, "--controller", "1", "ram:1M"
             )
             assert nowhere.exit_code == 2
-            assert "no disk device number 1; it has 1, counted from 0" in nowhere.stderr
+            assert "there is no disk device number 1; the guest has one, number 0" in nowhere.stderr
 
             await adapter.close()
             await guest.connection.unload()
