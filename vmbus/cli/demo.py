@@ -30,7 +30,7 @@ from vmbus.attach.client import operator
 from vmbus.cli.demo_report import Event, Images, Report, size_option
 from vmbus.cli.demo_view import Line, View, make_view, show, summarize
 from vmbus.cli.output import print_json
-from vmbus.cli.params import json_option, parse_size
+from vmbus.cli.params import json_option, parse_size, seconds_type
 from vmbus.cli.program import EXIT_FAILED, EXIT_INTERRUPTED
 from vmbus.errors import AttachError, ConfigError
 from vmbus.guest.personality import PERSONALITIES
@@ -93,7 +93,7 @@ class Settings:
 )  # fmt: skip
 @click.option(
     "--seconds",
-    type=click.FloatRange(0),
+    type=seconds_type(0, 1e6),
     default=6.0,
     show_default=True,
     help="Time for the work on all disks together; each is written and read at least once.",

@@ -11,7 +11,7 @@ import click
 from vmbus import __version__
 from vmbus.cli.checks import Check, Outcome, general_checks
 from vmbus.cli.kvm_checks import MODE_TEXT, check_kvm
-from vmbus.cli.output import STYLES, on_terminal, print_json, safe
+from vmbus.cli.output import STYLES, bold, print_json, safe, styled
 from vmbus.cli.params import json_option
 from vmbus.cli.program import EXIT_FAILED
 
@@ -61,7 +61,7 @@ def report(checks: list[Check]) -> list[str]:
     for group, members in itertools.groupby(checks, key=lambda check: check.group):
         if lines:
             lines.append("")
-        lines.append(_bold(group[0].upper() + group[1:]))
+        lines.append(bold(group[0].upper() + group[1:]))
         for check in members:
             lines.append(f"  {_word(check)} {safe(check.name):<{NAME_WIDTH}} {safe(check.found)}")
             if check.advice:
@@ -72,10 +72,6 @@ def report(checks: list[Check]) -> list[str]:
 def _word(check: Check) -> str:
     optional = check.outcome is Outcome.MISSING and not check.needed
     text = f"{'absent' if optional else check.outcome.value:<7}"
-    if not on_terminal():
+    if not styled():
         return text
     return click.style(text, dim=True) if optional else click.style(text, STYLES[check.outcome])
-
-
-def _bold(text: str) -> str:
-    return click.style(text, bold=True) if on_terminal() else text

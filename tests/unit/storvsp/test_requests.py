@@ -21,7 +21,7 @@ DISKS = ("ram:1M", "delay:[read=1us,write=1us]ram:1M", "fault:[on=read]ram:1M")
 async def counted(
     commands: Sequence[tuple[int, bool, int, int]],
 ) -> list[tuple[int, int, int, int]]:
-    """Return what is counted per disk after transfers of (LUN, is a write, first sector, sectors)."""
+    """Return what is counted per disk: commands, bytes read and written, errors."""
     controller = ScsiController()
     for spec in DISKS:
         controller.add_disk(await open_disk(spec))
