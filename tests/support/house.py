@@ -22,6 +22,7 @@ ROOMS: dict[str, str] = {
     "vmbus.gpadl": "GPADLs: page lists from messages",
     "vmbus.watchers": "callbacks to be told of a change",
     "vmbus.workers": "threads for blocking calls",
+    "vmbus.streams": "standard streams that cannot be relied on",
     "vmbus.engine": "the control plane, without I/O",
     "vmbus.synic": "the SynIC and its hypercalls, without I/O",
     "vmbus.guest": "the driver half, for guests in Python; knows no device",

@@ -14,6 +14,7 @@ import click
 
 from vmbus import __version__
 from vmbus.errors import AttachError, ConfigError, ProtocolError, VMBusError, leaves
+from vmbus.streams import OutputError
 
 COMMANDS = {
     "boot": "Boot Linux on KVM with a bus of ours.",
@@ -100,13 +101,13 @@ class Program(click.Group):
 
 
 def explain(error: BaseException) -> Failure | None:
-    """Return what to tell the user about an exception; None if it is a bug, or the pipe's end."""
+    """Return what to tell the user about an exception; None if it is a bug, or the output's."""
     if isinstance(error, BaseExceptionGroup):
         causes = leaves(error)
         return explain(causes[0]) if len(causes) == 1 else None
     if isinstance(error, Failure):
         return error
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, OutputError):
         return None
     if isinstance(error, OSError):
         reason = error.strerror or str(error)

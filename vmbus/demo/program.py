@@ -13,6 +13,7 @@ from vmbus.demo.guest import DemoGuest
 from vmbus.demo.half import Half, Options
 from vmbus.demo.story import Story
 from vmbus.guest import PERSONALITIES
+from vmbus.streams import guarded
 
 
 def whole_number(least: int, most: int) -> Callable[[str], int]:
@@ -82,6 +83,6 @@ class Program:
         """Run the guest in a loop of its own; returns the exit code.
 
         Args:
-            arguments: See :meth:`parse`, also for what is raised.
+            arguments: See :meth:`parse`; where that would end the process, its code is returned.
         """
-        return 0 if trio.run(self.parse(arguments).run) else 1
+        return guarded(lambda: 0 if trio.run(self.parse(arguments).run) else 1)
