@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from vmbus.errors import leaves
 
 EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
 
 
 class OutputError(OSError):
@@ -38,6 +39,8 @@ class _Output(io.FileIO):
 def guarded(work: Callable[[], int]) -> int:
     """Run a program; returns its exit code, which is 1 if its output could not be written.
 
+    Ctrl-C that nobody has caught is exit code 130.
+
     Args:
         work: Returns an exit code, or raises SystemExit with one. What it prints may raise
             OutputError, which it need not catch.
@@ -49,8 +52,10 @@ def guarded(work: Callable[[], int]) -> int:
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         sys.stdout.flush()
-    except (OSError, BaseExceptionGroup) as error:
+    except (OSError, KeyboardInterrupt, BaseExceptionGroup) as error:
         causes = leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+        if any(isinstance(each, KeyboardInterrupt) for each in causes):
+            return EXIT_INTERRUPTED
         lost = next((each for each in causes if isinstance(each, OutputError)), None)
         if lost is None:
             raise

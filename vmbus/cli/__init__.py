@@ -31,10 +31,7 @@ def main() -> int:
         The exit code.
     """
     missing = [name for name in ("click", "rich") if importlib.util.find_spec(name) is None]
-    try:
-        return guarded((lambda: _complain(missing)) if missing else _run)
-    except KeyboardInterrupt:  # before or after the command itself
-        return 130
+    return guarded((lambda: _complain(missing)) if missing else _run)
 
 
 def _complain(missing: list[str]) -> int:

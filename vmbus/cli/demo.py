@@ -31,7 +31,7 @@ from vmbus.cli.demo_report import Event, Images, Report, size_option
 from vmbus.cli.demo_view import Line, View, make_view, show, summarize
 from vmbus.cli.output import print_json
 from vmbus.cli.params import json_option, parse_size, seconds_type
-from vmbus.cli.program import EXIT_FAILED, EXIT_INTERRUPTED
+from vmbus.cli.program import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, UsageFailure
 from vmbus.errors import AttachError, ConfigError
 from vmbus.guest.personality import PERSONALITIES
 from vmbus.plugins.devices import device_with, load_device
@@ -138,6 +138,8 @@ def command(
         finally:
             view.close()
         report.seconds = time.perf_counter() - start
+    if report.mistake is not None:
+        raise UsageFailure(report.mistake)
     if as_json:
         print_json(report.as_json())
     else:
@@ -360,7 +362,10 @@ class Demo:
         if self._is_listening:
             return True
         await server.end()
-        self._problem("server", f"did not come up: {how(server.returncode)}")
+        if server.returncode == EXIT_USAGE and server.lines:  # our own part of it is right
+            self.report.mistake = server.lines[-1].removeprefix("Error: ")
+        else:
+            self._problem("server", f"did not come up: {how(server.returncode)}")
         return False
 
     async def _follow_server(self, task_status: trio.TaskStatus[None]) -> None:
