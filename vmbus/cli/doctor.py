@@ -10,7 +10,7 @@ import click
 
 from vmbus import __version__
 from vmbus.cli.checks import Check, Outcome, general_checks
-from vmbus.cli.kvm_checks import MODE_TEXT, check_kvm
+from vmbus.cli.kvm_checks import MODE_TEXT, SynicMode, check_guest, check_kvm
 from vmbus.cli.output import STYLES, bold, print_json, safe, styled
 from vmbus.cli.params import json_option
 from vmbus.cli.program import EXIT_FAILED
@@ -29,6 +29,11 @@ def command(ctx: click.Context, *, as_json: bool, directory: str) -> None:
     missing without which no guest can be served; all else is optional.
     """
     kvm, mode, capabilities = check_kvm()
+    if mode is not SynicMode.NONE:
+        from vmbus.kvm.vcpu import ignore_kick_signal
+
+        ignore_kick_signal()
+        kvm.append(check_guest())
     checks = [*general_checks(directory), *kvm]
     missing = [check for check in checks if check.needed and check.outcome is Outcome.MISSING]
     if as_json:
