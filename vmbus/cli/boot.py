@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vmbus.cli.completion import complete_spec
 from vmbus.cli.logs import logging_to
 from vmbus.cli.params import parse_size
 from vmbus.cli.program import EXIT_INTERRUPTED, EXIT_USAGE, Failure, UsageFailure
@@ -75,6 +76,7 @@ itself emulated needs most of a minute to load the program."""
     "disks",
     multiple=True,
     metavar="SPEC",
+    shell_complete=complete_spec,
     help="A disk, scheme:[options]target; may be repeated. See vmbus devices.",
 )
 @click.option(

@@ -27,6 +27,7 @@ import click
 import trio
 
 from vmbus.attach.client import operator
+from vmbus.cli.completion import complete_spec
 from vmbus.cli.demo_report import Event, Images, Report, size_option
 from vmbus.cli.demo_view import Line, View, make_view, show, summarize
 from vmbus.cli.output import print_json
@@ -78,6 +79,7 @@ class Settings:
     "disks",
     multiple=True,
     metavar="SPEC",
+    shell_complete=complete_spec,
     help="One more disk, scheme:[options]target; may be repeated. The guest overwrites it.",
 )
 @click.option(

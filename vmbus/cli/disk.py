@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from vmbus.cli.client import ask_guests, pick_guest, send_command
+from vmbus.cli.completion import complete_spec
 from vmbus.cli.output import print_json, print_table, safe, size_text
 from vmbus.cli.params import F, json_option, socket_option
 
@@ -85,7 +86,7 @@ def list_disks(*, socket_path: str, guest: str | None, as_json: bool) -> None:
 @guest_option
 @controller_option
 @json_option
-@click.argument("spec")
+@click.argument("spec", shell_complete=complete_spec)
 def add_disk(
     *, socket_path: str, guest: str | None, controller: int, as_json: bool, spec: str
 ) -> None:
@@ -160,7 +161,7 @@ def resize_disk(
 @controller_option
 @json_option
 @click.argument("address")
-@click.argument("spec")
+@click.argument("spec", shell_complete=complete_spec)
 def insert_medium(
     *, socket_path: str, guest: str | None, controller: int, as_json: bool, address: str, spec: str
 ) -> None:
@@ -179,7 +180,7 @@ def insert_medium(
 @json_option
 @click.option("--force", is_flag=True, help="Also if the guest has locked the tray.")
 @click.argument("address")
-@click.argument("spec")
+@click.argument("spec", shell_complete=complete_spec)
 def change_medium(
     *,
     socket_path: str,

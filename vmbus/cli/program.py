@@ -11,6 +11,7 @@ import importlib
 from typing import cast
 
 import click
+from click.shell_completion import CompletionItem
 
 from vmbus import __version__
 from vmbus.errors import AttachError, ConfigError, ProtocolError, VMBusError, leaves
@@ -73,6 +74,15 @@ class Program(click.Group):
         """Write the list of commands without importing any."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offer commands without importing any; see :class:`click.Group`."""
+        found = [
+            CompletionItem(name, help=text)
+            for name, text in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

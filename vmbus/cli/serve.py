@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmbus.attach.protocol.sockets import CONTROL_SUFFIX
+from vmbus.cli.completion import complete_spec
 from vmbus.cli.logs import logging_to
 from vmbus.cli.params import parse_permissions, parse_size
 from vmbus.cli.serving import Settings, Socket, run
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     "disks",
     multiple=True,
     metavar="SPEC",
+    shell_complete=complete_spec,
     help="A disk on each guest's SCSI controller, scheme:[options]target; may be repeated. "
     "{guest} in it is the guest's name (see --identity). See vmbus devices.",
 )
