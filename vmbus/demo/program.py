@@ -71,6 +71,7 @@ class Program:
             required=socket is None,
             help="where vmbus serve listens; VMBUS_SOCKET in the environment stands for it",
         )
+        parser.add_argument("--name", default="demo", help="what the server calls the guest")
         parser.add_argument("--guest", choices=PERSONALITIES, default="linux-6.1")
         parser.add_argument(
             "--channels", type=whole_number(1, 16), default=4, help="channels, and VPs, 1 to 16"
@@ -84,6 +85,7 @@ class Program:
             personality=PERSONALITIES[parsed.guest],
             channels=parsed.channels,
             seconds=parsed.seconds / len(self.halves),
+            name=parsed.name,
         )
         story = Story()
         return DemoGuest(options, [half(options, parsed, story) for half in self.halves], story)

@@ -103,6 +103,8 @@ def test_the_exit_code_says_whether_all_went_well(monkeypatch, good, code):
 def test_the_socket_can_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("VMBUS_SOCKET", "s2")
     assert PROGRAM.parse([]).options.socket == "s2"
+    assert PROGRAM.parse([]).options.name == "demo"
+    assert PROGRAM.parse(["--name", "vm"]).options.name == "vm"
     assert PROGRAM.parse(["--socket", "s"]).options.socket == "s"
     monkeypatch.setenv("VMBUS_SOCKET", "")
     with pytest.raises(SystemExit):
