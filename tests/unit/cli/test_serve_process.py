@@ -223,9 +223,12 @@ async def test_a_guest_uses_its_disks_while_operators_look_and_change_them(path,
 
             top = await in_thread(run_child, "top", "--socket", path, "--once")
             assert top.returncode == 0, top.stderr
-            _, line, channel = top.stdout.splitlines()
-            assert line == (f"guest=vm1 version=5.3 memory={MEMORY} paused=no faults=0 channels=1")
+            _, line, channel, used = top.stdout.splitlines()
+            assert line == (
+                f"guest=vm1 version=5.3 memory={MEMORY} paused=no faults=0 channels=1 disks=1"
+            )
             assert channel.startswith("guest=vm1 channel=1 device=scsi subchannel=0 ")
+            assert used.startswith("guest=vm1 disk=0:0:0 controller=0 size=4194304 errors=0 ")
 
             # What the other commands say is the same in this process.
             added = await in_thread(run_cli, "disk", "add", "--socket", path, "ram:[lun=3]2M")
