@@ -14,13 +14,13 @@ from storvsp.units import Address, address_text
 from vmbus.errors import ConfigError
 from vmbus.host.device import Device
 from vmbus.plugins.registry import Registry
+from vmbus.plugins.remarks import remarks
 from vmbus.plugins.sharing import Line
-from vmbus.plugins.specs import parse_number, parse_size
+from vmbus.plugins.specs import OptionReader, parse_number, parse_size
 
 MIN_STAGING = 8 << 20
 """Bytes between a guest and the keeper of a disk that it shares."""
-
-OPTIONS = ("max_subchannels", "max_transfer_bytes", "monitor")
+_NAME = "SCSI controller"
 
 
 class ScsiPlugin:
@@ -46,23 +46,24 @@ class ScsiPlugin:
                 is ``report`` or ``stop``.
             instance_id: The offer's instance GUID.
             initiator: Who the guest is.
-            options: Any of :data:`OPTIONS`, as in :class:`ScsiController`.
+            options: ``max_subchannels``, ``max_transfer_bytes`` (a size) and ``monitor`` (a flag),
+                as in :class:`ScsiController`.
             shared: Lines to the keepers of disks with the option ``shared``; owned.
 
         Raises:
             ConfigError: A specification or an option cannot be honoured; nothing stays open then.
         """
-        unknown = set(options) - set(OPTIONS)
-        if unknown:
-            raise ConfigError(
-                f"the SCSI controller has no option {min(unknown)!r}; it has {', '.join(OPTIONS)}"
-            )
+        reader = OptionReader(_NAME, options)
+        max_subchannels = reader.integer("max_subchannels")
+        max_transfer_bytes = _max_transfer(reader)
+        monitor = reader.flag("monitor")
+        reader.finish()
         controller = ScsiController(
             instance_id=instance_id,
             initiator=initiator,
-            max_subchannels=_count(options, "max_subchannels", 15),
-            max_transfer_bytes=_count(options, "max_transfer_bytes", DEFAULT_MAX_TRANSFER),
-            monitor=bool(options.get("monitor", False)),
+            max_subchannels=15 if max_subchannels is None else max_subchannels,
+            max_transfer_bytes=max_transfer_bytes,
+            monitor=monitor,
         )
         try:
             for spec in specs:
@@ -77,7 +78,8 @@ class ScsiPlugin:
 
     def shared(self, specs: Sequence[str], options: Mapping[str, Any]) -> dict[str, int]:
         """See :class:`vmbus.plugins.sharing.SharingPlugin`."""
-        staging = max(2 * _count(options, "max_transfer_bytes", DEFAULT_MAX_TRANSFER), MIN_STAGING)
+        largest = _max_transfer(OptionReader(_NAME, options))
+        staging = max(2 * largest, MIN_STAGING)
         return {spec: staging for spec in specs if _is_shared(spec)}
 
     async def open_keeper(self, spec: str, *, identity: bytes) -> Keeper:
@@ -100,12 +102,18 @@ class ScsiPlugin:
         ``resize`` without ``size`` looks again at a back-end that has grown outside; to make a disk
         smaller it needs ``"shrink": true``. ``insert`` wants an empty or open drive. ``change`` and
         ``eject`` answer false if the guest has locked the tray, which is asked to let go, unless
-        there is ``"force": true``.
+        there is ``"force": true``. What the operator should know of a disk or medium is told in
+        ``warnings``, a list of texts, if there is any.
 
         Raises:
             ConfigError: The request is unknown, incomplete or cannot be honoured.
         """
         assert isinstance(device, ScsiController)
+        with remarks() as warnings:
+            result = await self._command(device, request)
+        return {**result, "warnings": warnings} if warnings else result
+
+    async def _command(self, device: ScsiController, request: Mapping[str, Any]) -> dict[str, Any]:
         match request:
             case {"action": "add", "spec": str(spec)}:
                 return {"address": address_text(await add(device, spec))}
@@ -250,11 +258,9 @@ def _flag(request: Mapping[str, Any], name: str) -> bool:
     return value
 
 
-def _count(options: Mapping[str, Any], name: str, default: int) -> int:
-    try:
-        return int(options.get(name, default))
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} is a whole number, not {str(options[name])[:40]!r}") from None
+def _max_transfer(reader: OptionReader) -> int:
+    size = reader.size("max_transfer_bytes")
+    return DEFAULT_MAX_TRANSFER if size is None else size
 
 
 def _number(text: str, name: str, value: str) -> int:

@@ -26,6 +26,9 @@ logger = logging.getLogger("storvsp")
 Address = tuple[int, int, int]
 """Path, target, LUN."""
 
+COUNTERS = ("commands", "bytes_read", "bytes_written", "errors")
+"""What is counted for each unit; see :class:`storvsp.scsi.LogicalUnit`."""
+
 MAX_PATH, MAX_TARGET, MAX_LUN = 7, 1, 254
 
 
@@ -150,11 +153,11 @@ class Units:
         self._check_open()
         if not (0 <= path <= MAX_PATH and 0 <= target <= MAX_TARGET and 0 <= lun <= MAX_LUN):
             raise ConfigError(
-                f"no guest looks at path {path}, target {target}, LUN {lun}; there are paths 0 to "
-                f"{MAX_PATH}, targets 0 and 1, LUNs 0 to {MAX_LUN}"
+                f"no guest looks at {address_text(address)} (path:target:lun); there are paths 0 "
+                f"to {MAX_PATH}, targets 0 and 1, LUNs 0 to {MAX_LUN}"
             )
         if address in self.by_address:
-            raise ConfigError(f"path {path}, target {target}, LUN {lun} is taken")
+            raise ConfigError(f"{address_text(address)} is taken")
 
     def _name(self, address: Address, disk: Disk | None) -> bytes:
         """Name a disk that has no name of its own, 16 bytes.
@@ -185,7 +188,7 @@ class Units:
         """See :meth:`storvsp.controller.ScsiController.remove_disk`."""
         unit = self.by_address.pop(address, None)
         if unit is None:
-            raise ConfigError("nothing is at path {}, target {}, LUN {}".format(*address))
+            raise ConfigError(f"nothing is at {address_text(address)}")
         unit.close()
         self._luns_changed(address)
         await self._let_go(unit, self._media.pop(address, None))
@@ -288,7 +291,7 @@ class Units:
     async def resize(self, address: Address, size: int | None, *, shrink: bool = False) -> int:
         """See :meth:`storvsp.controller.ScsiController.resize_disk`."""
         if address not in self.by_address:
-            raise ConfigError("nothing is at path {}, target {}, LUN {}".format(*address))
+            raise ConfigError(f"nothing is at {address_text(address)}")
         disk = self.disk(address)
         action = getattr(disk, "resize", None)
         if disk is None or (size is not None and action is None):
@@ -319,7 +322,11 @@ class Units:
         return medium.disk if medium is not None else None
 
     def describe(self) -> list[dict[str, Any]]:
-        """Describe the units for people, as JSON types, by address. Cannot block, never raises."""
+        """Describe the units for people, as JSON types, by address. Cannot block, never raises.
+
+        Beside what is said here: the counters of :class:`~storvsp.scsi.LogicalUnit`, and what the
+        unit says of itself.
+        """
         return [
             {
                 "address": address_text(address),
@@ -327,6 +334,7 @@ class Units:
                 "kind": type(disk).__name__ if disk else type(unit).__name__,
                 "source": self._media[address].source if disk else "",
                 "read_only": disk.info.read_only if disk else None,
+                **{name: getattr(unit, name) for name in COUNTERS},
                 **unit.describe(),
             }
             for address, unit in sorted(self.by_address.items())

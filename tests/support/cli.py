@@ -218,6 +218,19 @@ def make_controller(place: int = 0, *units: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def make_unit(address: str = "0:0:0", **changes: Any) -> dict[str, Any]:
+    """A disk, as servers describe it."""
+    return {
+        "address": address,
+        "size": 1 << 20,
+        "kind": "RamDisk",
+        "source": "ram:1M",
+        "read_only": False,
+        **dict.fromkeys(("commands", "bytes_read", "bytes_written", "errors"), 0),
+        **changes,
+    }
+
+
 def make_status(*guests: dict[str, Any]) -> dict[str, Any]:
     """The answer to the query ``guests``."""
     return {

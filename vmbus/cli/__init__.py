@@ -15,8 +15,11 @@ One file per command, listed in :mod:`vmbus.cli.program` and imported when it is
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
+
+from vmbus.streams import guarded
 
 __all__ = ["main"]
 
@@ -25,20 +28,33 @@ def main() -> int:
     """Run the command with ``sys.argv``; the console script ``vmbus`` is this.
 
     Returns:
-        The exit code, if the command did not exit by itself.
+        The exit code.
     """
     missing = [name for name in ("click", "rich") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(
-            f"vmbus: the command line needs {' and '.join(missing)};"
-            ' install with: pip install "vmbus[cli]"',
-            file=sys.stderr,
-        )
-        return 1
-    try:
-        from vmbus.cli.program import program
+    return guarded((lambda: _complain(missing)) if missing else _run)
 
-        program.main(prog_name="vmbus")
-    except KeyboardInterrupt:  # before or after the command itself
-        return 130
-    return 0
+
+def _complain(missing: list[str]) -> int:
+    print(
+        f"vmbus: the command line needs {' and '.join(missing)};"
+        ' install with: pip install "vmbus[cli]"',
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _run() -> int:
+    import click
+
+    from vmbus.cli.program import EXIT_INTERRUPTED, program
+
+    try:
+        # Without standalone mode, click leaves it to us how the program ends.
+        code = program.main(prog_name="vmbus", standalone_mode=False)
+    except click.Abort:
+        return EXIT_INTERRUPTED
+    except click.ClickException as error:
+        with contextlib.suppress(OSError):  # of standard error
+            error.show()
+        return error.exit_code
+    return code if isinstance(code, int) else 0

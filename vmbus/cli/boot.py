@@ -12,12 +12,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from vmbus.cli.completion import complete_spec
 from vmbus.cli.logs import logging_to
 from vmbus.cli.params import parse_size
 from vmbus.cli.program import EXIT_INTERRUPTED, EXIT_USAGE, Failure, UsageFailure
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("vmbus.kvm")
 
 DEFAULT_APPEND = "console=ttyS0"
+SILENCE = 20.0
+"""Seconds without a first word of the guest, after which something may be wrong. A kernel on a
+machine that works has said something within one."""
 SERVER_PATIENCE = 120
 """Seconds for a server to start, or for one of our own to end after the guest. A machine that is
 itself emulated needs most of a minute to load the program."""
@@ -71,6 +76,7 @@ itself emulated needs most of a minute to load the program."""
     "disks",
     multiple=True,
     metavar="SPEC",
+    shell_complete=complete_spec,
     help="A disk, scheme:[options]target; may be repeated. See vmbus devices.",
 )
 @click.option(
@@ -242,6 +248,43 @@ def _wait(server: subprocess.Popen[bytes]) -> int:
         return server.wait()
 
 
+@contextlib.contextmanager
+def _lookout(has_spoken: Callable[[], bool]) -> Iterator[None]:
+    """Say so if the guest is silent for long, and what may be the reason."""
+
+    def look() -> None:
+        if not has_spoken():
+            _say(f"the guest has written nothing for {SILENCE:g} s; {_reason()}")
+
+    timer = threading.Timer(SILENCE, look)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def _reason() -> str:
+    """Try KVM as ``vmbus doctor`` does; the guest goes on meanwhile."""
+    from vmbus.cli.checks import Outcome
+    from vmbus.cli.kvm_checks import check_guest
+
+    check = check_guest()
+    text = f"{check.name} {check.found}"
+    if check.outcome is Outcome.OK:
+        return f"{text}. Its console may be another: Linux needs console=ttyS0 (--append)"
+    return f"{text}. {check.advice[:1].upper()}{check.advice[1:]} (see vmbus doctor)"
+
+
+def _say(text: str) -> None:
+    # A raw terminal does not make a new line of "\n" alone.
+    end = "\r\n" if sys.stderr.isatty() else "\n"
+    with contextlib.suppress(OSError):
+        click.echo(f"vmbus: {text}{end}", nl=False, err=True)
+
+
 def _run(
     target: str | int,
     load: Callable[[GuestMemory], EntryState],
@@ -260,21 +303,28 @@ def _run(
     def interrupted() -> None:
         machine.end(End(Outcome.INTERRUPTED))
 
+    first = threading.Event()
+
+    def transmit(data: bytes) -> None:
+        first.set()
+        console.transmit(data)
+
     console = Console(sys.stdin.fileno(), sys.stdout.fileno(), interrupted)
     machine = Machine(
         memory,
         cpus,
         load,
-        console.transmit,
+        transmit,
         drained=console.drained,
         panicked=panicked,
         mode=SynicMode(synic),
     )
-    with contextlib.closing(machine), console.attached(machine.uart.receive):
+    with (
+        contextlib.closing(machine),
+        console.attached(machine.uart.receive),
+        _lookout(first.is_set),
+    ):
         if console.interactive:
-            # Not before the terminal is raw: it would keep keys that are typed by then. A raw
-            # terminal does not make a new line of "\n" alone.
-            end = "\r\n" if sys.stderr.isatty() else "\n"
-            text = "vmbus: the console is the guest's; Ctrl-] ends it"
-            click.echo(text + end, nl=False, err=True)
+            # Not before the terminal is raw: it would keep keys that are typed by then.
+            _say("the console is the guest's; Ctrl-] ends it")
         return machine.run(target, name=name, timeout=SERVER_PATIENCE)

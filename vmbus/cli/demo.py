@@ -27,11 +27,12 @@ import click
 import trio
 
 from vmbus.attach.client import operator
+from vmbus.cli.completion import complete_spec
 from vmbus.cli.demo_report import Event, Images, Report, size_option
 from vmbus.cli.demo_view import Line, View, make_view, show, summarize
 from vmbus.cli.output import print_json
-from vmbus.cli.params import json_option, parse_size
-from vmbus.cli.program import EXIT_FAILED, EXIT_INTERRUPTED
+from vmbus.cli.params import json_option, parse_size, seconds_type
+from vmbus.cli.program import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, UsageFailure
 from vmbus.errors import AttachError, ConfigError
 from vmbus.guest.personality import PERSONALITIES
 from vmbus.plugins.devices import device_with, load_device
@@ -78,6 +79,7 @@ class Settings:
     "disks",
     multiple=True,
     metavar="SPEC",
+    shell_complete=complete_spec,
     help="One more disk, scheme:[options]target; may be repeated. The guest overwrites it.",
 )
 @click.option(
@@ -93,7 +95,7 @@ class Settings:
 )  # fmt: skip
 @click.option(
     "--seconds",
-    type=click.FloatRange(0),
+    type=seconds_type(0, 1e6),
     default=6.0,
     show_default=True,
     help="Time for the work on all disks together; each is written and read at least once.",
@@ -138,6 +140,8 @@ def command(
         finally:
             view.close()
         report.seconds = time.perf_counter() - start
+    if report.mistake is not None:
+        raise UsageFailure(report.mistake)
     if as_json:
         print_json(report.as_json())
     else:
@@ -360,7 +364,10 @@ class Demo:
         if self._is_listening:
             return True
         await server.end()
-        self._problem("server", f"did not come up: {how(server.returncode)}")
+        if server.returncode == EXIT_USAGE and server.lines:  # our own part of it is right
+            self.report.mistake = server.lines[-1].removeprefix("Error: ")
+        else:
+            self._problem("server", f"did not come up: {how(server.returncode)}")
         return False
 
     async def _follow_server(self, task_status: trio.TaskStatus[None]) -> None:

@@ -82,6 +82,8 @@ class Report:
     """Where images and logs are, if they were kept."""
     interrupted: int | None = None
     """The signal that ended it."""
+    mistake: str | None = None
+    """What is wrong with the command line, if the server has found it."""
 
     @property
     def ok(self) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from vmbus.cli.demo_report import DiskReport, Event, Report
-from vmbus.cli.output import console, on_terminal, print_table, safe, size_text
+from vmbus.cli.output import console, on_terminal, print_table, safe, size_text, styled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -225,10 +225,10 @@ def summarize(report: Report) -> None:
     if report.interrupted is not None:
         click.echo(f"ended by {signal.Signals(report.interrupted).name}")
     elif report.ok:
-        click.secho(
+        _say(
             f"All verified: {report.total('requests'):,} requests, "
             f"{size_text(report.total('bytes'))}, in {report.seconds:.1f} s.",
-            fg="green",
+            "green",
         )
     else:
         for name, lines in report.last_lines.items():
@@ -237,9 +237,13 @@ def summarize(report: Report) -> None:
                 for line in lines[-_LAST_LINES:]:
                     click.echo(f"  {safe(line)}")
         for problem in report.problems:
-            click.secho(f"{problem.where}: {safe(problem.text)}", fg="red")
+            _say(f"{problem.where}: {safe(problem.text)}", "red")
     if report.directory is not None:
         click.echo(f"Images and logs are in {report.directory}")
+
+
+def _say(text: str, colour: str) -> None:
+    click.echo(click.style(text, fg=colour) if styled() else text)
 
 
 def _row(disk: DiskReport, broken: Container[str]) -> tuple[str, ...]:

@@ -7,10 +7,12 @@ from typing import Any
 import click
 
 from vmbus.cli.client import ask_guests, pick_guest, send_command
-from vmbus.cli.output import print_json, print_table, size_text
+from vmbus.cli.completion import complete_spec
+from vmbus.cli.output import print_json, print_table, safe, size_text
 from vmbus.cli.params import F, json_option, socket_option
 
 _ACCESS = {True: "read only", False: "read, write", None: "-"}
+_UNCHANGED = "the guest has locked the tray and has been asked to let go; --force does not ask"
 
 BACKEND = "disk"
 """What the server calls the back-ends of the devices that this is about."""
@@ -84,7 +86,7 @@ def list_disks(*, socket_path: str, guest: str | None, as_json: bool) -> None:
 @guest_option
 @controller_option
 @json_option
-@click.argument("spec")
+@click.argument("spec", shell_complete=complete_spec)
 def add_disk(
     *, socket_path: str, guest: str | None, controller: int, as_json: bool, spec: str
 ) -> None:
@@ -98,6 +100,7 @@ def add_disk(
         print_json(result)
     else:
         click.echo(f"added at {result['address']}")
+        _tell_warnings(result)
 
 
 @command.command("remove")
@@ -158,7 +161,7 @@ def resize_disk(
 @controller_option
 @json_option
 @click.argument("address")
-@click.argument("spec")
+@click.argument("spec", shell_complete=complete_spec)
 def insert_medium(
     *, socket_path: str, guest: str | None, controller: int, as_json: bool, address: str, spec: str
 ) -> None:
@@ -177,7 +180,7 @@ def insert_medium(
 @json_option
 @click.option("--force", is_flag=True, help="Also if the guest has locked the tray.")
 @click.argument("address")
-@click.argument("spec")
+@click.argument("spec", shell_complete=complete_spec)
 def change_medium(
     *,
     socket_path: str,
@@ -249,18 +252,30 @@ def _tell_medium(result: dict[str, Any], *, as_json: bool, text: str) -> None:
         print_json(result)
     elif result["done"]:
         click.echo(text)
+        _tell_warnings(result)
     else:
-        click.echo(
-            "the guest has locked the tray and has been asked to let go; --force does not ask",
-            err=True,
-        )
+        click.echo(_UNCHANGED, err=True)
     if not result["done"]:
         raise SystemExit(1)
 
 
+def _tell_warnings(result: dict[str, Any]) -> None:
+    for text in result.get("warnings", ()):
+        click.echo(f"warning: {safe(text)}", err=True)
+
+
 def _state(disk: dict[str, Any]) -> str:
-    """Say whether a disk keeps the guest waiting, and why."""
-    return f"stopped: {disk['stopped']}" if disk.get("stopped") else "-"
+    """Say what a drive does with its medium, or why a disk keeps the guest waiting."""
+    if disk.get("stopped"):
+        return f"stopped: {disk['stopped']}"
+    if "tray" not in disk:
+        return "-"
+    words = [] if disk["size"] is not None else ["empty"]
+    if disk["tray"] != "closed":
+        words.append(f"tray {disk['tray']}")
+    if disk["locked"]:
+        words.append("locked")
+    return ", ".join(words) or "closed"
 
 
 def _controllers(guest: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,8 +10,8 @@ import click
 
 from vmbus import __version__
 from vmbus.cli.checks import Check, Outcome, general_checks
-from vmbus.cli.kvm_checks import MODE_TEXT, check_kvm
-from vmbus.cli.output import STYLES, on_terminal, print_json, safe
+from vmbus.cli.kvm_checks import MODE_TEXT, SynicMode, check_guest, check_kvm
+from vmbus.cli.output import STYLES, bold, print_json, safe, styled
 from vmbus.cli.params import json_option
 from vmbus.cli.program import EXIT_FAILED
 
@@ -29,6 +29,11 @@ def command(ctx: click.Context, *, as_json: bool, directory: str) -> None:
     missing without which no guest can be served; all else is optional.
     """
     kvm, mode, capabilities = check_kvm()
+    if mode is not SynicMode.NONE:
+        from vmbus.kvm.vcpu import ignore_kick_signal
+
+        ignore_kick_signal()
+        kvm.append(check_guest())
     checks = [*general_checks(directory), *kvm]
     missing = [check for check in checks if check.needed and check.outcome is Outcome.MISSING]
     if as_json:
@@ -61,7 +66,7 @@ def report(checks: list[Check]) -> list[str]:
     for group, members in itertools.groupby(checks, key=lambda check: check.group):
         if lines:
             lines.append("")
-        lines.append(_bold(group[0].upper() + group[1:]))
+        lines.append(bold(group[0].upper() + group[1:]))
         for check in members:
             lines.append(f"  {_word(check)} {safe(check.name):<{NAME_WIDTH}} {safe(check.found)}")
             if check.advice:
@@ -72,10 +77,6 @@ def report(checks: list[Check]) -> list[str]:
 def _word(check: Check) -> str:
     optional = check.outcome is Outcome.MISSING and not check.needed
     text = f"{'absent' if optional else check.outcome.value:<7}"
-    if not on_terminal():
+    if not styled():
         return text
     return click.style(text, dim=True) if optional else click.style(text, STYLES[check.outcome])
-
-
-def _bold(text: str) -> str:
-    return click.style(text, bold=True) if on_terminal() else text

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from enum import StrEnum
 
 from vmbus.cli.checks import Check, Outcome
+from vmbus.errors import VMBusError
+from vmbus.kvm.trial import STEPS, Trial, try_guest
 
 KVM_GET_API_VERSION = 0xAE00
 KVM_CHECK_EXTENSION = 0xAE03
@@ -43,6 +45,11 @@ KERNEL_SYNIC = (
 USER_SYNIC = ("KVM_CAP_X86_USER_SPACE_MSR",)
 
 GROUP = "virtual machines (KVM)"
+
+TRIAL_SECONDS = 1.0
+"""For a guest of our own; it needs some milliseconds where all is well."""
+SLOWEST = 20e6
+"""Instructions per second. Processors do a hundred times that; what is below is no processor."""
 
 Ioctl = Callable[[int, int, int], int]
 
@@ -100,6 +107,34 @@ def check_kvm(
         advice = "a newer Linux kernel is needed"
         return [_device(path, f"API version {version}", advice)], SynicMode.NONE, found
     return _judge(path, found)
+
+
+def check_guest(trial: Callable[[float], Trial] = try_guest) -> Check:
+    """Run a guest of our own and judge what it does. KVM has to be usable. Takes up to a second."""
+    name = "a guest of our own"
+    elsewhere = "kernels will not boot here in useful time; use another machine, or an emulated one"
+    try:
+        seen = trial(TRIAL_SECONDS)
+    except (OSError, VMBusError) as error:
+        return _row(name, Outcome.LIMITED, f"cannot be made: {error}", elsewhere)
+    speed, exit_seconds = seen.instructions, seen.exit_seconds
+    words = []
+    if speed is not None:
+        words.append(f"{speed / 1e6:,.3g} million instructions/s")
+    if exit_seconds is not None:
+        words.append(f"{exit_seconds * 1e6:,.3g} us for an exit")
+    figures = ", ".join(words)
+    if seen.problem:
+        step = STEPS[len(seen.seconds)] if not seen.complete else "end"
+        text = f"does not {step}: {seen.problem}"
+        return _row(name, Outcome.LIMITED, text, elsewhere)
+    if speed is not None and speed < SLOWEST:
+        text = f"is interpreted: {figures}"
+        return _row(name, Outcome.LIMITED, text, elsewhere)
+    if not seen.complete:
+        text = f"does not {STEPS[len(seen.seconds)]} in {TRIAL_SECONDS:g} s"
+        return _row(name, Outcome.LIMITED, f"{text}; {figures}" if figures else text, elsewhere)
+    return _row(name, Outcome.OK, f"works: {figures}", "")
 
 
 def _device(path: str, found: str, advice: str) -> Check:

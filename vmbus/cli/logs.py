@@ -22,7 +22,7 @@ from typing import TextIO
 
 import click
 
-from vmbus.cli.output import safe
+from vmbus.cli.output import safe, styled
 from vmbus.errors import VMBusError
 
 TOLD = ("vmbus.server", "vmbus.bus", "vmbus.cli", "vmbus.kvm")
@@ -87,7 +87,7 @@ def logging_to(stream: TextIO, *, level: int = 0, as_json: bool = False) -> Iter
     """Log to ``stream`` for the length of a ``with`` block; see the module for ``level``."""
     root = logging.getLogger()
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonFormatter() if as_json else LineFormatter(colour=stream.isatty()))
+    handler.setFormatter(JsonFormatter() if as_json else LineFormatter(colour=styled(stream)))
     levels: dict[logging.Logger, int] = {root: logging.WARNING if level >= -1 else logging.ERROR}
     if level == 0:
         levels |= {logging.getLogger(name): logging.INFO for name in TOLD}

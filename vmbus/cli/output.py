@@ -6,9 +6,10 @@ Text that a guest or a VMM chose goes through :func:`safe` on its way to a termi
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -20,9 +21,28 @@ STYLES = {"ok": "green", "limited": "yellow", "missing": "red", "broken": "red"}
 """Words that stand out in tables."""
 
 
-def on_terminal() -> bool:
-    """Whether a person is looking at the output."""
-    return sys.stdout.isatty()
+DUMB = {"dumb", "unknown"}
+"""Values of TERM for terminals that can do nothing but take lines."""
+
+
+def on_terminal(stream: TextIO | None = None) -> bool:
+    """Whether a person is looking, at a terminal that can do more than take lines.
+
+    Args:
+        stream: What is looked at; standard output by default.
+    """
+    stream = sys.stdout if stream is None else stream
+    return stream.isatty() and os.environ.get("TERM", "").lower() not in DUMB
+
+
+def styled(stream: TextIO | None = None) -> bool:
+    """Whether colours and the like are wanted there (https://no-color.org)."""
+    return on_terminal(stream) and not os.environ.get("NO_COLOR")
+
+
+def bold(text: str, *, warn: bool = False) -> str:
+    """Make a line stand out on a terminal; one that warns even more."""
+    return click.style(text, bold=True, fg="yellow" if warn else None) if styled() else text
 
 
 def safe(text: object) -> str:
@@ -63,7 +83,8 @@ def console() -> Console:
     """Return rich's console for standard output."""
     from rich.console import Console
 
-    return Console(highlight=False, markup=False)
+    # Without a colour system there are no styles at all.
+    return Console(highlight=False, markup=False, color_system="auto" if styled() else None)
 
 
 def make_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

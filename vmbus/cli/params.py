@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -33,6 +34,23 @@ def parse_permissions(text: str) -> int:
     if not _OCTAL.fullmatch(text):
         raise click.BadParameter(f"{text!r} is not what file permissions look like, as in 660")
     return int(text, 8)
+
+
+def seconds_type(least: float, most: float) -> Callable[[str], float]:
+    """Return a type of options for ``click``: seconds within bounds; ``nan`` is within none."""
+
+    def seconds(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise click.BadParameter(
+                f"{str(text)[:40]!r} is not a number of seconds from {least:g} to {most:g}"
+            )
+        return value
+
+    return seconds
 
 
 def socket_option(function: F) -> F:

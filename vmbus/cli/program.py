@@ -11,9 +11,11 @@ import importlib
 from typing import cast
 
 import click
+from click.shell_completion import CompletionItem
 
 from vmbus import __version__
 from vmbus.errors import AttachError, ConfigError, ProtocolError, VMBusError, leaves
+from vmbus.streams import OutputError
 
 COMMANDS = {
     "boot": "Boot Linux on KVM with a bus of ours.",
@@ -73,6 +75,15 @@ class Program(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offer commands without importing any; see :class:`click.Group`."""
+        found = [
+            CompletionItem(name, help=text)
+            for name, text in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -100,13 +111,13 @@ class Program(click.Group):
 
 
 def explain(error: BaseException) -> Failure | None:
-    """Return what to tell the user about an exception; None if it is a bug, or the pipe's end."""
+    """Return what to tell the user about an exception; None if it is a bug, or the output's."""
     if isinstance(error, BaseExceptionGroup):
         causes = leaves(error)
         return explain(causes[0]) if len(causes) == 1 else None
     if isinstance(error, Failure):
         return error
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, OutputError):
         return None
     if isinstance(error, OSError):
         reason = error.strerror or str(error)

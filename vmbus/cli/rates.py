@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 COUNTERS = (
@@ -18,8 +18,11 @@ COUNTERS = (
 )
 """Counters of a channel that rates are made of (vmbus.host.statistics.Statistics)."""
 
-Key = tuple[int, int]
-"""Number of the guest and relid of the channel: names may come back, numbers do not."""
+DISK_COUNTERS = ("commands", "bytes_read", "bytes_written")
+"""Counters of a disk that rates are made of (storvsp.scsi.LogicalUnit)."""
+
+Key = tuple[object, ...]
+"""Begins with the number of the guest: names may come back, numbers do not."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,6 +38,14 @@ class Sample:
         for guest in self.reply["guests"]:
             for channel in guest["channels"]:
                 yield (guest["number"], channel["relid"]), guest, channel
+
+    def disks(self) -> Iterator[tuple[Key, dict[str, Any], dict[str, Any]]]:
+        """Yield key, device and unit of everything that counts what a disk does."""
+        for guest in self.reply["guests"]:
+            for device in guest["devices"]:
+                for unit in device.get("units", ()):
+                    if all(name in unit for name in DISK_COUNTERS):
+                        yield (guest["number"], device["key"], unit["address"]), device, unit
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,6 +66,22 @@ class ChannelView:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class DiskView:
+    """One disk or drive."""
+
+    controller: int
+    """Which of the guest's controllers, as ``vmbus disk`` counts them."""
+    address: str
+    kind: str
+    source: str
+    size: int | None
+    errors: int
+    """Commands that failed because of what is behind the disk, ever."""
+    rates: dict[str, float]
+    """Per second, by the names of :data:`DISK_COUNTERS`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class GuestView:
     """One attached guest."""
 
@@ -65,6 +92,11 @@ class GuestView:
     paused: bool
     faults: int
     channels: tuple[ChannelView, ...]
+    disks: tuple[DiskView, ...]
+
+    def disk_rate(self, name: str) -> float:
+        """Return the sum of a rate over all disks, per second."""
+        return sum(disk.rates[name] for disk in self.disks)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,17 +115,19 @@ class ServerView:
 def compare(before: Sample, after: Sample) -> ServerView:
     """Describe the later sample, with rates since the earlier one.
 
-    A channel that was opened in between, or again, counts from 0.
+    A channel that was opened in between, or again, counts from 0, and so does another disk.
     """
     seconds = max(after.time - before.time, 1e-9)
     earlier = {key: channel for key, _, channel in before.channels()}
-    found: dict[int, list[ChannelView]] = {}
+    found: dict[object, list[ChannelView]] = {}
     for key, guest, channel in after.channels():
-        old = earlier.get(key, {})
-        if any(channel[name] < old.get(name, 0) for name in COUNTERS):
-            old = {}
-        rates = {name: (channel[name] - old.get(name, 0)) / seconds for name in COUNTERS}
+        rates = _rates(earlier.get(key), channel, COUNTERS, seconds)
         found.setdefault(key[0], []).append(_view(guest, channel, rates))
+    earlier = {key: unit for key, _, unit in before.disks()}
+    disks: dict[object, list[DiskView]] = {}
+    for key, device, unit in after.disks():
+        rates = _rates(earlier.get(key), unit, DISK_COUNTERS, seconds)
+        disks.setdefault(key[0], []).append(_disk_view(device, unit, rates))
     reply = after.reply
     return ServerView(
         server=reply["server"],
@@ -110,6 +144,7 @@ def compare(before: Sample, after: Sample) -> ServerView:
                 paused=guest["paused"],
                 faults=guest["faults"],
                 channels=tuple(found.get(guest["number"], ())),
+                disks=tuple(disks.get(guest["number"], ())),
             )
             for guest in reply["guests"]
         ),
@@ -125,6 +160,26 @@ def _view(guest: dict[str, Any], channel: dict[str, Any], rates: dict[str, float
         incoming_fill=_share(channel["incoming_used"], channel["incoming_size"]),
         outgoing_fill=_share(channel["outgoing_used"], channel["outgoing_size"]),
         outstanding=channel["outstanding"],
+        rates=rates,
+    )
+
+
+def _rates(
+    old: Mapping[str, Any] | None, new: Mapping[str, Any], names: Iterable[str], seconds: float
+) -> dict[str, float]:
+    if old is None or any(new[name] < old[name] for name in names):
+        old = dict.fromkeys(names, 0)
+    return {name: (new[name] - old[name]) / seconds for name in names}
+
+
+def _disk_view(device: dict[str, Any], unit: dict[str, Any], rates: dict[str, float]) -> DiskView:
+    return DiskView(
+        controller=device.get("index", 0),
+        address=unit["address"],
+        kind=unit["kind"],
+        source=unit["source"],
+        size=unit["size"],
+        errors=unit.get("errors", 0),
         rates=rates,
     )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmbus.attach.protocol.sockets import CONTROL_SUFFIX
+from vmbus.cli.completion import complete_spec
 from vmbus.cli.logs import logging_to
 from vmbus.cli.params import parse_permissions, parse_size
 from vmbus.cli.serving import Settings, Socket, run
@@ -16,8 +17,6 @@ from vmbus.wire.versions import Version
 
 if TYPE_CHECKING:
     from vmbus.server import DeviceSetup
-
-_SWITCHES = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 
 
 @click.command(
@@ -70,6 +69,7 @@ _SWITCHES = {"on": True, "yes": True, "true": True, "off": False, "no": False, "
     "disks",
     multiple=True,
     metavar="SPEC",
+    shell_complete=complete_spec,
     help="A disk on each guest's SCSI controller, scheme:[options]target; may be repeated. "
     "{guest} in it is the guest's name (see --identity). See vmbus devices.",
 )
@@ -285,7 +285,7 @@ def parse_device(text: str) -> DeviceSetup:
     """Parse ``NAME [OPTION=VALUE]... [SPEC]...``. Raises click.UsageError.
 
     An option's name has no ``:`` before its ``=``; everything from the first specification on is
-    one. Values are numbers, sizes, on, off or words.
+    one. What the values mean is the device's business.
     """
     from vmbus.plugins.devices import DEVICES
     from vmbus.server import DeviceSetup
@@ -306,15 +306,6 @@ def parse_device(text: str) -> DeviceSetup:
             raise click.UsageError(
                 f"--device {text!r}: {option!r} is neither OPTION=VALUE nor scheme:target"
             )
-        options[key] = _value(value)
+        options[key] = value
         del words[0]
     return DeviceSetup(name, tuple(words), options)
-
-
-def _value(text: str) -> int | bool | str:
-    if text.lower() in _SWITCHES:
-        return _SWITCHES[text.lower()]
-    try:
-        return parse_size(text)
-    except click.BadParameter:
-        return text

@@ -22,14 +22,14 @@ left        ``interrupts``, ``signals``: how often each side has called the othe
 ==========  ====================================================================================
 
 Between them are the lines of the halves; each half says which. Exit codes: 0 all is well, 1 there
-was a problem, 2 the arguments are wrong.
+was a problem, 2 the arguments are wrong, 130 interrupted from the keyboard.
 """
 
 from __future__ import annotations
 
 from vmbus.demo.guest import DemoGuest
-from vmbus.demo.half import Half, Options
+from vmbus.demo.half import NOTICE_SECONDS, Half, Options
 from vmbus.demo.program import Program, whole_number
 from vmbus.demo.story import Story
 
-__all__ = ["DemoGuest", "Half", "Options", "Program", "Story", "whole_number"]
+__all__ = ["NOTICE_SECONDS", "DemoGuest", "Half", "Options", "Program", "Story", "whole_number"]

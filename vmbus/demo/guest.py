@@ -60,7 +60,10 @@ class DemoGuest:
 
     async def _attached(self, machine: SoftMachine) -> None:
         async with (
-            attach_machine(machine, self.options.socket, name="demo") as (attachment, delegate),
+            attach_machine(machine, self.options.socket, name=self.options.name) as (
+                attachment,
+                delegate,
+            ),
             trio.open_nursery() as nursery,
         ):
             features = [feature.name for feature in attachment.features]

@@ -34,6 +34,8 @@ class Options:
     """Of a device, and VPs of the guest."""
     seconds: float
     """For the work of each half."""
+    name: str = "demo"
+    """What the server calls the guest."""
 
 
 class Half(ABC, Generic[D]):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from vmbus.demo.guest import DemoGuest
 from vmbus.demo.half import Half, Options
 from vmbus.demo.story import Story
 from vmbus.guest import PERSONALITIES
+from vmbus.streams import EXIT_INTERRUPTED, guarded
 
 
 def whole_number(least: int, most: int) -> Callable[[str], int]:
@@ -40,7 +43,8 @@ def _seconds(text: str) -> float:
 class Program:
     """A demo's guest with the halves of its devices.
 
-    Its exit codes are 0 if all is well, 1 if there was a problem, 2 if the arguments are wrong.
+    Its exit codes are 0 if all is well, 1 if there was a problem, 2 if the arguments are wrong,
+    130 if it was interrupted from the keyboard.
     """
 
     name: str
@@ -60,7 +64,14 @@ class Program:
             SystemExit: They are wrong (code 2, after a line on standard error), or ask for help.
         """
         parser = argparse.ArgumentParser(prog=self.name, description=self.description)
-        parser.add_argument("--socket", required=True, help="where vmbus serve listens")
+        socket = os.environ.get("VMBUS_SOCKET") or None
+        parser.add_argument(
+            "--socket",
+            default=socket,
+            required=socket is None,
+            help="where vmbus serve listens; VMBUS_SOCKET in the environment stands for it",
+        )
+        parser.add_argument("--name", default="demo", help="what the server calls the guest")
         parser.add_argument("--guest", choices=PERSONALITIES, default="linux-6.1")
         parser.add_argument(
             "--channels", type=whole_number(1, 16), default=4, help="channels, and VPs, 1 to 16"
@@ -74,6 +85,7 @@ class Program:
             personality=PERSONALITIES[parsed.guest],
             channels=parsed.channels,
             seconds=parsed.seconds / len(self.halves),
+            name=parsed.name,
         )
         story = Story()
         return DemoGuest(options, [half(options, parsed, story) for half in self.halves], story)
@@ -82,6 +94,13 @@ class Program:
         """Run the guest in a loop of its own; returns the exit code.
 
         Args:
-            arguments: See :meth:`parse`, also for what is raised.
+            arguments: See :meth:`parse`; where that would end the process, its code is returned.
         """
-        return 0 if trio.run(self.parse(arguments).run) else 1
+
+        def run() -> int:
+            guest = self.parse(arguments)
+            good = trio.run(guest.run)
+            interrupted = guest.story.interrupted == signal.SIGINT
+            return 1 if not good else EXIT_INTERRUPTED if interrupted else 0
+
+        return guarded(run)

@@ -12,6 +12,8 @@ class Story:
     def __init__(self) -> None:
         self.failed = False
         """Whether there was a problem."""
+        self.interrupted: int | None = None
+        """The signal that has ended a guest that stays until then."""
 
     def emit(self, event: str, **members: object) -> None:
         """Write one line. Blocks if nobody reads.

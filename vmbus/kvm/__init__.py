@@ -23,5 +23,6 @@ that: the client of :mod:`vmbus.attach`, the SynIC model and the wire formats.
 `cmos`           the clock
 `serial`         the serial port
 `console`        the serial port's other end, a terminal
+`trial`          a guest of some bytes, to see what KVM is worth
 ================ ===========================================================================
 """

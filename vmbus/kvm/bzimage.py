@@ -294,6 +294,12 @@ def _page_tables() -> bytes:
     )
 
 
+def write_tables(memory: Memory) -> None:
+    """Write what 64-bit mode begins with: the GDT, and the first 4 GiB mapped to themselves."""
+    memory.write(GDT_GPA, _GDT)
+    memory.write(PAGE_TABLES_GPA, _page_tables())
+
+
 def _memory_map(ram: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
     """Return (start, end, type): memory, with the firmware's part of the first MiB taken out."""
     entries = [
@@ -370,9 +376,8 @@ def load_linux(
     memory_map = _memory_map(ram)
     tables, rsdp = acpi.build_tables(vp_count, mmio=acpi.mmio_window(ram_regions))
 
-    memory.write(GDT_GPA, _GDT)
     memory.write(ZERO_PAGE_GPA, _zero_page(image, (place, len(initrd)), rsdp, memory_map))
-    memory.write(PAGE_TABLES_GPA, _page_tables())
+    write_tables(memory)
     memory.write(COMMAND_LINE_GPA, command + b"\0")
     for gpa, table in tables:
         memory.write(gpa, table)

@@ -7,12 +7,16 @@ Without one, input is passed on until it ends, for scripts.
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import select
 import termios
 import threading
 import tty
 from collections.abc import Callable, Iterator
+
+_log = logging.getLogger("vmbus.kvm")
 
 ESCAPE = 0x1D
 """Ctrl-]"""
@@ -33,6 +37,7 @@ class Console:
         self._sink = sink
         self._escaped = escaped
         self._interactive = os.isatty(source)
+        self._lost = False
         self._drained = threading.Event()
         self._receive: Callable[[bytes], int] = len
         self._thread = threading.Thread(target=self._read, name="console", daemon=True)
@@ -50,8 +55,11 @@ class Console:
                 data = data[os.write(self._sink, data) :]
             except BlockingIOError:
                 select.select([], [self._sink], [])
-            except BrokenPipeError:
-                # Nobody looks any more; the guest does not mind.
+            except OSError as error:
+                # Nobody looks any more, or there is no room; the guest does not mind.
+                if not self._lost and error.errno != errno.EPIPE:
+                    _log.warning("the console cannot be shown: %s", error.strerror)
+                self._lost = True
                 return
 
     def drained(self) -> None:

@@ -41,6 +41,30 @@ class SynicMode(enum.Enum):
     USER = "user"
 
 
+def set_entry(vcpu: Vcpu, entry: EntryState, *, idt: tuple[int, int] | None = None) -> None:
+    """Let a processor that does not run yet begin in 64-bit mode.
+
+    Args:
+        vcpu: Has not started.
+        entry: Where and how.
+        idt: Base and limit of an interrupt descriptor table; by default there is none.
+
+    Raises:
+        OSError: KVM would not do it.
+    """
+    code = Segment(0, _FLAT, entry.code_selector, _CODE_TYPE, 1, 0, 0, 1, 1, 1)
+    data = Segment(0, _FLAT, entry.data_selector, _DATA_TYPE, 1, 0, 1, 1, 0, 1)
+    vcpu.set_special(
+        {"cs": code, "ds": data, "es": data, "fs": data, "gs": data, "ss": data},
+        {"cr0": entry.cr0, "cr3": entry.cr3, "cr4": entry.cr4, "efer": entry.efer},
+        gdt=(entry.gdt_base, entry.gdt_limit),
+        idt=idt,
+    )
+    vcpu.set_registers(
+        {"rip": entry.rip, "rsi": entry.rsi, "rsp": entry.rsp, "rflags": entry.rflags}
+    )
+
+
 class Life:
     """See the module. It is the processors' :class:`vmbus.kvm.vcpu.Platform`.
 
@@ -131,17 +155,7 @@ class Life:
 
     def start(self, entry: EntryState) -> None:
         """Let the first processor run; the others wait to be started by it."""
-        code = Segment(0, _FLAT, entry.code_selector, _CODE_TYPE, 1, 0, 0, 1, 1, 1)
-        data = Segment(0, _FLAT, entry.data_selector, _DATA_TYPE, 1, 0, 1, 1, 0, 1)
-        first = self.vcpus[0]
-        first.set_special(
-            {"cs": code, "ds": data, "es": data, "fs": data, "gs": data, "ss": data},
-            {"cr0": entry.cr0, "cr3": entry.cr3, "cr4": entry.cr4, "efer": entry.efer},
-            gdt=(entry.gdt_base, entry.gdt_limit),
-        )
-        first.set_registers(
-            {"rip": entry.rip, "rsi": entry.rsi, "rsp": entry.rsp, "rflags": entry.rflags}
-        )
+        set_entry(self.vcpus[0], entry)
         for vcpu in self.vcpus:
             vcpu.start()
 

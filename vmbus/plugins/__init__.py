@@ -4,6 +4,7 @@
 `registry` one look-up of entry points for all kinds of plug-ins
 `devices`  devices, from the entry points in the group ``vmbus.devices``
 `sharing`  back-ends that several guests have at once
+`remarks`  what an operator should know of what was done as asked
 `specs`    the grammar of specifications, ``scheme:[options]target``
 `words`    enumerations and suggestions in messages
 ========== =============================================================================

@@ -44,7 +44,9 @@ class DevicePlugin(Protocol):
             specs: Back-ends, in the plug-in's own grammar (``ram:64M``).
             instance_id: The offer's instance GUID.
             initiator: Who the guest is, for back-ends shared with other guests.
-            options: Settings of the device as a whole; unknown ones are an error.
+            options: Settings of the device as a whole, by name: text from a command line, or what
+                a program has instead, numbers and booleans. To be read through a
+                :class:`vmbus.plugins.specs.OptionReader`, for which unknown ones are an error.
 
         Raises:
             ConfigError: A specification cannot be honoured.

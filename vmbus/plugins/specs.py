@@ -16,7 +16,8 @@ Values are sizes (``512``, ``64K``, ``10G``: powers of 1024), durations (``250us
 
 What a kind of back-end has of its own, its name for people and the options that its device takes
 for itself, is said by a subclass of :class:`Spec`. A back-end reads its options through
-:meth:`Spec.reader`, which words the error messages.
+:meth:`Spec.reader`, which words the error messages; a device reads its own through an
+:class:`OptionReader`, too.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ _SIZE_SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _DURATION_SCALE = {"us": 1_000_000, "ms": 1_000, "s": 1}
 _YES = {"", "on", "yes", "true", "1"}
 _NO = {"off", "no", "false", "0"}
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,7 +116,16 @@ class Spec:
 
     def reader(self) -> OptionReader:
         """Read the options; see :class:`OptionReader`."""
-        return OptionReader(self)
+        return OptionReader(self._quoted, self.options, self.reserved)
+
+    @property
+    def _quoted(self) -> str:
+        text = str(self)
+        return repr(text) if text.endswith(":") else text
+
+    def error(self, text: str) -> ConfigError:
+        """Return an error about this specification, to be raised."""
+        return ConfigError(f"{self._quoted}: {text}")
 
     def inner(self) -> Self:
         """Parse the target as a specification, for back-ends on top of another one.
@@ -123,27 +134,35 @@ class Spec:
             ConfigError: It is not one.
         """
         if not self.target:
-            raise ConfigError(
-                f"{self}: needs a {self.noun} to work on, as in {self.scheme}:{self.example}"
-            )
+            raise self.error(f"needs a {self.noun} to work on, as in {self.scheme}:{self.example}")
         return self.parse(self.target)
 
 
 class OptionReader:
-    """Takes options from a specification by name and type.
+    """Takes options by name and type: those of a specification, or those of a device.
 
-    Every method names one option that the back-end knows; :meth:`finish` then rejects the rest.
-    All of them raise :class:`ConfigError` for a value that cannot be understood.
+    Every method names one option that the back-end or device knows; :meth:`finish` then rejects
+    the rest. All of them raise :class:`ConfigError` for a value that cannot be understood.
+
+    Args:
+        owner: Whose they are, for messages: a specification, or what people call the device.
+        options: By name. Values are text; numbers and booleans, as programs have them, are taken
+            for what a command line would say instead. A flag has the value ``""``.
+        reserved: Options that somebody else takes, and what each does there.
     """
 
-    def __init__(self, spec: Spec) -> None:
-        self._spec = spec
+    def __init__(
+        self, owner: str, options: Mapping[str, object], reserved: Mapping[str, str] = _NOTHING
+    ) -> None:
+        self._owner = owner
+        self._options = {name: _option_text(value) for name, value in options.items()}
+        self._reserved = reserved
         self._known: list[str] = []
 
     def text(self, name: str) -> str | None:
         """The value as written, or None if the option is absent."""
         self._known.append(name)
-        value = self._spec.options.get(name)
+        value = self._options.get(name)
         if value == "":
             raise self._error(name, "needs a value")
         return value
@@ -151,9 +170,9 @@ class OptionReader:
     def flag(self, name: str) -> bool:
         """True for ``name`` alone or ``=on``; False if absent or ``=off``."""
         self._known.append(name)
-        value = self._spec.options.get(name, "off").lower()
+        value = self._options.get(name, "off").lower()
         if value not in _YES | _NO:
-            raise self._error(name, f"is {value!r}; write it alone, or with =on or =off")
+            raise self._error(name, f"is {value!r}; it can be on or off")
         return value in _YES
 
     def size(self, name: str) -> int | None:
@@ -206,14 +225,14 @@ class OptionReader:
         Raises:
             ConfigError: Names the option, the known ones and the closest.
         """
-        for name in self._spec.options:
+        for name in self._options:
             if name in self._known:
                 continue
-            if name in self._spec.reserved:
-                does = self._spec.reserved[name]
+            if name in self._reserved:
+                does = self._reserved[name]
                 raise self._error(name, f"{does} and belongs to the outermost brackets")
             raise ConfigError(
-                f"{self._spec}: unknown option {name!r}; {suggest(name, self._known)}"
+                f"{self._owner}: unknown option {name!r}; {suggest(name, self._known)}"
             )
 
     def _convert(self, name: str, convert: Callable[[str], T]) -> T | None:
@@ -226,7 +245,13 @@ class OptionReader:
             raise self._error(name, f"cannot be used: {error}") from None
 
     def _error(self, name: str, text: str) -> ConfigError:
-        return ConfigError(f"{self._spec}: option {name!r} {text}")
+        return ConfigError(f"{self._owner}: option {name!r} {text}")
+
+
+def _option_text(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
 
 
 def check_text(text: str, what: str) -> None:

@@ -118,8 +118,10 @@ def pick_device(made: Iterable[MadeDevice], request: Mapping[str, Any]) -> MadeD
         what = f"{backend} device"
     found = [each for each in kind if each.index == index]
     if not isinstance(index, int) or isinstance(index, bool) or not found:
-        number = f"{len(kind)}, counted from 0" if kind else "none"
-        raise ConfigError(f"the guest has no {what} number {index!r}; it has {number}")
+        has = {0: "none", 1: "one, number 0"}.get(
+            len(kind), f"{len(kind)}, numbers 0 to {len(kind) - 1}"
+        )
+        raise ConfigError(f"there is no {what} number {index!r}; the guest has {has}")
     if len(found) > 1:
         names = ", ".join(sorted(each.name for each in found))
         raise ConfigError(f"which {what} number {index}? the guest has: {names}")

@@ -16,29 +16,39 @@ phase       the same for a phase that is over: "survey", "write", "read", "mixed
 contents    ``address``, ``when`` ("before" or "after"), ``digest`` of the bytes that are used
 verified    ``address``, ``unmapped``: every byte was as it had to be
 gone        ``address`` of the removed disk
+changed     ``address``, ``size`` and ``block_size`` that it has now; both are 0 for an empty drive
 ==========  ====================================================================================
 
 A digest is BLAKE2b-128 over the BLAKE2b-128 of each 4 KiB. The ``where`` of a problem with a disk
-is its address. With ``--hotplug`` the operator is asked to "add" a disk and to "remove" it again.
+is its address. With ``--hotplug`` the operator is asked to "add" a disk and to "remove" it again,
+and the host has to tell of it within 10 s. With ``--idle`` nothing is tried: there are lines for
+what is there, what comes, goes and changes, until SIGINT or SIGTERM ends the guest.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import signal
 from collections.abc import Sequence
 from functools import partial
+
+import trio
 
 from storvsp.demo.trial import LARGE, CorruptionError, DiskTrial, Meter
 from storvsp.guest import HABITS, GuestDisk, ScsiError, StorvscAdapter, attach, scan
 from storvsp.wire import OPERATION_NAMES
-from vmbus.demo import Half, Options, Program, Story, whole_number
+from vmbus.demo import NOTICE_SECONDS, Half, Options, Program, Story, whole_number
 from vmbus.errors import ConfigError, VMBusError
 from vmbus.guest import Guest
 from vmbus.plugins.specs import parse_size
 from vmbus.wire.gpa import PAGE_SIZE
 from vmbus.wire.guids import CLASS_SCSI
 from vmbus.wire.messages import OfferChannel
+
+LOOK_SECONDS = 2.0
+"""Between looks of an idle guest at its drives, as in Linux."""
 
 _KINDS = {0: "disk", 5: "cd"}
 
@@ -55,6 +65,8 @@ class StorageHalf(Half[StorvscAdapter]):
         """Bytes used of each disk, at most."""
         self.hotplug: bool = arguments.hotplug
         """Whether to have a disk come and go."""
+        self.idle: bool = arguments.idle
+        """Whether to stay, and to look on only."""
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
@@ -65,7 +77,18 @@ class StorageHalf(Half[StorvscAdapter]):
         parser.add_argument(
             "--size", type=_size, default=32 << 20, help="used of each disk, as in 8M"
         )
-        parser.add_argument("--hotplug", action="store_true", help="ask for a disk to come and go")
+        more = parser.add_mutually_exclusive_group()
+        more.add_argument(
+            "--hotplug",
+            action="store_true",
+            help='ask for a disk to come and go, by lines "ready": each has to be done within '
+            f"{NOTICE_SECONDS:g} s",
+        )
+        more.add_argument(
+            "--idle",
+            action="store_true",
+            help="write nothing: find the disks, tell what changes, and stay until interrupted",
+        )
 
     @property
     def ram(self) -> int:
@@ -91,6 +114,9 @@ class StorageHalf(Half[StorvscAdapter]):
 
     async def use(self, driver: StorvscAdapter) -> None:
         """Try all disks, then one that comes and goes; see :meth:`vmbus.demo.Half.use`."""
+        if self.idle:
+            await self._stay(driver)
+            return
         trials = [await self._found(disk) for disk in await scan(driver)]
         if not trials:
             raise VMBusError("there are no disks behind the controller")
@@ -100,6 +126,51 @@ class StorageHalf(Half[StorvscAdapter]):
             await self._try(trial, seconds)
         if self.hotplug:
             await self._hotplug(driver, {_address(trial.disk) for trial in trials}, seconds)
+
+    async def _stay(self, adapter: StorvscAdapter) -> None:
+        """Look on until somebody interrupts, then leave in order. A checkpoint."""
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._look_on, adapter)
+                async for number in signals:
+                    self.story.interrupted = number
+                    break
+                nursery.cancel_scope.cancel()
+
+    async def _look_on(self, adapter: StorvscAdapter) -> None:
+        """Tell what there is, and what changes, for ever. A checkpoint."""
+        known: dict[str, GuestDisk] = {}
+        while True:
+            count = len(adapter.notifications)
+            with contextlib.suppress(ScsiError):  # something goes while it is looked at
+                found = {_address(disk): disk for disk in await scan(adapter)}
+                await self._compare(known, found)
+                known = found
+            # Of media that come and go there is no notification: drives are polled for them.
+            with trio.move_on_after(LOOK_SECONDS):
+                await adapter.wait_notifications(count + 1)
+            for operation in adapter.notifications[count:]:
+                self._notice(operation)
+
+    async def _compare(self, known: dict[str, GuestDisk], found: dict[str, GuestDisk]) -> None:
+        for address in known:
+            if address not in found:
+                self.story.emit("gone", address=address)
+        for address, disk in found.items():
+            old = known.get(address)
+            if old is None or old.device_type != disk.device_type:
+                await self._found(disk)
+            elif (old.size, old.block_size) != (disk.size, disk.block_size):
+                self.story.emit(
+                    "changed", address=address, size=disk.size, block_size=disk.block_size
+                )
+
+    def _notice(self, operation: int) -> None:
+        self.story.emit(
+            "notice",
+            operation=OPERATION_NAMES[operation],
+            heeded=self.habits.rescans_on_enumerate,
+        )
 
     async def _found(self, disk: GuestDisk) -> DiskTrial:
         address = _address(disk)
@@ -172,11 +243,7 @@ class StorageHalf(Half[StorvscAdapter]):
         """Ask the operator for a change, wait for the notification of it, scan again."""
         count = len(adapter.notifications)
         operations = await self.ask(action, partial(adapter.wait_notifications, count + 1))
-        self.story.emit(
-            "notice",
-            operation=OPERATION_NAMES[operations[count]],
-            heeded=self.habits.rescans_on_enumerate,
-        )
+        self._notice(operations[count])
         return await scan(adapter)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from storvsp.disks.raw import RawDisk
 from storvsp.disks.specs import DiskSpec
-from vmbus.errors import ConfigError
 
 SECTOR_SIZE = 2048
 """Bytes of a CD-ROM mode 1 sector (ECMA-130)."""
@@ -21,7 +20,7 @@ async def open_spec(spec: DiskSpec) -> RawDisk:
     share = options.flag("share")
     options.finish()
     if not spec.target:
-        raise ConfigError(f"{spec}: needs the path of an ISO image, as in cd:install.iso")
+        raise spec.error("needs the path of an ISO image, as in cd:install.iso")
     return await RawDisk.open(
         spec.target, read_only=True, sector_size=SECTOR_SIZE, share=share, optical=True
     )

@@ -34,7 +34,6 @@ from storvsp.disk import (
 )
 from storvsp.disks.specs import DiskSpec, open_disk
 from storvsp.disks.wrapper import DiskWrapper
-from vmbus.errors import ConfigError
 from vmbus.memory import total_length, window
 
 
@@ -248,10 +247,10 @@ class FaultDisk(DiskWrapper):
 def _parse_sectors(spec: DiskSpec, text: str) -> tuple[int, int]:
     first, dash, last = text.partition("-")
     if not (first.isdecimal() and (last.isdecimal() or not dash)):
-        raise ConfigError(f"{spec}: lba={text} is neither a sector nor a range like 100-103")
+        raise spec.error(f"lba={text} is neither a sector nor a range like 100-103")
     start, end = int(first), int(last or first)
     if end < start:
-        raise ConfigError(f"{spec}: lba={text} ends before it begins")
+        raise spec.error(f"lba={text} ends before it begins")
     return start, end
 
 
@@ -260,7 +259,7 @@ def _parse_operations(spec: DiskSpec, text: str) -> Operation:
     operations = Operation(0)
     for word in text.split("+"):
         if word not in known:
-            raise ConfigError(f"{spec}: on={word} is not one of {', '.join(known)}")
+            raise spec.error(f"on={word} is not one of {', '.join(known)}")
         operations |= known[word]
     return operations
 

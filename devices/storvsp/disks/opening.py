@@ -93,7 +93,9 @@ def open_file(
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | (os.O_DIRECT if direct else 0)
     if create is not None:
         if read_only:
-            raise ConfigError(f"{name}: create= and ro exclude each other")
+            raise ConfigError(
+                f"{name}: create= makes a disk to be written, but this one is for reading only"
+            )
         if create <= 0 or create % sector_size:
             raise ConfigError(
                 f"{name}: create={create} is not a number of {sector_size}-byte sectors"

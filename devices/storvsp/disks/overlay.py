@@ -1,9 +1,10 @@
 """``overlay:SPEC``: copy on write over any other disk.
 
 ``overlay:raw:base.img`` keeps what is written in memory, ``overlay:[scratch=PATH]raw:base.img``
-in a sparse scratch file. The disk below is only ever read. Nothing survives closing: the record
-of what was written lives in memory, so a scratch file is of no use afterwards. It therefore gets
-no name for longer than it takes to open it: ``PATH`` is a directory, or a file that does not
+in a sparse scratch file. The disk below is only ever read: an image is opened like ``ro``, so any
+number of overlays can share it, and nobody can write it meanwhile. Nothing survives closing: the
+record of what was written lives in memory, so a scratch file is of no use afterwards. It therefore
+gets no name for longer than it takes to open it: ``PATH`` is a directory, or a file that does not
 exist yet.
 
 How it works
@@ -422,7 +423,7 @@ async def open_spec(spec: DiskSpec) -> OverlayDisk:
     place = options.text("scratch")
     options.finish()
     async with contextlib.AsyncExitStack() as stack:
-        base = await open_disk(spec.inner())
+        base = await open_disk(dataclasses.replace(spec.inner(), base=True))
         stack.push_async_callback(base.aclose)
         scratch = await open_scratch(place, base.info) if place else None
         overlay = OverlayDisk(base, scratch)

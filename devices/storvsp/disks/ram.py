@@ -319,10 +319,10 @@ async def open_spec(spec: DiskSpec) -> RamDisk:
     physical = options.integer("physical", choices=(512, 4096)) or 4096
     options.finish()
     if physical < sector_size:
-        raise ConfigError(f"{spec}: physical={physical} is smaller than the logical sector")
+        raise spec.error(f"physical={physical} is smaller than the logical sector")
     try:
         return RamDisk(
             parse_size(spec.target), sector_size=sector_size, physical_sector_size=physical
         )
     except ConfigError as error:
-        raise ConfigError(f"{spec}: {error}") from None
+        raise spec.error(str(error)) from None

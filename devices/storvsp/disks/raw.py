@@ -69,6 +69,7 @@ from storvsp.disks.opening import identify, measure, oddities, open_file
 from storvsp.disks.specs import DiskSpec
 from vmbus.errors import ConfigError
 from vmbus.memory import total_length
+from vmbus.plugins.remarks import remark
 from vmbus.watchers import Watchers
 from vmbus.workers import shared_pool
 
@@ -114,7 +115,8 @@ class RawDisk(Disk):
             sector_size = self._device.logical_sector_size if self._device else 512
         size = measure(fd, sector_size)
         if not size:
-            raise ConfigError("the file is smaller than one sector; create=SIZE makes a new one")
+            hint = "" if read_only else "; create=SIZE makes a new one"
+            raise ConfigError(f"the file is smaller than one sector{hint}")
         if direct:
             direct_io.probe(fd, size, sector_size)
         self._info = self._describe(fd, size, sector_size, read_only, optical)
@@ -212,7 +214,7 @@ class RawDisk(Disk):
             try:
                 if not direct:  # which would have to read whole sectors to know
                     for oddity in await pool.run(oddities, fd, sector_size or 512):
-                        _log.warning("%s: %s", name, oddity)
+                        remark(_log, f"{name}: {oddity}")
                 return cls(
                     fd,
                     read_only=read_only,
@@ -448,14 +450,14 @@ def _zero(fd: int, offset: int, length: int, may_unmap: bool) -> bool:
 async def open_spec(spec: DiskSpec) -> RawDisk:
     """Open ``raw:[ro,sector=512|4096,create=SIZE,direct,share]PATH``."""
     options = spec.reader()
-    read_only = options.flag("ro")
+    read_only = options.flag("ro") or spec.base
     sector_size = options.integer("sector", choices=(512, 4096))
     create = options.size("create")
     direct = options.flag("direct")
     share = options.flag("share")
     options.finish()
     if not spec.target:
-        raise ConfigError(f"{spec}: needs the path of an image, as in raw:disk.img")
+        raise spec.error("needs the path of an image, as in raw:disk.img")
     return await RawDisk.open(
         spec.target,
         read_only=read_only,

@@ -11,7 +11,7 @@ import contextvars
 import dataclasses
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
-from typing import ClassVar, cast
+from typing import ClassVar, Self, cast
 
 from storvsp.disk import Disk
 from vmbus.errors import ConfigError
@@ -34,6 +34,10 @@ Opener = Callable[["DiskSpec"], Awaitable[Disk]]
 class DiskSpec(Spec):
     """The specification of a disk."""
 
+    base: bool = dataclasses.field(default=False, compare=False)
+    """Something else keeps what is written to the disk, and only ever reads this one: to be opened
+    for reading, so that several can share it. Goes on to the disks below."""
+
     noun: ClassVar[str] = "disk"
     example: ClassVar[str] = "ram:64M"
     file_scheme: ClassVar[str] = "raw"
@@ -44,6 +48,10 @@ class DiskSpec(Spec):
         "shared": "one disk for all guests of a server, with one set of reservations",
         "on-error": "says what becomes of commands that find no room",
     }
+
+    def inner(self) -> Self:
+        """Parse the target as the specification of the disk below; see :class:`Spec`."""
+        return dataclasses.replace(Spec.inner(self), base=self.base)
 
 
 async def open_disk(spec: str | DiskSpec) -> Disk:
@@ -85,9 +93,9 @@ async def _open(spec: DiskSpec) -> Disk:
     try:
         disk = await opening
     except OSError as error:
-        raise ConfigError(f"{spec}: {error.strerror or error}") from error
+        raise spec.error(error.strerror or str(error)) from error
     except OverflowError as error:
-        raise ConfigError(f"{spec}: {error}") from error
+        raise spec.error(str(error)) from error
     if not isinstance(disk, Disk):
         raise ConfigError(
             f"disk plug-in {spec.scheme!r} is broken: it returned {type(disk).__name__}, not a Disk"

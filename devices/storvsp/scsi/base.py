@@ -215,13 +215,14 @@ class DispatchUnit(LogicalUnit):
             error: What it raised.
             writing: True if the command was changing the medium.
         """
+        if isinstance(error, CheckCondition):
+            return check_condition(error.sense)
+        if isinstance(error, ReservationConflict):
+            return RESERVATION_CONFLICT
+        if isinstance(error, trio.EndOfChannel):  # nobody waits for it any more
+            return TASK_ABORTED
+        self.errors += 1
         match error:
-            case CheckCondition():
-                return check_condition(error.sense)
-            case ReservationConflict():
-                return RESERVATION_CONFLICT
-            case trio.EndOfChannel():  # nobody waits for it any more
-                return TASK_ABORTED
             case DiskError():
                 self._report(logging.INFO, f"{command!r}: {error}", None)
                 cause = error

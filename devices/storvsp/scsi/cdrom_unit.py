@@ -6,7 +6,7 @@ import contextlib
 import os
 import struct
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from storvsp.disk import Disk, DiskError
 from storvsp.scsi import cdb as op, cdrom_data as mmc, sense
@@ -221,6 +221,15 @@ class CdromUnit(DispatchUnit):
         """Show the lock in mode page 2A."""
         locked = TRAY_LOCKED if self.tray.locked else 0
         self.modes.store(CAPABILITIES, 6, TRAY_CAPABILITIES | locked)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the drive is, whatever is in it, and the state of its tray."""
+        return {
+            "kind": "CD-ROM drive",
+            "read_only": True,
+            "tray": "open" if self.tray.open else "closed",
+            "locked": self.tray.locked,
+        }
 
     def close(self) -> None:
         """Abort what is in progress and stop watching the medium."""

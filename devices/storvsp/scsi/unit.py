@@ -127,6 +127,16 @@ class LogicalUnit(abc.ABC):
     name = ""
     """What operators call it: where it is, and what is behind it."""
 
+    # What operators see of it; kept by who executes its commands.
+    commands = 0
+    """Commands that have ended, whatever their outcome."""
+    bytes_read = 0
+    """Bytes that they have moved to guests."""
+    bytes_written = 0
+    """Bytes that they have taken from guests."""
+    errors = 0
+    """Commands that failed because of what is behind the unit, not of what the guest has asked."""
+
     @abc.abstractmethod
     def try_execute(self, command: Command) -> Outcome | None:
         """Run a command that needs no waiting. Cannot block.

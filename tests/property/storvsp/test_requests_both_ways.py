@@ -54,7 +54,7 @@ def requests(draw):
         draw(st.integers(0, 255)),
         0,
         7,
-        *draw(st.sampled_from([(0, 0, 0), (0, 0, 0), (0, 0, 5), (1, 1, 0)])),
+        *draw(st.sampled_from([(0, 0, 0), (0, 0, 0), (0, 0, 1), (0, 0, 5), (1, 1, 0)])),
         draw(st.sampled_from([10, 10, 16, 6, 0, 17])),
         draw(st.sampled_from([20, 0, 255])),
         draw(st.sampled_from([0, 1, 1, 2, 3])),
@@ -79,12 +79,13 @@ def as_packet(raw: bytes) -> Packet:
     return Packet(kind, flags, transaction_id, raw, offset8 * 8)
 
 
-async def answers(raw: list[bytes], *, fast: bool) -> tuple[list[bytes], bytes, bytes]:
-    """Return the answers, guest memory and disk contents after serving ``raw``."""
+async def answers(raw: list[bytes], *, fast: bool) -> tuple[object, ...]:
+    """Return answers, guest memory, disk contents and counters after serving ``raw``."""
     disk = RamDisk(1 << 16)
     assert disk.try_writev(0, [memoryview(DISK)])
     controller = ScsiController(instance_id=UUID(int=7))
     controller.add_disk(disk)
+    controller.add_disk(RamDisk(1 << 16))
     channel, guest = channel_pair(ring_pages=4, data_pages=0)
     for pfn in range(8):
         guest.memory.page(pfn)[64:] = bytes([pfn]) * 4032  # rings are not looked at here
@@ -102,7 +103,7 @@ async def answers(raw: list[bytes], *, fast: bool) -> tuple[list[bytes], bytes, 
     queued = list(channel._queue)
     memory = b"".join(bytes(guest.memory.page(pfn)) for pfn in range(8))
     channel.close_doorbell()
-    return queued, memory, bytes(content)
+    return queued, memory, bytes(content), session.requests.inline, controller.units.describe()
 
 
 @given(st.lists(requests(), max_size=6))

@@ -215,3 +215,31 @@ async def test_a_process_that_was_never_started_needs_no_end(tmp_path):
     await child.end()
     assert child.returncode is None
     assert demo.how(child.returncode) == "had to be ended"
+
+
+MISTAKE = "import sys; print('Error: what you typed', file=sys.stderr); sys.exit(2)"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_a_mistake_that_the_server_finds_is_one_and_leaves_nothing(
+    monkeypatch, temporary, arguments
+):
+    result = perform(monkeypatch, server=MISTAKE, arguments=arguments)
+    assert result.exit_code == 2
+    assert result.stderr == "Error: what you typed\n"
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("spec", ["bla", "ram:[lun=0]1M", "raw:/nowhere/disk.img", "rom:1M"])
+def test_a_disk_that_cannot_be_is_a_mistake(temporary, spec):
+    result = run_cli("demo", "--size", "1M", "--disk", spec)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: ")
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "1e10"])
+def test_a_time_that_is_none_is_a_mistake(seconds):
+    result = run_cli("demo", "--seconds", seconds)
+    assert result.exit_code == 2
+    assert "is not a number of seconds" in result.output

@@ -15,7 +15,8 @@ from vmbus.errors import ConfigError
 
 UNIT = {"address": "0:0:0", "size": 64 << 20, "kind": "RamDisk", "read_only": False,
         "source": "ram:64M"}  # fmt: skip
-CD = {"address": "0:0:5", "size": None, "kind": "CdromUnit", "read_only": None, "source": ""}
+CD = {"address": "0:0:5", "size": None, "kind": "CD-ROM drive", "read_only": True, "source": "",
+      "tray": "closed", "locked": False}  # fmt: skip
 
 
 class Server:
@@ -67,10 +68,33 @@ def test_disks_of_all_guests_are_listed_by_controller(run):
     result = run("list")
     assert result.exit_code == 0
     assert result.output.splitlines() == [
-        "guest  controller  address  size    kind       access       state  source",
-        "vm1    0           0:0:0    64 MiB  RamDisk    read, write  -      ram:64M",
-        "vm1    1           0:0:5    -       CdromUnit  -            -      -",
+        "guest  controller  address  size    kind          access       state  source",
+        "vm1    0           0:0:0    64 MiB  RamDisk       read, write  -      ram:64M",
+        "vm1    1           0:0:5    -       CD-ROM drive  read only    empty  -",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({"size": 2048}, "closed"),
+        ({"size": 2048, "locked": True}, "locked"),
+        ({"size": 2048, "tray": "open"}, "tray open"),
+        ({"tray": "open", "locked": True}, "empty, tray open, locked"),
+    ],
+)
+def test_the_state_of_a_drive_is_listed(run, server, changes, state):
+    server.guests = [make_guest("vm1", devices=[make_controller(0, {**CD, **changes})])]
+    assert f"  read only  {state}  " in run("list").output
+
+
+@pytest.mark.parametrize("arguments", [("add", "cd:a.iso"), ("insert", "1", "cd:a.iso")])
+def test_what_the_operator_should_know_is_told_to_him(run, server, arguments):
+    server.result = {"address": "0:0:1", "done": True, "warnings": ["a.iso: \x1b odd"]}
+    result = run(*arguments)
+    assert result.exit_code == 0
+    assert result.stderr == "warning: a.iso: ? odd\n"
+    assert "odd" not in result.stdout
 
 
 def test_the_list_says_which_disk_keeps_its_guest_waiting(run, server):

@@ -44,7 +44,8 @@ def test_the_report_has_colour_on_a_terminal_only(monkeypatch):
     assert plain[0] == "Serving guests"
     assert "Tools" in plain
     assert not any("\x1b" in line for line in plain)
-    monkeypatch.setattr(doctor, "on_terminal", lambda: True)
+    monkeypatch.setattr("vmbus.cli.output.styled", lambda: True)
+    monkeypatch.setattr(doctor, "styled", lambda: True)
     coloured = doctor.report(found)
     assert [click.unstyle(line) for line in coloured] == plain
     assert "\x1b[32mok" in coloured[1]

@@ -8,7 +8,15 @@ import pytest
 
 from tests.support.checks import outcome
 from vmbus.cli.checks import Outcome
-from vmbus.cli.kvm_checks import CAPABILITIES, KVM_GET_API_VERSION, SynicMode, check_kvm
+from vmbus.cli.kvm_checks import (
+    CAPABILITIES,
+    KVM_GET_API_VERSION,
+    SynicMode,
+    check_guest,
+    check_kvm,
+)
+from vmbus.errors import ConfigError
+from vmbus.kvm.trial import Trial
 
 
 class Kvm:
@@ -79,3 +87,41 @@ def test_without_kvm_the_way_to_get_it_is_shown(monkeypatch, error, advice):
     assert outcome(check) is Outcome.MISSING
     assert advice in check.advice
     assert (mode, capabilities, check.needed) == (SynicMode.NONE, {}, False)
+
+
+FAST = (0.0001,) * 6
+
+
+@pytest.mark.parametrize(
+    ("seen", "state", "text"),
+    [
+        (Trial(FAST), Outcome.OK, "works: 1e+03 million instructions/s, 0.1 us for an exit"),
+        (Trial(()), Outcome.LIMITED, "does not run at all in 1 s"),
+        (
+            Trial(FAST[:5]),
+            Outcome.LIMITED,
+            "does not take 10 interrupts of a timer in 1 s; 1e+03 million",
+        ),
+        (Trial(FAST[:1]), Outcome.LIMITED, "does not count to 50000 in 1 s"),
+        (Trial(FAST[:1], "triple fault"), Outcome.LIMITED, "does not count to 50000: triple fault"),
+        (Trial((0.1, 0.2, 0.1)), Outcome.LIMITED, "is interpreted: 0.5 million instructions/s"),
+        (Trial((0.1, 0.2, *FAST[:4])), Outcome.LIMITED, "is interpreted: 0.5 million"),
+    ],
+    ids=str,
+)
+def test_a_guest_of_our_own_shows_whether_kernels_will_boot(seen, state, text):
+    check = check_guest(lambda seconds: seen)
+    assert check.found.startswith(text)
+    assert outcome(check) is state
+    assert bool(check.advice) is (state is not Outcome.OK)
+    assert not check.needed
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ConfigError("no KVM")])
+def test_a_machine_that_cannot_be_made_is_said(error):
+    def fail(seconds):
+        raise error
+
+    check = check_guest(fail)
+    assert outcome(check) is Outcome.LIMITED
+    assert check.found.startswith("cannot be made: ")

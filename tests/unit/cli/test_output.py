@@ -1,13 +1,21 @@
 """How commands write: tables, sizes, JSON, and text of strangers."""
 
+import contextlib
+import io
+import logging
+import os
+import pty
+import re
+import subprocess
 import sys
 
 import click
 import pytest
 
-from tests.support.cli import Terminal
+from tests.support.cli import COMMAND, PATIENCE, Terminal, child_environment
 from vmbus.cli import output
-from vmbus.cli.output import print_json, print_table, safe, size_text
+from vmbus.cli.logs import logging_to
+from vmbus.cli.output import console, print_json, print_table, safe, size_text
 
 
 @pytest.mark.parametrize(
@@ -59,3 +67,70 @@ def test_json_is_one_line(capsys):
 
 def test_a_pipe_is_no_terminal():
     assert output.on_terminal() is sys.stdout.isatty()
+
+
+@pytest.mark.parametrize(
+    ("environment", "terminal", "colours"),
+    [
+        ({}, True, True),
+        ({"TERM": "xterm"}, True, True),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True, True),
+        ({"TERM": "xterm", "NO_COLOR": "0"}, True, False),
+        ({"TERM": "dumb"}, False, False),
+        ({"TERM": "unknown"}, False, False),
+    ],
+    ids=str,
+)
+def test_the_environment_says_what_a_terminal_can_do(monkeypatch, environment, terminal, colours):
+    for name in ("TERM", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    screen = Terminal()
+    assert (output.on_terminal(screen), output.styled(screen)) == (terminal, colours)
+    monkeypatch.setattr(sys, "stdout", screen)
+    print_table(("state",), [("broken",)])
+    console().print("[ok]", style="red")
+    click.echo(output.bold("bold"))
+    with logging_to(screen):
+        logging.getLogger("vmbus.cli").error("ouch")
+    assert ("\x1b" in screen.getvalue()) == colours
+    assert output.on_terminal(io.StringIO()) is output.styled(io.StringIO()) is False
+
+
+def run_on_a_terminal(*arguments: str, **extra: str) -> str:
+    """Run a command whose standard output and error are a terminal; return what it shows."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=slave,
+        stderr=slave,
+        env=child_environment(**extra),
+    )
+    os.close(slave)
+    shown = b""
+    with open(master, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # its end
+        while data := terminal.read(65536):
+            shown += data
+    process.wait(PATIENCE)
+    return shown.decode()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("devices",), "storvsp"),
+        (("doctor",), "Serving guests"),
+        (("serve", "--socket", "/nowhere/s"), "cannot listen"),
+        (("demo", "--size", "1M", "--seconds", "0", "--disk", "ram:[lun=0]1M"), "is taken"),
+    ],
+    ids=lambda value: value[0],
+)
+def test_who_wants_no_colours_gets_none_from_any_command(arguments, text):
+    shown = run_on_a_terminal(*arguments, TERM="xterm", NO_COLOR="1")
+    assert text in shown
+    assert not re.search("\x1b\\[[0-9;]*m", shown)
+    dumb = run_on_a_terminal(*arguments, TERM="dumb")
+    assert text in dumb
+    assert "\x1b" not in dumb

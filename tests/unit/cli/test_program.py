@@ -21,6 +21,7 @@ from vmbus.errors import (
     GuestProtocolError,
     PeerProtocolError,
 )
+from vmbus.streams import OutputError
 
 MANUAL = ROOT / "docs" / "reference" / "cli.md"
 
@@ -132,11 +133,29 @@ def test_an_interrupt_outside_of_a_command_has_its_exit_code(monkeypatch):
     assert cli.main() == 130
 
 
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        (click.Abort(), 130),
+        (click.UsageError("no"), 2),
+        (program_module.ProtocolFailure("no"), 3),
+        (SystemExit(1), 1),
+    ],
+    ids=repr,
+)
+def test_however_a_command_ends_there_is_an_exit_code(monkeypatch, end, code):
+    def ended(**_):
+        raise end
+
+    monkeypatch.setattr(program, "main", ended)
+    assert cli.main() == code
+
+
 def test_the_entry_point_runs_the_program(monkeypatch):
     seen = []
     monkeypatch.setattr(program, "main", lambda **options: seen.append(options))
     assert cli.main() == 0
-    assert seen == [{"prog_name": "vmbus"}]
+    assert seen == [{"prog_name": "vmbus", "standalone_mode": False}]
 
 
 @pytest.fixture
@@ -204,22 +223,52 @@ def test_what_nobody_expected_keeps_its_traceback(failing, error):
     assert failing(error).exception is error
 
 
-def test_a_reader_that_has_gone_away_is_left_to_click():
-    assert explain(BrokenPipeError()) is None
+def test_output_that_is_not_taken_is_left_to_who_runs_the_program():
+    assert explain(OutputError(32, "Broken pipe", "standard output")) is None
 
 
-def test_a_closed_pipe_is_no_traceback(tmp_path):
+@pytest.mark.parametrize(
+    "arguments",
+    ["--help", "--version", "devices", "doctor --json", "disk add --help", "demo --size 1M"],
+)
+@pytest.mark.parametrize(
+    ("shell", "told"),
+    [
+        ("{} > /dev/full", "Error: standard output: No space left on device\n"),
+        ("{} >&-", "Error: standard output: Bad file descriptor\n"),
+        ("{} | true", ""),
+        ("{} >&- 2>&- <&-", ""),
+    ],
+)
+def test_output_that_is_not_taken_is_no_traceback(arguments, shell, told):
     import subprocess
 
     result = subprocess.run(
-        f"{' '.join(COMMAND)} devices --json | true",
+        shell.format(f"{' '.join(COMMAND)} {arguments}"),
         shell=True,
         env=child_environment(),
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "Traceback" not in result.stderr
+    assert result.stderr == told
+    if "|" not in shell:
+        assert result.returncode == 1
+
+
+@pytest.mark.parametrize(("arguments", "code"), [("devices", 0), ("nothing", 2), ("top", 2)])
+def test_messages_that_are_not_taken_change_no_exit_code(arguments, code):
+    import subprocess
+
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [*COMMAND, arguments],
+            env=child_environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=full,
+            check=False,
+        )
+    assert result.returncode == code
 
 
 def test_commands_are_modules_of_their_own():

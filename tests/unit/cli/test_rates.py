@@ -1,6 +1,6 @@
 """Rates: differences between two looks at a server."""
 
-from tests.support.cli import make_channel, make_guest
+from tests.support.cli import make_channel, make_controller, make_guest, make_unit
 from tests.support.looks import channel_of, view_of
 
 
@@ -38,3 +38,41 @@ def test_another_guest_of_the_same_name_is_another_guest():
 def test_two_looks_at_the_same_moment_divide_by_something():
     view = view_of([make_guest("a", make_channel())], [make_guest("a", make_channel())], 0.0)
     assert channel_of(view).rates["packets_in"] == 0.0
+
+
+def test_devices_that_are_gone_and_rings_without_size_are_shown():
+    channel = make_channel(device=99, outgoing_size=0, outgoing_used=0)
+    shown = channel_of(view_of([], [make_guest("a", channel)]))
+    assert (shown.device, shown.outgoing_fill) == ("?", 0.0)
+
+
+def guest_with(*units, **changes):
+    return make_guest("a", devices=[make_controller(0, *units)], **changes)
+
+
+def test_disks_have_rates_of_their_own_and_sums():
+    before = [guest_with(make_unit(bytes_read=1000, commands=10, errors=1))]
+    after = [
+        guest_with(
+            make_unit(bytes_read=5000, commands=30, errors=3),
+            make_unit("0:0:1", bytes_read=200),  # new
+        )
+    ]
+    (guest,) = view_of(before, after).guests
+    assert [disk.address for disk in guest.disks] == ["0:0:0", "0:0:1"]
+    assert guest.disks[0].rates == {"commands": 10.0, "bytes_read": 2000.0, "bytes_written": 0.0}
+    assert guest.disks[0].errors == 3
+    assert guest.disk_rate("bytes_read") == 2100.0
+
+
+def test_another_disk_at_the_same_address_counts_from_zero():
+    before, after = guest_with(make_unit(commands=9)), guest_with(make_unit(commands=4))
+    (guest,) = view_of([before], [after]).guests
+    assert guest.disks[0].rates["commands"] == 2.0
+
+
+def test_what_counts_nothing_is_no_disk():
+    device = {**make_controller(0, {"address": "0"}), "key": 2}
+    bare = {"key": 3, "class": "nic"}
+    (guest,) = view_of([], [make_guest("a", devices=[device, bare])]).guests
+    assert guest.disks == ()

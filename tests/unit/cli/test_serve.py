@@ -18,7 +18,7 @@ from vmbus.server import DeviceSetup
         (["--disk", "disk.img"], "for an image file write raw:disk.img"),
         (["--disk", "rom:64M"], "did you mean 'ram'?"),
         (["--disk", "raw:missing.img"], "missing.img"),
-        (["--disk", "ram:[lun=1]1M", "--disk", "ram:[lun=1]1M"], "LUN 1 is taken"),
+        (["--disk", "ram:[lun=1]1M", "--disk", "ram:[lun=1]1M"], "0:0:1 is taken"),
         (["--disk", "ram:[lun=x]1M"], "needs a number"),
         (["--max-transfer", "5"], "multiple of 4096"),
         (["--max-transfer", "lots"], "'lots' is not a size"),
@@ -28,8 +28,13 @@ from vmbus.server import DeviceSetup
         (["--permissions", "rw"], "as in 660"),
         (["--fd", "3"], "--socket and --fd are two places"),
         (["--device", "storvsc"], "did you mean 'storvsp'? known: storvsp"),
-        (["--device", "storvsp speed=fast"], "has no option 'speed'"),
-        (["--device", "storvsp max_subchannels=many"], "many"),
+        (
+            ["--device", "storvsp speed=fast"],
+            "unknown option 'speed'; known: max_subchannels, max",
+        ),
+        (["--device", "storvsp max_subchannels=many"], "'many' is not a whole number"),
+        (["--device", "storvsp monitor=perhaps"], "'monitor' is 'perhaps'; it can be on or off"),
+        (["--device", "storvsp max_transfer_bytes=1X"], "'1X' is not a size; write bytes, or"),
         (["--device", "storvsp 'ram:1M"], "no closing quotation"),
         (["--device", "storvsp monitor"], "'monitor' is neither OPTION=VALUE nor scheme:target"),
         (["--device", "ram:1M"], "does not begin with a device's name"),
@@ -82,7 +87,7 @@ def test_a_device_is_a_name_options_and_specifications():
         DeviceSetup(
             "storvsp",
             ("raw:[ro]a b", "ram:1M"),
-            {"monitor": True, "x": False, "n": 3, "size": 2 << 20, "w": "word"},
+            {"monitor": "on", "x": "OFF", "n": "3", "size": "2M", "w": "word"},
         )
     )
 

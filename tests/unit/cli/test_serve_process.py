@@ -223,9 +223,12 @@ async def test_a_guest_uses_its_disks_while_operators_look_and_change_them(path,
 
             top = await in_thread(run_child, "top", "--socket", path, "--once")
             assert top.returncode == 0, top.stderr
-            _, line, channel = top.stdout.splitlines()
-            assert line == (f"guest=vm1 version=5.3 memory={MEMORY} paused=no faults=0 channels=1")
+            _, line, channel, used = top.stdout.splitlines()
+            assert line == (
+                f"guest=vm1 version=5.3 memory={MEMORY} paused=no faults=0 channels=1 disks=1"
+            )
             assert channel.startswith("guest=vm1 channel=1 device=scsi subchannel=0 ")
+            assert used.startswith("guest=vm1 disk=0:0:0 controller=0 size=4194304 errors=0 ")
 
             # What the other commands say is the same in this process.
             added = await in_thread(run_cli, "disk", "add", "--socket", path, "ram:[lun=3]2M")
@@ -242,14 +245,14 @@ async def test_a_guest_uses_its_disks_while_operators_look_and_change_them(path,
             assert removed.exit_code == 0
             again = await in_thread(run_cli, "disk", "remove", "--socket", path, "3")
             assert again.exit_code == 2
-            assert again.stderr == "Error: nothing is at path 0, target 0, LUN 3\n"
+            assert again.stderr == "Error: nothing is at 0:0:3\n"
             late = await in_thread(run_cli, "disk", "resize", "--socket", path, "3", "3M")
             assert (late.exit_code, late.stderr) == (again.exit_code, again.stderr)
             nowhere = await in_thread(
                 run_cli, "disk", "add", "--socket", path, "--controller", "1", "ram:1M"
             )
             assert nowhere.exit_code == 2
-            assert "no disk device number 1; it has 1, counted from 0" in nowhere.stderr
+            assert "there is no disk device number 1; the guest has one, number 0" in nowhere.stderr
 
             await adapter.close()
             await guest.connection.unload()

@@ -1,4 +1,4 @@
-"""``vmbus top``: rates, and the three ways to show them."""
+"""``vmbus top``: the ways to show what a server does."""
 
 import json
 import os
@@ -10,85 +10,17 @@ import pytest
 from tests.support.cli import (
     Terminal,
     make_channel,
+    make_controller,
     make_guest,
     make_status,
+    make_unit,
     run_child,
     run_cli,
     scripted_server,
 )
-from tests.support.looks import channel_of, view_of
 from vmbus.cli import program as program_module, top
 from vmbus.cli.client import ask_guests
-from vmbus.cli.rates import ServerView
-from vmbus.cli.top import plain_lines, render, short
-
-
-def test_devices_that_are_gone_and_rings_without_size_are_shown():
-    channel = make_channel(device=99, outgoing_size=0, outgoing_used=0)
-    shown = channel_of(view_of([], [make_guest("a", channel)]))
-    assert (shown.device, shown.outgoing_fill) == ("?", 0.0)
-
-
-@pytest.mark.parametrize(
-    ("number", "base", "text"),
-    [
-        (0, 1000, "0"),
-        (999.4, 1000, "999"),
-        (4390, 1000, "4.39k"),
-        (999_700, 1000, "1M"),
-        (1536, 1024, "1.5k"),
-        (5 << 30, 1024, "5G"),
-        (7e14, 1000, "700T"),
-    ],
-)
-def test_numbers_are_short(number, base, text):
-    assert short(number, base) == text
-
-
-GUESTS = [
-    make_guest(
-        "vm\x1b[2J 1",
-        make_channel(1, packets_in=5000, bytes_in=3 << 20, incoming_used=500, outstanding=32),
-        make_channel(2, subchannel_index=1),
-        faults=3,
-    ),
-    make_guest("idle", number=2, version=None, paused=True),
-]
-
-
-def test_lines_for_a_pipe_are_key_and_value():
-    lines = list(plain_lines(view_of([], GUESTS, 1.0)))
-    assert lines[0] == "server=vmbus_1.2.3 pid=42 rss=41943040 guests_served=7 guests=2"
-    assert lines[1] == (
-        "guest=vm?[2J_1 version=5.3 memory=1073741824 paused=no faults=3 channels=2"
-    )
-    assert lines[2].startswith(
-        "guest=vm?[2J_1 channel=1 device=scsi subchannel=0 ring_in=0.500 ring_out=0.000 "
-        "outstanding=32 packets_in=5000.0 packets_out=0.0 bytes_in=3145728.0"
-    )
-    assert lines[4] == "guest=idle version=- memory=1073741824 paused=yes faults=0 channels=0"
-    for line in lines:
-        assert all(len(word.split("=")) == 2 for word in line.split(" "))
-
-
-def test_a_guest_without_a_name_is_a_word():
-    assert list(plain_lines(view_of([], [make_guest(" ")])))[1].startswith("guest=- ")
-
-
-def test_the_table_fits_a_terminal_and_shows_everything(monkeypatch):
-    from rich.console import Console
-
-    console = Console(width=80, file=Terminal(), force_terminal=False)
-    console.print(render(view_of([], GUESTS, 1.0)))
-    assert isinstance(console.file, Terminal)
-    text = console.file.getvalue()
-    lines = [line.rstrip() for line in text.splitlines()]
-    assert "vm?[2J 1: VMBus 5.3, 1 GiB of memory, 3 fault(s)" in lines
-    assert "idle: no contact yet, 1 GiB of memory, 0 fault(s), paused, no open channels" in lines
-    row = next(line for line in lines if line.startswith("1 scsi ")).split()
-    assert row == ["1", "scsi", "50%", "0%", "32", "5k", "0", "3M", "0", "0", "0"]
-    assert any(line.startswith("2 scsi.1 ") for line in lines)
-    assert "…" not in text
+from vmbus.cli.screen import ENTER, LEAVE, Quit, Screen
 
 
 @pytest.fixture
@@ -100,7 +32,11 @@ def server(tmp_path):
         nonlocal count
         assert kind == "guests"
         count += 1000
-        return make_status(make_guest("vm1", make_channel(packets_in=count)))
+        unit = make_unit(commands=count, bytes_read=count * 4096)
+        guest = make_guest(
+            "vm1", make_channel(packets_in=count), devices=[make_controller(0, unit)]
+        )
+        return make_status(guest)
 
     with scripted_server(tmp_path / "socket", query) as path:
         yield path
@@ -110,7 +46,7 @@ def test_a_pipe_gets_as_many_looks_as_it_wants(server):
     result = run_cli("top", "--socket", server, "--interval", "0.1", "--count", "2")
     assert result.exit_code == 0
     assert [line.split("=")[0] for line in result.output.splitlines()] == [
-        "server", "guest", "guest", "server", "guest", "guest"
+        "server", "guest", "guest", "guest", "server", "guest", "guest", "guest"
     ]  # fmt: skip
 
 
@@ -122,24 +58,89 @@ def test_json_is_one_object_per_look(server):
     assert view["time"] <= time.time()
     channel = view["guests"][0]["channels"][0]
     assert channel["rates"]["packets_in"] == pytest.approx(1000 / view["interval"])
+    (disk,) = view["guests"][0]["disks"]
+    assert disk["rates"]["bytes_read"] == pytest.approx(4096000 / view["interval"])
 
 
-def test_a_terminal_gets_a_table_that_is_kept_up_to_date(server, monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(top, "on_terminal", lambda: True)
-    monkeypatch.setattr(sys, "stdout", terminal)
+@pytest.fixture
+def terminal(monkeypatch):
+    """Make standard output one; not before the test itself, because pytest takes it as well."""
+
+    def make():
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stdout", terminal)
+        return terminal
+
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
-    top.watch(view for view, _ in zip(top.look(server, 0.0), range(3), strict=False))
-    assert terminal.getvalue().count("1 scsi") >= 2
+    return make
 
 
-def test_the_command_uses_the_table_on_a_terminal(server, monkeypatch):
-    seen: list[ServerView] = []
+def test_a_terminal_gets_a_table_that_is_kept_up_to_date(server, terminal):
+    shown = terminal()
+    top.watch(server, 0.0, 2)
+    text = shown.getvalue()
+    painted, last = text.split(LEAVE)
+    assert painted.startswith(ENTER)
+    assert painted.count("1 scsi") == 2
+    assert last.count("1 scsi") == 1  # it stays to be read
+
+
+def test_q_ends_it_and_the_last_look_stays(server, terminal, monkeypatch):
+    waits = []
+
+    def wait(self, seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            raise Quit
+
+    monkeypatch.setattr(Screen, "wait", wait)
+    shown = terminal()
+    top.watch(server, 5.0, None)
+    assert waits == [5.0, 5.0]
+    assert shown.getvalue().split(LEAVE)[1].count("1 scsi") == 1
+
+
+def test_a_server_that_goes_away_gives_the_terminal_back(tmp_path, terminal):
+    answers = [make_status(), make_status()]
+
+    def query(kind):
+        if not answers:
+            raise OSError(5, "disk on fire")
+        return answers.pop()
+
+    shown = terminal()
+    with (
+        scripted_server(tmp_path / "s", query) as path,
+        pytest.raises(program_module.Failure, match="disk on fire"),
+    ):
+        top.watch(path, 0.0, None)
+    assert shown.getvalue().endswith(LEAVE)
+
+
+def test_without_a_server_the_terminal_is_left_alone(tmp_path, terminal):
+    shown = terminal()
+    with pytest.raises(program_module.Failure, match="no server listens"):
+        top.watch(str(tmp_path / "s"), 0.0, None)
+    assert shown.getvalue() == ""
+
+
+@pytest.mark.parametrize("arguments", [["--once"], ["--once", "--json"], []])
+def test_the_command_watches_on_a_terminal_only_what_goes_on(server, monkeypatch, arguments):
+    watched = []
     monkeypatch.setattr(top, "on_terminal", lambda: True)
-    monkeypatch.setattr(top, "watch", seen.extend)
-    assert run_cli("top", "--socket", server, "--interval", "0.1", "--once").exit_code == 0
-    assert len(seen) == 1
+    monkeypatch.setattr(top, "watch", lambda *args: watched.append(args))
+    result = run_cli("top", "--socket", server, "--interval", "0.1", *arguments)
+    assert result.exit_code == 0
+    assert watched == ([] if arguments else [(server, 0.1, None)])
+    assert ("scsi" in result.output) == bool(arguments)
+
+
+@pytest.mark.parametrize("interval", ["nan", "inf", "-inf", "1e10", "0", "-1", "", "1s", "0x10"])
+def test_an_interval_that_is_none_is_a_mistake(interval):
+    result = run_cli("top", "--socket", "x", "--interval", interval)
+    assert result.exit_code == 2
+    assert "is not a number of seconds from 0.1 to 86400" in result.output
 
 
 def test_once_is_one_look():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
+import trio
 
 from vmbus.demo import DemoGuest, Half, Program
 from vmbus.guest import HAIKU, LINUX_6_1, Driver
@@ -81,9 +84,7 @@ def test_every_half_finds_its_options_and_has_its_share_of_the_time():
     ],
 )
 def test_wrong_arguments_end_with_2(arguments, complaint, capsys):
-    with pytest.raises(SystemExit) as ended:
-        PROGRAM.main(arguments)
-    assert ended.value.code == 2
+    assert PROGRAM.main(arguments) == 2
     told = capsys.readouterr().err
     assert told.startswith("usage: python -m counting")
     assert complaint in told.splitlines()[-1]
@@ -97,3 +98,33 @@ def test_the_exit_code_says_whether_all_went_well(monkeypatch, good, code):
 
     monkeypatch.setattr(DemoGuest, "run", run)
     assert PROGRAM.main(["--socket", "s"]) == code
+
+
+def test_the_socket_can_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("VMBUS_SOCKET", "s2")
+    assert PROGRAM.parse([]).options.socket == "s2"
+    assert PROGRAM.parse([]).options.name == "demo"
+    assert PROGRAM.parse(["--name", "vm"]).options.name == "vm"
+    assert PROGRAM.parse(["--socket", "s"]).options.socket == "s"
+    monkeypatch.setenv("VMBUS_SOCKET", "")
+    with pytest.raises(SystemExit):
+        PROGRAM.parse([])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_the_end_of_a_guest_that_stays_is_no_problem(monkeypatch, number, code):
+    async def run(self):
+        self.story.interrupted = number
+        return True
+
+    monkeypatch.setattr(DemoGuest, "run", run)
+    assert PROGRAM.main(["--socket", "s"]) == code
+
+
+def test_ctrl_c_at_any_other_time_has_its_exit_code(monkeypatch):
+    async def run(self):
+        async with trio.open_nursery():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(DemoGuest, "run", run)
+    assert PROGRAM.main(["--socket", "s"]) == 130

@@ -141,3 +141,11 @@ def test_a_terminal_that_is_hung_up_ends_the_input():
         console._thread.join(PATIENCE)
         assert not console._thread.is_alive()
     os.close(theirs)
+
+
+def test_output_that_is_not_taken_is_said_once_and_does_not_end_the_guest(caplog):
+    with open("/dev/full", "wb") as full:
+        console = Console(0, full.fileno(), no_escape)
+        console.transmit(b"a")
+        console.transmit(b"b")
+    assert caplog.messages == ["the console cannot be shown: No space left on device"]

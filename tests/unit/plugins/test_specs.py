@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 
 from storvsp.disks.specs import DiskSpec, open_disk
 from vmbus.errors import ConfigError
-from vmbus.plugins.specs import parse_duration, parse_size
+from vmbus.plugins.specs import OptionReader, Spec, parse_duration, parse_size
 
 FIRST = string.ascii_lowercase
 REST = f"{FIRST}{string.digits}_-"
@@ -138,7 +138,7 @@ def test_options_are_read_by_type():
     ("text", "read", "hint"),
     [
         ("x:[a]t", lambda r: r.text("a"), "x:[a]t: option 'a' needs a value"),
-        ("x:[a=maybe]t", lambda r: r.flag("a"), "write it alone, or with =on or =off"),
+        ("x:[a=maybe]t", lambda r: r.flag("a"), "it can be on or off"),
         ("x:[a=big]t", lambda r: r.size("a"), "'big' is not a size"),
         ("x:[a=big]t", lambda r: r.duration("a"), "'big' is not a duration"),
         ("x:[a=-1]t", lambda r: r.integer("a"), "'-1' is not a whole number"),
@@ -175,3 +175,24 @@ async def test_options_of_the_controller_are_split_off_and_belong_outside():
     assert spec.split() == (spec, {})
     with pytest.raises(ConfigError, match="belongs to the outermost brackets"):
         await open_disk("overlay:ram:[lun=3]1M")
+
+
+def test_a_device_reads_its_options_as_a_back_end_does():
+    reader = OptionReader("nic", {"mtu": "9K", "poll": True, "quiet": False, "queues": 4})
+    assert (reader.size("mtu"), reader.flag("poll"), reader.flag("quiet")) == (9 << 10, True, False)
+    assert reader.integer("queues") == 4
+    reader.finish()
+    for name, value, hint in (("poll", "perhaps", "on or off"), ("poll", 2, "'2'; it can be on")):
+        with pytest.raises(ConfigError, match=f"nic: option 'poll' is .*{hint}"):
+            OptionReader("nic", {name: value}).flag(name)
+    with pytest.raises(ConfigError, match="nic: option 'queues' cannot be used: '-1' is not"):
+        OptionReader("nic", {"queues": -1}).integer("queues")
+    with pytest.raises(ConfigError, match="nic: unknown option 'mtu'; there are none"):
+        OptionReader("nic", {"mtu": 1}).finish()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("x:t", "x:t: broken"), ("x:", "'x:': broken"), ("x:a:", "'x:a:': broken")]
+)
+def test_an_error_about_a_specification_has_no_two_colons_in_a_row(text, told):
+    assert str(Spec.parse(text).error("broken")) == told

@@ -154,10 +154,10 @@ async def test_operators_reach_the_devices_of_guests(machines):
         for wrong, text in (
             ({"guest": "three"}, "no guest 'three'; attached are: one, two"),
             ({"guest": 7}, "no guest 7"),
-            ({"guest": "one", "index": 2}, "it has 2"),
-            ({"guest": "one", "index": -1}, "it has 2"),
-            ({"guest": "one", "index": "x"}, "it has 2"),
-            ({"guest": "one", "device": "netvsp"}, "it has none"),
+            ({"guest": "one", "index": 2}, "the guest has 2, numbers 0 to 1"),
+            ({"guest": "one", "index": -1}, "the guest has 2, numbers 0 to 1"),
+            ({"guest": "one", "index": "x"}, "the guest has 2, numbers 0 to 1"),
+            ({"guest": "one", "device": "netvsp"}, "the guest has none"),
         ):
             with pytest.raises(ConfigError, match=text):
                 await server.command({**add, **wrong})

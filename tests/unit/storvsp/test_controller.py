@@ -121,7 +121,7 @@ async def test_a_disk_is_closed_when_it_is_removed_unless_it_belongs_to_others()
     await controller.remove_disk((0, 0, 1))
     assert (own.closed, lent.closed) == (1, 0)
     assert controller.units.disk((0, 0, 0)) is None
-    with pytest.raises(ConfigError, match="0, target 0, LUN 0"):
+    with pytest.raises(ConfigError, match="nothing is at 0:0:0"):
         await controller.remove_disk((0, 0, 0))
 
 
@@ -220,6 +220,10 @@ async def test_a_snapshot_is_json_before_in_and_after_a_life():
                 "read_only": False,
                 "stopped": "",
                 "no_space": 0,
+                "commands": 0,
+                "bytes_read": 0,
+                "bytes_written": 0,
+                "errors": 0,
             }
         ]
         channel.end()

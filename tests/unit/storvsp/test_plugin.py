@@ -48,7 +48,7 @@ async def test_options_are_those_of_the_controller():
     controller = await make(max_subchannels="3", max_transfer_bytes="65536", monitor=True)
     assert (controller.limits.max_subchannels, controller.limits.max_transfer_bytes) == (3, 65536)
     assert controller.offer.monitor_latency is not None
-    with pytest.raises(ConfigError, match="no option 'colour'"):
+    with pytest.raises(ConfigError, match="unknown option 'colour'; known: max_subchannels,"):
         await make(colour="red")
     with pytest.raises(ConfigError):
         await make(max_subchannels=1000)
@@ -195,9 +195,8 @@ def content(controller: ScsiController, address: Address = (0, 0, 0)) -> str:
 async def test_media_come_and_go(isos: tuple[str, str]):
     controller = await make("cd:")
     one, other = isos
-    assert controller.units.describe() == [
-        {"address": "0:0:0", "size": None, "kind": "CdromUnit", "source": "", "read_only": None}
-    ]
+    (empty,) = controller.units.describe()
+    assert (empty["size"], empty["source"]) == (None, "")
     for action in ("insert", "eject", "change", "eject", "change", "change"):
         request = {"action": action, "address": "0", "spec": other if action == "change" else one}
         assert await PLUGIN.command(controller, request) == {"done": True}
@@ -258,7 +257,7 @@ async def test_what_is_no_medium_or_no_drive_is_said(request_: dict[str, Any], h
     controller = await make("ram:1M", "cd:")
     with pytest.raises(ConfigError, match=hint):
         await PLUGIN.command(controller, request_)
-    assert [unit["kind"] for unit in controller.units.describe()] == ["RamDisk", "CdromUnit"]
+    assert [unit["kind"] for unit in controller.units.describe()] == ["RamDisk", "CD-ROM drive"]
     await controller.aclose()
 
 
@@ -289,3 +288,52 @@ async def test_only_disks_stop_and_in_known_ways():
         with pytest.raises(ConfigError, match="there is no disk at"):
             await PLUGIN.command(controller, {"action": "continue", "address": address})
     await controller.aclose()
+
+
+async def test_a_drive_is_a_drive_whatever_is_in_it(isos: tuple[str, str]):
+    controller = await make("cd:")
+    drive = controller.units.by_address[0, 0, 0]
+    assert isinstance(drive, CdromUnit)
+
+    def listed() -> tuple[object, ...]:
+        (unit,) = controller.units.describe()
+        return tuple(unit[name] for name in ("kind", "read_only", "tray", "locked"))
+
+    assert listed() == ("CD-ROM drive", True, "closed", False)
+    # What is on top of an overlay could be written, but not by a drive.
+    request = {"action": "insert", "address": "0", "spec": f"overlay:{isos[0]}"}
+    assert await PLUGIN.command(controller, request) == {"done": True}
+    drive.tray.lock("guest", prevent=True)
+    assert listed() == ("CD-ROM drive", True, "closed", True)
+    drive.tray.unlock_all()
+    drive.move_tray(opened=True)
+    assert listed() == ("CD-ROM drive", True, "open", False)
+    await controller.aclose()
+
+
+async def test_what_is_odd_about_an_image_is_told_to_whoever_added_it(tmp_path: Path):
+    image = tmp_path / "odd.iso"
+    image.write_bytes(bytes(4096 + 100))
+    controller = await make("cd:")
+    added = await PLUGIN.command(controller, {"action": "add", "spec": f"overlay:cd:{image}"})
+    assert added["address"] == "0:0:1"
+    (warning,) = added["warnings"]
+    assert warning.startswith(f"{image}: the last 100 of its 4196 bytes are no whole sector")
+    insert = {"action": "insert", "address": "0", "spec": f"cd:{image}"}
+    assert await PLUGIN.command(controller, insert) == {"done": True, "warnings": [warning]}
+    await controller.aclose()
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"monitor": "perhaps"}, "option 'monitor' is 'perhaps'; it can be on or off"),
+        ({"max_transfer_bytes": "1X"}, "option 'max_transfer_bytes' .*'1X' is not a size"),
+        ({"max_subchannels": "1.5"}, "option 'max_subchannels' .*'1.5' is not a whole number"),
+        ({"max_subchannels": None}, "option 'max_subchannels' .*'None' is not a whole number"),
+    ],
+    ids=str,
+)
+async def test_options_that_make_no_sense_are_refused(options: dict[str, Any], hint: str):
+    with pytest.raises(ConfigError, match=hint):
+        await make(**options)

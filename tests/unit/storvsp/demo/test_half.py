@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
+import signal
+import subprocess
+import sys
+from contextlib import aclosing
 
 import pytest
 import trio
@@ -10,6 +15,7 @@ import trio
 from storvsp.demo import half
 from storvsp.demo.half import PROGRAM
 from storvsp.guest import scan
+from tests.support.cli import child_environment
 from tests.support.demo import Told, live, server_for
 from vmbus import demo
 from vmbus.attach.client import operator
@@ -91,9 +97,7 @@ async def test_the_guest_does_not_outlive_its_server(tmp_path, capsys):
     [("--depth", "0"), ("--depth", "-3"), ("--size", "0"), ("--size", "100"), ("--size", "many")],
 )
 def test_what_would_verify_nothing_is_a_mistake(option, value, capsys):
-    with pytest.raises(SystemExit) as ended:
-        PROGRAM.main(["--socket", "s", option, value])
-    assert ended.value.code == 2
+    assert PROGRAM.main(["--socket", "s", option, value]) == 2
     assert option in capsys.readouterr().err
 
 
@@ -179,3 +183,62 @@ async def test_a_disk_whose_commands_are_not_refused_is_a_problem(tmp_path, caps
     ok, story = await hotplug(tmp_path, capsys, (READY_ADD, ADD), (READY_REMOVE, REMOVE))
     assert not ok
     assert story.problems == [("0:0:1", "removed, but its commands are not refused as INVALID_LUN")]
+
+
+async def next_event(lines, *kinds):
+    """Return the next line about one of these events."""
+    async for line in lines:
+        event = json.loads(line)
+        if event["event"] in kinds:
+            return event
+    raise AssertionError(f"the guest has ended before {kinds}")
+
+
+async def split(stream):
+    rest = b""
+    async for chunk in stream:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+async def test_an_idle_guest_tells_what_changes_until_it_is_interrupted(tmp_path, number, code):
+    image = tmp_path / "a.iso"
+    image.write_bytes(bytes(1 << 16))
+    async with server_for(tmp_path, "ram:1M", "cd:") as (server, path, _):
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-m", "storvsp.demo", "--idle", "--channels", "1"],
+            stdout=subprocess.PIPE,
+            env=child_environment(VMBUS_SOCKET=path),
+        )
+        assert process.stdout is not None
+        async with aclosing(split(process.stdout)) as lines:
+            first, drive = [await next_event(lines, "disk") for _ in range(2)]
+            assert (first["address"], first["size"], first["kind"]) == ("0:0:0", SIZE, "disk")
+            assert (drive["address"], drive["size"], drive["kind"]) == ("0:0:1", 0, "cd")
+
+            await server.command({"action": "add", "spec": "ram:2M"})
+            added = await next_event(lines, "disk", "gone", "changed")
+            assert (added["address"], added["size"]) == ("0:0:2", 2 * SIZE)
+            await server.command({"action": "resize", "address": "2", "size": "3M"})
+            assert await next_event(lines, "disk", "gone", "changed") == {
+                "event": "changed", "address": "0:0:2", "size": 3 * SIZE, "block_size": 512
+            }  # fmt: skip
+            await server.command({"action": "insert", "address": "1", "spec": f"cd:{image}"})
+            assert await next_event(lines, "disk", "gone", "changed") == {
+                "event": "changed", "address": "0:0:1", "size": 1 << 16, "block_size": 2048
+            }  # fmt: skip
+            await server.command({"action": "remove", "address": "2"})
+            gone = await next_event(lines, "disk", "gone", "changed")
+            assert gone == {"event": "gone", "address": "0:0:2"}
+
+            process.send_signal(number)
+            assert (await next_event(lines, "left", "problem"))["event"] == "left"
+        assert await process.wait() == code
+
+
+def test_an_idle_guest_asks_for_nothing(capsys):
+    with pytest.raises(SystemExit):
+        guest_for("s", idle=True, hotplug=True)
+    assert "not allowed with argument" in capsys.readouterr().err

@@ -59,16 +59,19 @@ async def test_a_file_system_without_locks_is_named(image, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "hint"),
     [
-        ("raw:", "needs the path of an image"),
-        ("cd:", "needs the path of an ISO image"),
+        ("raw:", "'raw:': needs the path of an image"),
+        ("cd:", "'cd:': needs the path of an ISO image"),
         ("raw:{tmp}/missing.img", "No such file or directory; raw:[create=SIZE]"),
         ("raw:[ro]{tmp}/missing.img", "missing.img: No such file or directory"),
         ("cd:{tmp}/missing.iso", "missing.iso: No such file or directory"),
         ("raw:[create=1M]{tmp}/no/dir.img", "No such file or directory"),
         ("raw:{tmp}", "neither a file nor a block device"),
         ("raw:/dev/null", "neither a file nor a block device"),
-        ("raw:{tmp}/empty.img", "smaller than one sector"),
-        ("raw:[ro,create=1M]{tmp}/new.img", "exclude each other"),
+        ("raw:{tmp}/empty.img", "smaller than one sector; create=SIZE makes a new one$"),
+        ("raw:[ro,create=1M]{tmp}/new.img", "this one is for reading only"),
+        ("overlay:raw:[create=1M]{tmp}/new.img", "this one is for reading only"),
+        ("cd:{tmp}/empty.img", "smaller than one sector$"),
+        ("raw:[ro]{tmp}/empty.img", "smaller than one sector$"),
         ("raw:[create=100]{tmp}/new.img", "not a number of 512-byte sectors"),
         ("raw:[create=0]{tmp}/new.img", "not a number of 512-byte sectors"),
         ("raw:[sector=2048]{tmp}/new.img", "it can be 512 or 4096"),
@@ -81,7 +84,7 @@ async def test_images_that_cannot_be_opened_say_why_and_leave_nothing(tmp_path, 
     before = open_descriptors(collect=True)
     with pytest.raises(ConfigError) as caught:
         await open_disk(spec.format(tmp=tmp_path))
-    assert hint in str(caught.value)
+    assert hint in str(caught.value) + "$"
     assert open_descriptors() == before
     assert os.listdir(tmp_path) == ["empty.img"]
 

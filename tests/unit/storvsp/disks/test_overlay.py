@@ -11,6 +11,7 @@ from storvsp.disk import DiskUnavailableError, Extent, MediumError, OutOfRangeEr
 from storvsp.disks.fault import Fault, FaultDisk, FaultKind, Operation
 from storvsp.disks.overlay import CLUSTER, OverlayDisk, open_scratch
 from storvsp.disks.ram import RamDisk
+from storvsp.disks.raw import RawDisk
 from storvsp.disks.specs import open_disk
 from storvsp.disks.wrapper import DiskWrapper
 from tests.support.disks import SECTOR, views
@@ -340,3 +341,32 @@ async def test_a_trim_list_that_the_scratch_cannot_do_is_ignored():
     disk = OverlayDisk(base_of(), scratch)
     await disk.unmap_many([(0, SECTOR)])
     assert read(disk, 0, SECTOR) == b"b" * SECTOR
+
+
+@pytest.mark.parametrize("between", ["", "delay:", "overlay:", "fault:"])
+async def test_overlays_share_a_base_that_nobody_may_write(tmp_path, between):
+    base = tmp_path / "base.img"
+    base.write_bytes(b"b" * CLUSTER)
+    base.chmod(0o400)
+    one = await open_disk(f"overlay:{between}raw:{base}")
+    other = await open_disk(f"overlay:raw:{base}")
+    assert not one.info.read_only
+    await one.writev(0, views(b"1" * SECTOR))
+    await other.writev(0, views(b"2" * SECTOR))
+    with pytest.raises(ConfigError, match="is in use"):
+        await RawDisk.open(base)
+    await one.aclose()
+    with pytest.raises(ConfigError, match="is in use"):
+        await RawDisk.open(base)
+    await other.aclose()
+    await (await RawDisk.open(base)).aclose()
+    assert base.read_bytes() == b"b" * CLUSTER
+
+
+async def test_a_base_that_is_being_written_is_no_base(tmp_path):
+    base = tmp_path / "base.img"
+    base.write_bytes(b"b" * CLUSTER)
+    writer = await open_disk(f"raw:{base}")
+    with pytest.raises(ConfigError, match="has it open for writing"):
+        await open_disk(f"overlay:raw:{base}")
+    await writer.aclose()
