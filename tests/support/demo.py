@@ -7,7 +7,8 @@ import json
 
 import trio
 
-from vmbus.attach.server import open_listener, serve
+from vmbus.attach.protocol.sockets import CONTROL_SUFFIX
+from vmbus.attach.server import open_listener, serve, serve_operators
 from vmbus.demo import DemoGuest
 from vmbus.server import DeviceSetup, GuestServer
 
@@ -31,13 +32,17 @@ async def server_for(tmp_path, *specs, controllers=1, **options):
     """A server in this task's nursery; yields it, the socket's path, and the nursery."""
     path = tmp_path / "s"
     server = GuestServer([DeviceSetup("storvsp", specs, options)] * controllers)
-    with open_listener(path) as listener:
+    with open_listener(path) as listener, open_listener(f"{path}{CONTROL_SUFFIX}") as control:
         async with trio.open_nursery() as nursery:
 
             async def run():
                 await serve(listener, server.handle, query=server.query_own)
 
+            async def operate():
+                await serve_operators(control, query=server.query, command=server.command)
+
             nursery.start_soon(run)
+            nursery.start_soon(operate)
             yield server, str(path), nursery
             nursery.cancel_scope.cancel()
 

@@ -39,7 +39,9 @@ async def counted(
             build_packet(GPA_DIRECT, request, transaction_id=number + 1, flags=1, header=pages)
         )
     async with trio.open_nursery() as nursery:
-        session.serve_batch(channel, channel._reader.read_batch_untrusted(), nursery)
+        packets = channel._reader.read_batch_untrusted()
+        while packets:  # it may end early, when it has done the work of a turn
+            packets = packets[session.serve_batch(channel, packets, nursery) :]
     units = controller.snapshot()["units"]
     await controller.aclose()
     channel.close_doorbell()
