@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from tests.support.house import ROOT
+from tests.support.patience import PATIENCE
 from vmbus.errors import ConfigError
 from vmbus.guest.kernel import boot
 from vmbus.guest.personality import LINUX_6_1
@@ -40,7 +41,7 @@ async def test_a_guest_gets_its_bytes_back_reversed(example):
         [], instance_id=INSTANCE, initiator=None, options={}
     )
     machine = SoftMachine(((0, 4 << 20),))
-    with trio.fail_after(30), LoopbackTransport(machine.synic) as transport:
+    with trio.fail_after(PATIENCE), LoopbackTransport(machine.synic) as transport:
         async with open_bus(transport, [device]), boot(machine, LINUX_6_1) as guest:
             (offer,) = await guest.connection.connect()
             assert offer.class_id == example.CLASS_MIRROR

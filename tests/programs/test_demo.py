@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from storvsp.guest import HABITS
-from tests.support.cli import COMMAND, PATIENCE, child_environment, install_plugin, run_child
+from tests.support.cli import COMMAND, child_environment, install_plugin, run_child
 from tests.support.house import ROOT
+from tests.support.patience import PATIENCE
 from vmbus.guest import PERSONALITIES
 
 pytestmark = pytest.mark.slow

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import trio
 
+from tests.support.patience import LOOK, PATIENCE
 from vmbus.guest import Interrupt, Region
 from vmbus.memory import GuestMemory, create_memfd
 from vmbus.synic import Delivery, MessageQueue, Synic
@@ -49,8 +50,6 @@ HELLO_HEAD = struct.Struct("<IHHQIHH")
 REGION = struct.Struct("<QQQII")
 MESSAGE = struct.Struct("<IIII")
 MAX_PAYLOAD, MAX_FDS = 32768, 64
-PATIENCE = 30
-"""Seconds a reply may take before the server counts as stuck."""
 STATE_MSRS = (Msr.SCONTROL, Msr.SIMP, Msr.SIEFP, Msr.SINT2)
 
 
@@ -116,7 +115,7 @@ class Wire:
             except (FileNotFoundError, ConnectionRefusedError):
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.01)
+                time.sleep(LOOK)
             except BaseException:
                 self.sock.close()
                 raise
@@ -392,7 +391,7 @@ class StrangerVmm:
             except RefusedError as error:  # 8: the server may be cleaning up after us
                 if error.errno != EBUSY or time.monotonic() > deadline:
                     raise
-                time.sleep(0.01)
+                time.sleep(LOOK)
         self.set_memory_table()
         if features & DIRECT:
             for vp in range(vp_count):
