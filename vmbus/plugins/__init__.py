@@ -4,6 +4,7 @@
 `registry` one look-up of entry points for all kinds of plug-ins
 `devices`  devices, from the entry points in the group ``vmbus.devices``
 `sharing`  back-ends that several guests have at once
+`options`  what the options of a back-end mean
 `specs`    the grammar of specifications, ``scheme:[options]target``
 `words`    enumerations and suggestions in messages
 ========== =============================================================================
