@@ -26,11 +26,12 @@ from vmbus.plugins.options import Option, read_options  # noqa: E402
 PAGE = ROOT / "docs/reference/disks.md"
 ORDER = ("raw", "cd", "ram", "overlay", "delay", "fault")
 """Those that are used most come first; others follow by name."""
-MEANINGS = {
-    "path": "SCSI bus of the controller (default: 0)",
-    "target": "SCSI target (default: 0)",
-    "lun": "SCSI LUN (default: the lowest that is free)",
+PLACES = {
+    "path": "SCSI bus of the controller, 0 to 7 (default: 0)",
+    "target": "SCSI target, 0 or 1 (default: 0)",
+    "lun": "SCSI LUN, 0 to 254 (default: the lowest that is free)",
 }
+"""What the options are that say where a disk goes; of others, the controller's words will do."""
 
 INTRODUCTION = """\
 # Disks
@@ -96,7 +97,10 @@ def make() -> str:
         "",
         "| option | what it does |",
         "|---|---|",
-        *(f"| `{name}=N` | {MEANINGS[name]} |" for name in DiskSpec.reserved),
+        *(
+            f"| `{name}=N` | {PLACES[name]} |" if name in PLACES else f"| `{name}` | {text} |"
+            for name, text in DiskSpec.reserved.items()
+        ),
         "",
     ]
     for name, module in modules.items():
