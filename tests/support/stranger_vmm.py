@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import itertools
 import os
 import selectors
 import socket
@@ -51,6 +52,9 @@ REGION = struct.Struct("<QQQII")
 MESSAGE = struct.Struct("<IIII")
 MAX_PAYLOAD, MAX_FDS = 32768, 64
 STATE_MSRS = (Msr.SCONTROL, Msr.SIMP, Msr.SIEFP, Msr.SINT2)
+
+
+_numbers = itertools.count(1)
 
 
 class RefusedError(Exception):
@@ -369,7 +373,7 @@ class StrangerVmm:
 
     def _attach(self, offered: int, vp_count: int, vm_id: bytes, patience: float) -> None:
         """Boot order (3)."""
-        name = b"stranger"
+        name = f"stranger-{next(_numbers)}".encode()  # a guest's name may be taken
         hello = HELLO_HEAD.pack(MAGIC, 1, 1, offered, vp_count, 0, len(name)) + name
         answer = self.wire.request(HELLO, hello).payload
         magic, version, _, features, _, credits_, length = HELLO_HEAD.unpack_from(answer)
