@@ -43,15 +43,18 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	  { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy python3-venv; } || \
 	  { echo "python3-venv is missing; run: sudo apt install python3-venv" >&2; exit 1; }
+	@echo "Making an environment for Python in $(VENV); this is done once, and takes a minute or two."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@# Installing is most of the wait: pip says what it is at.
+	$(BIN)/python -m pip install --upgrade 'pip>=25.1'
 
 $(VENV)/.run: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[cli]'
+	$(BIN)/python -m pip install --editable '.[cli]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(BIN)/python -m pip install --quiet --group dev
+	@echo "Installing what the checks need."
+	$(BIN)/python -m pip install --group dev
 	@touch $@
 
 demo: $(VENV)/.run

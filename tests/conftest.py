@@ -13,6 +13,16 @@ settings.register_profile("vmbus", deadline=None)
 settings.load_profile("vmbus")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put a net under tests that would otherwise hang for ever; ``--timeout`` sets another."""
+    from tests.support.patience import WHOLE_TEST
+
+    if config.getoption("timeout") is None:
+        for item in items:
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(WHOLE_TEST))
+
+
 def pytest_collection_finish() -> None:
     """Keep what stays until the end out of the way of the garbage collector.
 

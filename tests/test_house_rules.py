@@ -214,6 +214,104 @@ def test_the_repository_speaks_of_nothing_outside_of_it(pattern):
     assert not found, "\n".join(found)
 
 
+# -- time decides no test --------------------------------------------------------------------------
+
+CLOCKS = {
+    "fail_after", "fail_at", "move_on_after", "move_on_at", "sleep", "sleep_until", "settimeout",
+    "join", "wait", "wait_for", "acquire", "select", "communicate", "timeout",
+}  # fmt: skip
+"""What takes seconds by that name, as a number of its own or the last one."""
+LIMITS = ("timeout", "grace", "patience", "deadline", "seconds")
+"""What names of parameters end in that take seconds."""
+MOCK_CLOCKS = {"autojump_clock", "mock_clock"}
+"""In a test that has one of these, a minute passes at once."""
+
+
+def numbers_of(module: ast.Module) -> dict[str, float]:
+    """Return the constants of a module that are a plain number other than 0."""
+    return {
+        target.id: found
+        for node in module.body
+        if isinstance(node, ast.Assign) and (found := number_in(node.value, {}))
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def number_in(node: ast.AST | None, names: dict[str, float]) -> float:
+    """Return the first number other than 0 in an expression, or 0."""
+    for each in ast.walk(node) if node is not None else ():
+        value = each.value if isinstance(each, ast.Constant) else None
+        if isinstance(value, int | float) and value and value is not True:
+            return float(value)
+        if isinstance(each, ast.Name) and each.id in names:
+            return names[each.id]
+    return 0
+
+
+def own_clocks(module: ast.Module) -> Iterator[ast.Call]:
+    """Yield each call that is given a time of the module's own making, in seconds."""
+    names = numbers_of(module)
+
+    def look(node: ast.AST, *, mocked: bool) -> Iterator[ast.Call]:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            mocked |= bool({each.arg for each in node.args.args} & MOCK_CLOCKS)
+        if isinstance(node, ast.Call) and is_clock(node) and not mocked:
+            yield node
+        for each in ast.iter_child_nodes(node):
+            yield from look(each, mocked=mocked)
+
+    def is_clock(call: ast.Call) -> bool:
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        named = [each.value for each in call.keywords if (each.arg or "").endswith(LIMITS)]
+        last = call.args[-1:] if name in CLOCKS else []
+        return any(is_time(each) for each in (*named, *last))
+
+    def is_time(node: ast.AST) -> bool:
+        # A multiple of the one value, or a number by itself.
+        if isinstance(node, ast.BinOp):
+            parts = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+            return not parts & {"PATIENCE", "LOOK", "SOON"} and bool(number_in(node, names))
+        return isinstance(node, ast.Constant | ast.Name) and bool(number_in(node, names))
+
+    yield from look(module, mocked=False)
+
+
+def test_time_decides_no_test():
+    """What has to come is waited for with ``tests/support/patience.py`` alone."""
+    found = []
+    for path in sources("tests"):
+        if path.parts[-2] == "bench" or relative(path) in TIME_IS_THEIR_TASK:
+            continue
+        found += [f"{relative(path)}:{each.lineno}" for each in own_clocks(tree(path))]
+    assert not found, "\n".join(found)
+
+
+TIME_IS_THEIR_TASK = {
+    "tests/support/patience.py": "is where the time is",
+    "tests/guest/versus_qemu.py": "is a benchmark",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "clocks"),
+    [
+        ("with trio.fail_after(30): pass", 1),
+        ("LIMIT = 30\nthread.join(LIMIT)", 1),
+        ("done.wait(timeout=2.5)", 1),
+        ("ServerLimits(hello_timeout=0.05)", 1),
+        ("trio.move_on_after(trio.current_time() + 5)", 1),
+        ("pytestmark = pytest.mark.timeout(3600)", 1),
+        ("async def test(autojump_clock):\n    await trio.sleep(60)", 0),
+        ("async def test(tmp_path):\n    await trio.sleep(60)", 1),
+        ("trio.fail_after(PATIENCE); thread.join(2 * PATIENCE)", 0),
+        ("trio.sleep(0); ', '.join(parts); process.wait()", 0),
+    ],
+)
+def test_a_clock_is_seen_wherever_it_is(text, clocks):
+    assert len(list(own_clocks(ast.parse(text)))) == clocks
+
+
 # -- hostile input ---------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.support.patience import until
 from tests.support.worlds import (
     RAW_RING_PFN,
     EchoDevice,
@@ -115,9 +116,7 @@ async def test_row_2_a_guest_that_frees_its_slot_without_eom_gets_the_next_messa
         guest.post_bytes(guest.build(m.RequestOffers()))
         await there.settle()
         guest.synic.free()
-        with trio.fail_after(20):
-            while guest.synic.slot().message_type == 0:
-                await trio.sleep(0.001)
+        await until(lambda: guest.synic.slot().message_type)
         assert number(guest.synic.slot().payload) == 4
 
 

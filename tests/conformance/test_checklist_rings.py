@@ -12,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.support.patience import PATIENCE
 from tests.support.worlds import EchoDevice, controller, first_disk, world
 from vmbus import ring
 from vmbus.guest import LINUX_6_1, OPENBSD
@@ -70,7 +71,7 @@ async def test_row_9_packets_that_arrive_while_the_host_unmasks_are_found(monkey
 
     monkeypatch.setattr(channel, "_reader", _Reader(channel._reader, unmask))
     bells = guest.doorbells
-    with trio.fail_after(20):
+    with trio.fail_after(PATIENCE):
         (packet,) = await channel.receive_batch()
     assert packet.payload == b"second.."
     assert guest.doorbells == bells

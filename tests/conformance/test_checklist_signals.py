@@ -6,9 +6,7 @@ guest here has no habits: it posts bytes and looks at every message, flag and in
 
 from __future__ import annotations
 
-import trio
-import trio.testing
-
+from tests.support.patience import until
 from tests.support.worlds import (
     ALL,
     MONITOR_1,
@@ -64,9 +62,7 @@ async def test_row_28_a_bit_in_the_monitor_page_is_a_doorbell():
         await there.settle()
         assert seen == []
         words[2] |= 1
-        with trio.fail_after(20):
-            while not seen:
-                await trio.sleep(0.001)
+        await until(lambda: seen)
         assert words[2] == 0
         assert there.machine.memory.page(MONITOR_1 >> 12)[8] == 0
 

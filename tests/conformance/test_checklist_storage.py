@@ -32,8 +32,9 @@ from storvsp.wire import (
     parse_properties_untrusted,
     parse_srb_reply_untrusted,
 )
+from tests.support.patience import PATIENCE
 from tests.support.storage_line import INQUIRY, SUCCESS, TEST_UNIT_READY, Line, clear, line
-from tests.support.worlds import SAFETY, controller, exercise, first_disk, read_10, world, write_10
+from tests.support.worlds import controller, exercise, first_disk, read_10, world, write_10
 from vmbus.errors import ConfigError
 from vmbus.guest import LINUX_6_1, MACOS
 from vmbus.testing import channel_pair, make_offer
@@ -290,7 +291,7 @@ async def test_row_29_answers_wait_until_the_guest_reads_and_none_is_lost():
     """The outgoing ring holds 46 answers; the guest sends four times as many before it reads."""
     store = controller()
     channel, guest = channel_pair(ring_pages=2, personality=MACOS)
-    with trio.fail_after(SAFETY):
+    with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run, channel)
             wire = Line(guest)

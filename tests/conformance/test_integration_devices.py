@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import trio
 import trio.testing
@@ -10,6 +12,7 @@ from storvsp.disks.delay import DelayDisk
 from storvsp.disks.fault import Fault, FaultDisk, FaultKind
 from storvsp.disks.ram import RamDisk
 from storvsp.guest import HABITS, ScsiError, attach, scan
+from tests.support.patience import until
 from tests.support.storage_line import INQUIRY
 from tests.support.worlds import (
     ALL,
@@ -53,19 +56,21 @@ async def test_a_controller_is_removed_under_load_and_the_other_goes_on(personal
         (old_disk,) = await scan(doomed)
         (disk,) = await scan(other)
         ends: list[BaseException] = []
+        reads: Counter[int] = Counter()
 
-        async def busy() -> None:
+        async def busy(task: int) -> None:
             try:
                 while True:
                     await old_disk.read(0, 8)
+                    reads[task] += 1
             except trio.BrokenResourceError as error:
                 ends.append(error)
 
         async with trio.open_nursery() as nursery:
             if personality.rescind is Rescind.RELEASE:
-                for _ in range(3):
-                    nursery.start_soon(busy)
-                await trio.sleep(0.01)
+                for task in range(3):
+                    nursery.start_soon(busy, task)
+                await until(lambda: len(reads) == 3)
             nursery.start_soon(exercise, other, disk)
             victim = next(
                 key

@@ -8,6 +8,7 @@ import trio.testing
 
 from storvsp.disks.ram import RamDisk
 from storvsp.guest import attach, scan
+from tests.support.patience import SOON
 from tests.support.storage_line import INQUIRY
 from tests.support.worlds import (
     EchoDevice,
@@ -120,7 +121,7 @@ async def test_a_device_that_hangs_at_the_end_is_cancelled_after_its_grace():
 
     device = EchoDevice()
     device.on_run = hang
-    async with world(device, config=BusConfig(close_grace=0.01)) as there:
+    async with world(device, config=BusConfig(close_grace=SOON)) as there:
         guest = RawGuest(there)
         await guest.connect()
         await guest.open()
@@ -137,7 +138,7 @@ async def test_a_device_that_keeps_a_sub_channel_loses_its_life():
             await trio.sleep_forever()
 
     device = Miser(sub_channels=1)
-    async with world(device, config=BusConfig(close_grace=0.01)) as there:
+    async with world(device, config=BusConfig(close_grace=SOON)) as there:
         guest = RawGuest(there)
         await guest.connect()
         (raw,) = await guest.open()

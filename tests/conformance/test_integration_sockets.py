@@ -12,8 +12,9 @@ import pytest
 import trio
 
 from storvsp.guest import attach, scan
+from tests.support.patience import PATIENCE, until
 from tests.support.server_process import server_process
-from tests.support.worlds import ALL, DISK_SIZE, SAFETY, TIERS, exercise, whole_life
+from tests.support.worlds import ALL, DISK_SIZE, TIERS, exercise, whole_life
 from vmbus.attach.client import operator
 from vmbus.attach.client.machine import MachineDelegate, attach_machine
 from vmbus.guest import LINUX_6_1, PERSONALITIES, Guest, boot
@@ -36,7 +37,7 @@ async def attached(
     path, mode = server
     machine = SoftMachine(((0, 64 << 20),), vp_count=vps)
     try:
-        with trio.fail_after(SAFETY):
+        with trio.fail_after(PATIENCE):
             async with attach_machine(
                 machine, str(path), features=TIERS[tier], mode=mode, **options
             ) as (attachment, delegate):
@@ -74,9 +75,13 @@ async def test_a_guest_is_killed_in_flight_and_the_next_one_is_served_unharmed(s
             offers = await guest.connection.connect()
             adapter = await attach(guest, offers[0], sub_channels=3, contiguous=False)
             disk = (await scan(adapter))[0]
-            for _ in range(8):
-                nursery.start_soon(exercise, adapter, disk)
-            await trio.sleep(0.01)
+
+            @nursery.start_soon
+            async def busy() -> None:
+                while True:
+                    await exercise(adapter, disk, tasks=64)
+
+            await until(lambda: all(channel.outstanding for channel in adapter.channels))
             attachment.close()
             life.cancel()
     async with attached(server, tier) as (machine, _, delegate), boot(machine, LINUX_6_1) as guest:

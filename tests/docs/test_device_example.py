@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
+import sys
 from uuid import UUID
 
 import pytest
 import trio
 
+from tests.support.cli import child_environment
 from tests.support.house import ROOT
+from tests.support.patience import PATIENCE
 from vmbus.errors import ConfigError
 from vmbus.guest.kernel import boot
 from vmbus.guest.personality import LINUX_6_1
@@ -40,7 +45,7 @@ async def test_a_guest_gets_its_bytes_back_reversed(example):
         [], instance_id=INSTANCE, initiator=None, options={}
     )
     machine = SoftMachine(((0, 4 << 20),))
-    with trio.fail_after(30), LoopbackTransport(machine.synic) as transport:
+    with trio.fail_after(PATIENCE), LoopbackTransport(machine.synic) as transport:
         async with open_bus(transport, [device]), boot(machine, LINUX_6_1) as guest:
             (offer,) = await guest.connection.connect()
             assert offer.class_id == example.CLASS_MIRROR
@@ -57,6 +62,24 @@ async def test_the_example_refuses_what_it_cannot_do(example):
         await example.MirrorDevice.from_specs(["x"], instance_id=INSTANCE, initiator=0, options={})
     with pytest.raises(ConfigError, match="nothing but mirror"):
         await example.MirrorDevice.command(example.MirrorDevice(INSTANCE), {})
+
+
+def test_the_program_in_which_a_guest_talks_to_it_runs_as_it_stands():
+    page = (HOWTO / "write-a-device.md").read_text()
+    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (program,) = (each for each in programs if "connect()" in each)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=HOWTO,
+        env=child_environment(PYTHONDONTWRITEBYTECODE="1"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    (printed,) = re.findall(r"this prints `(.*?)`", page)
+    assert done.stdout == f"{printed}\n"
 
 
 def test_the_page_shows_the_code_as_it_is():

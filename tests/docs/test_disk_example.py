@@ -13,9 +13,11 @@ from storvsp.disk import ReadOnlyError
 from storvsp.disks.ram import RamDisk
 from storvsp.disks.specs import DISKS, open_disk
 from storvsp.testing import check_disk
+from tests.support.docstrings import public_members, signature
 from tests.support.house import ROOT
 from tests.support.leaks import open_descriptors
 from vmbus.errors import ConfigError
+from vmbus.plugins.specs import OptionReader
 
 HOWTO = ROOT / "docs" / "howto"
 
@@ -94,6 +96,14 @@ def test_the_page_quotes_the_example_word_for_word():
     assert len(quoted) == 4
     for block in quoted:
         assert block in source
+
+
+def test_the_page_has_the_reader_as_it_is():
+    text = (HOWTO / "write-a-disk.md").read_text().replace("\\|", "|")
+    rows = re.findall(r"^\| `((\w+)\(.*?)` \|", text, re.MULTILINE)
+    assert {name for _, name in rows} == {name for name, _ in public_members(OptionReader)}
+    for written, name in rows:
+        assert written == signature(name, getattr(OptionReader, name), len(written) + 99)
 
 
 def test_the_last_program_of_the_page_runs(tmp_path):

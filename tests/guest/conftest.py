@@ -14,8 +14,9 @@ import pytest
 
 from tests.guest.rig.account import Said, server_account
 from tests.guest.rig.assets import Assets, load_assets
-from tests.guest.rig.guest import PATIENCE, Guest, GuestError, until
+from tests.guest.rig.guest import Guest, GuestError, until
 from tests.guest.rig.processes import Command, start_forking
+from tests.support.patience import PATIENCE
 
 TOOLS_LUN = 40
 """Where the root file system is, for guests that mount it."""

@@ -10,8 +10,9 @@ from tests.guest.conftest import TOOLS_LUN, Lab, Server
 from tests.guest.rig.disk_work import checksum, write_and_compare
 from tests.guest.rig.guest import Guest, until
 from tests.guest.rig.looks import interrupts
+from tests.support.patience import LONG_TEST
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(LONG_TEST)
 
 ROUNDS = 20
 REBOOTS = 3

@@ -10,6 +10,7 @@ import pytest
 
 from tests.guest.conftest import Lab, Server
 from tests.guest.rig.guest import Guest, until
+from tests.support.patience import LONG_TEST
 
 ROUNDS = 50 if os.environ.get("VMBUS_LONG") else 5
 MEMORY = "192M"
@@ -81,7 +82,7 @@ def resident(server: Server) -> int:
     return size
 
 
-@pytest.mark.timeout(600 + 120 * ROUNDS)
+@pytest.mark.timeout(LONG_TEST)
 def test_a_neighbours_sudden_death_stops_nobody(lab: Lab):
     seed = int(os.environ.get("VMBUS_SEED") or secrets.randbits(32))
     print(f"VMBUS_SEED={seed}")

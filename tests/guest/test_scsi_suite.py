@@ -15,8 +15,9 @@ import pytest
 from tests.guest.bench import Bench, open_bench, with_tools
 from tests.guest.rig.assets import Assets
 from tests.guest.rig.guest import TOOLS, Guest
+from tests.support.patience import LONG_TEST
 
-pytestmark = pytest.mark.timeout(3600)
+pytestmark = pytest.mark.timeout(LONG_TEST)
 """A safety net on busy machines, too, where everything is emulated."""
 
 LONG = os.environ.get("VMBUS_LONG") == "1"

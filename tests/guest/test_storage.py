@@ -17,8 +17,9 @@ from tests.guest.conftest import TOOLS_LUN, Server
 from tests.guest.rig.assets import Assets
 from tests.guest.rig.guest import TOOLS, Guest, until
 from tests.guest.rig.packages import run as run_here
+from tests.support.patience import LONG_TEST, STANDSTILL
 
-pytestmark = pytest.mark.timeout(3600)
+pytestmark = pytest.mark.timeout(LONG_TEST)
 """A safety net on busy machines, too, where everything is emulated."""
 
 MIB = 1 << 20
@@ -222,7 +223,7 @@ def test_a_server_that_stands_still_loses_nothing(lab):
     until(lambda: sum(packets_of_channels(server)) > start + 200, what="the load's start")
 
     server.command.send_signal(signal.SIGSTOP)
-    time.sleep(60 if LONG else 15)
+    time.sleep(STANDSTILL)
     server.command.send_signal(signal.SIGCONT)
 
     code, text = guest.finish(job)

@@ -1,8 +1,8 @@
 """``make guest-bench``: our disk beside QEMU's virtio-scsi, for the same guest.
 
 Same machine, guest kernel, initramfs, disk image and fio jobs; our server and VMM on one side, QEMU
-with KVM on the other. They take turns, several rounds, and the medians are compared. Nothing here
-decides anything: it prints a table.
+with KVM on the other. They take turns, at least five rounds for a table that is worth keeping.
+Nothing here decides anything: it prints Markdown (``tests/guest/rig/comparison.py``).
 
 The image is a file in the page cache: what is measured is the way to the disk. QEMU reads and
 writes it as we do, through the page cache (its default).
@@ -16,22 +16,30 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.guest.conftest import TOOLS_LUN, Server
 from tests.guest.rig.assets import Assets, load_assets
+from tests.guest.rig.comparison import (
+    ROUNDS,
+    Kind,
+    Results,
+    machine_speed,
+    order,
+    report,
+    table,
+)
 from tests.guest.rig.guest import Guest, GuestError
 from tests.guest.rig.processes import Lines, start_forking
 
 SIZE = 128 << 20
 SECONDS = 5
-ROUNDS = 3
 ATTEMPTS = 4
 PATIENCE = 60
 """Seconds beyond a job's own for it to end."""
@@ -50,7 +58,7 @@ FIELD = {
 """What to look at in fio's terse output, version 3: the guest's serial port is slow."""
 BOOT = "boot, from the VMM's start to the first command"
 VIRTIO = ("virtio_pci", "virtio_scsi", "sd_mod")
-Results = dict[str, list[float]]
+KINDS = {BOOT: Kind("s", 1, less=True)} | {title: Kind(job[1]) for title, job in JOBS.items()}
 
 
 class Program:
@@ -210,6 +218,12 @@ class Contest:
         finally:
             guest.kill()
 
+    def emulator_version(self) -> str:
+        """Return what the other side says it is."""
+        command = [*self._qemu_command(), "--version"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout.partition("\n")[0]
+
     def measure(self, side: Callable[[], Any], results: Results, seconds: int) -> None:
         """Boot one side's guest, run the jobs in it, and add to the results.
 
@@ -265,20 +279,6 @@ def _shared_anonymous(pid: int) -> float:
     return largest / 1024
 
 
-def table(ours: Results, qemu: Results) -> list[str]:
-    """Return the comparison as lines of Markdown."""
-    lines = ["| | vmbus | QEMU virtio-scsi | ratio |", "|---|---|---|---|"]
-    for title in ours:
-        mine, theirs = statistics.median(ours[title]), statistics.median(qemu[title])
-        unit = "s" if title == BOOT else JOBS[title][1]
-        ratio = theirs / mine if title == BOOT else mine / theirs
-        digits = 1 if title == BOOT else 0
-        lines.append(
-            f"| {title} | {mine:.{digits}f} {unit} | {theirs:.{digits}f} {unit} | {ratio:.2f} |"
-        )
-    return lines
-
-
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -297,12 +297,24 @@ def main() -> int:
     contest = Contest(assets, folder, options.poll)
     ours: Results = {}
     qemu: Results = {}
+    machine: Results = {}
     for number in range(options.rounds):
-        contest.measure(contest.ours, ours, options.seconds)
-        contest.measure(contest.qemu, qemu, options.seconds)
+        for title, value in machine_speed().items():
+            machine.setdefault(title, []).append(value)
+        order(
+            number,
+            partial(contest.measure, contest.ours, ours, options.seconds),
+            partial(contest.measure, contest.qemu, qemu, options.seconds),
+        )
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
-    print(f"guest: Linux {assets.release}, 1 processor, 512 MiB; {options.rounds} rounds")
-    print("\n".join(table(ours, qemu)))
+    lines = report(
+        guest=f"Linux {assets.release}, 1 processor, 512 MiB",
+        emulator=contest.emulator_version(),
+        machine=machine,
+        comparison=table(ours, qemu, KINDS),
+        rounds=options.rounds,
+    )
+    print("\n".join(lines))
     print("\n| memory | |\n|---|---|")
     for name, value in contest.memory.items():
         print(f"| {name} | {value:.1f} |")

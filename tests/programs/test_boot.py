@@ -8,8 +8,9 @@ import subprocess
 
 import pytest
 
-from tests.support.cli import COMMAND, PATIENCE, child_environment, run_cli, serving
+from tests.support.cli import COMMAND, child_environment, run_cli, serving
 from tests.support.kvm import assemble, bzimage, needs_kvm
+from tests.support.patience import PATIENCE
 
 needs_guests = [needs_kvm]
 

@@ -21,12 +21,13 @@ from collections import deque
 import pytest
 
 from tests.support.house import ROOT
+from tests.support.patience import PATIENCE
 from tests.support.ring_peer import Sleeper, check_payload
 from vmbus.memory import PAGE_SIZE, GuestMemory, create_memfd
 from vmbus.ring import RingMemory, RingReader, RingWriter, completion
 from vmbus.wire.packets import IN_BAND
 
-PATIENCE = 5
+ASLEEP = PATIENCE / 4
 """Seconds of sleep beside work, twice in a row, that count as a lost wake-up."""
 MILLIONS = int(os.environ.get("VMBUS_STRESS", "0"))
 REPOSITORY = ROOT
@@ -50,7 +51,7 @@ class Host:
         self.bell = os.eventfd(0, os.EFD_CLOEXEC)
         self.guest_bell = os.eventfd(0, os.EFD_CLOEXEC)
         self.guest: subprocess.Popen[str] | None = None
-        self.sleeper = Sleeper(self.bell, PATIENCE, self.guest_lives)
+        self.sleeper = Sleeper(self.bell, ASLEEP, self.guest_lives)
         self.queue: deque[bytes] = deque()
         self.rng = random.Random(1)
         self.served = 0
@@ -126,7 +127,7 @@ def run(shape: str, packets: int, start: int) -> dict[str, int]:
         "in_pages": out_pages,
         "packets": packets,
         "longest": longest,
-        "patience": PATIENCE,
+        "patience": ASLEEP,
         "seed": packets,
     }
     command = [sys.executable, "-m", "tests.support.ring_peer", json.dumps(options)]
@@ -150,7 +151,7 @@ def run(shape: str, packets: int, start: int) -> dict[str, int]:
             guest.kill()
             error.add_note(f"the guest says: {guest.communicate()[1]}")
             raise
-        output, errors = guest.communicate(timeout=60)
+        output, errors = guest.communicate(timeout=PATIENCE)
         assert guest.returncode == 0, errors
     assert not host.reader.has_data()
     host.reader.ring.release()

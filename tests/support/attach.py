@@ -13,6 +13,7 @@ from typing import Any
 
 import trio
 
+from tests.support.patience import PATIENCE
 from vmbus.attach.client import Done
 from vmbus.attach.protocol.framing import (
     ASYNC,
@@ -115,7 +116,7 @@ class RawVmm:
 
     async def receive(self) -> Frame | None:
         """The next frame, None at the end of the connection. The caller closes it."""
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE):
             while (frame := self.reader.next_frame()) is None:
                 try:
                     if not receive(self.sock, self.reader):
@@ -225,7 +226,7 @@ class Bus:
         self.ended.set()
 
     async def wait_events(self, count: int) -> None:
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE):
             while len(self.events) < count:
                 await self.seen.wait()
 
@@ -308,7 +309,7 @@ class Recorder:
 
     def wait_for(self, test: Callable[[list[tuple[Any, ...]]], bool]) -> None:
         with self.condition:
-            assert self.condition.wait_for(lambda: test(self.calls), 20), self.calls
+            assert self.condition.wait_for(lambda: test(self.calls), PATIENCE), self.calls
 
     def named(self, name: str) -> list[tuple[Any, ...]]:
         return [call for call in self.calls if call[0] == name]
@@ -344,11 +345,6 @@ class Recorder:
 
 
 POST = PostMessage(4, 1, 0, b"hello").encode()
-
-
-SLOW = ServerLimits(
-    hello_timeout=0.05, write_timeout=0.05, reply_timeout=0.1, drain_timeout=0.1, handler_grace=0.1
-)
 
 
 async def still_served(path: Path, mode: str = "seqpacket") -> None:

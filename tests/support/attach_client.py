@@ -22,6 +22,7 @@ from tests.support.attach import (
     running_server,
     send_raw,
 )
+from tests.support.patience import PATIENCE
 from vmbus.attach.client.attachment import Attachment, Feature, Region
 from vmbus.attach.protocol.framing import ERROR, REPLY, Frame, FrameReader, pack_frame, receive
 from vmbus.attach.protocol.limits import ALL_FEATURES
@@ -56,7 +57,7 @@ class ServerThread:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        assert self._started.wait(20)
+        assert self._started.wait(PATIENCE)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -65,7 +66,7 @@ class ServerThread:
     def stop(self) -> None:
         if self._thread.is_alive():
             trio.from_thread.run_sync(self._stop.set, trio_token=self._token)
-            self._thread.join(20)
+            self._thread.join(PATIENCE)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return trio.from_thread.run(function, *arguments, trio_token=self._token)
@@ -107,7 +108,7 @@ class Vmm:
     def __exit__(self, *exc: object) -> None:
         self.attachment.close()
         if self._thread is not None:
-            self._thread.join(20)
+            self._thread.join(PATIENCE)
             assert not self._thread.is_alive()
         os.close(self.ram)
 
@@ -117,7 +118,7 @@ class RudeServer:
 
     def __init__(self, mode: str = "seqpacket") -> None:
         self.client, self.sock = socket.socketpair(socket.AF_UNIX, KINDS[mode])
-        self.sock.settimeout(20)
+        self.sock.settimeout(PATIENCE)
         self.reader = FrameReader(stream=mode == "stream")
         self.fds: list[int] = []
 
@@ -168,7 +169,7 @@ class RudeServer:
         attachment = Attachment.connect(self.client, recorder)
         attachment.vm_info(2)
         attachment.set_memory_table([Region(0, RAM_SIZE, ram)])
-        thread.join(20)
+        thread.join(PATIENCE)
         os.close(ram)
         return attachment
 

@@ -18,11 +18,9 @@ from uuid import UUID
 import trio
 from click.testing import CliRunner, Result
 
+from tests.support.patience import PATIENCE
 from vmbus.attach.server import open_listener, serve_operators
 from vmbus.cli.program import program
-
-PATIENCE = 60
-"""Seconds after which a test gives up; nothing is decided by it otherwise."""
 
 
 def run_cli(*arguments: str, env: dict[str, str] | None = None) -> Result:

@@ -18,6 +18,7 @@ from uuid import UUID
 import trio
 import trio.testing
 
+from tests.support.patience import LOOK
 from vmbus.guest.machine import Interrupt, Region
 from vmbus.wire.guids import CLASS_SCSI
 from vmbus.wire.messages import (
@@ -447,7 +448,7 @@ async def cancelled(call, *arguments, **options) -> None:
 async def poll_monitor(machine: Machine) -> None:
     """Be the host that looks at monitor page 2 every now and then."""
     while True:
-        await trio.sleep(0.0005)
+        await trio.sleep(LOOK)
         page = machine.view(machine.host.monitor_page, 4096).cast("I")
         if page[2]:
             page[2] = 0

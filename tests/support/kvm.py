@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from tests.support.patience import PATIENCE
 from vmbus.attach.protocol.limits import ALL_FEATURES, Feature
 from vmbus.attach.server import serve
 from vmbus.attach.server.transport import SocketTransport
@@ -35,8 +36,6 @@ GDT_GPA = 0x500
 SCRATCH_GPA = 0x30000
 RESULTS_GPA = 0x35000
 MEMORY_SIZE = 2 << 20
-PATIENCE = 60
-"""Seconds after which a test gives up; nothing is decided by it otherwise."""
 _GDT = struct.pack("<4Q", 0, 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF)
 _LARGE_PAGE = 2 << 20
 

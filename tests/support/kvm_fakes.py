@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from tests.support.patience import LOOK
 from vmbus.kvm import api
 from vmbus.kvm.outcome import End
 from vmbus.kvm.vcpu import Vcpu
@@ -124,7 +125,7 @@ class FakeKvm:
             self.idle.set()
             # The signal does not reach a thread that waits in Python.
             while not page[api.RUN_IMMEDIATE_EXIT]:
-                threading.Event().wait(0.001)
+                threading.Event().wait(LOOK)
             raise InterruptedError(errno.EINTR, "kicked")
         script.popleft()(page)
         return 0

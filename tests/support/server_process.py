@@ -18,7 +18,8 @@ import trio
 import trio.testing
 
 from tests.support.house import ROOT
-from tests.support.worlds import DISK_SIZE, SAFETY
+from tests.support.patience import PATIENCE
+from tests.support.worlds import DISK_SIZE
 from vmbus.attach.protocol.sockets import CONTROL_SUFFIX
 from vmbus.attach.server import listen_path, serve, serve_operators
 from vmbus.server import DeviceSetup, GuestServer
@@ -40,7 +41,7 @@ def server_process(path: str | os.PathLike[str], mode: str) -> Iterator[subproce
         finally:
             # The end of its input is the end of the server.
             process.stdin.close()
-            assert process.wait(SAFETY) == 0
+            assert process.wait(PATIENCE) == 0
 
 
 async def _serve(path: str, mode: str) -> None:

@@ -23,7 +23,7 @@ from storvsp.wire import (
     parse_packet_untrusted,
     parse_srb_reply_untrusted,
 )
-from tests.support.worlds import SAFETY
+from tests.support.patience import PATIENCE
 from vmbus.testing import GuestEnd, channel_pair
 from vmbus.wire.gpa import build_range, page_count
 from vmbus.wire.packets import (
@@ -154,7 +154,7 @@ class Line:
 @asynccontextmanager
 async def line(store: ScsiController, *, ready: bool = True) -> AsyncIterator[Line]:
     channel, guest = channel_pair(offer=store.offer)
-    with trio.fail_after(SAFETY):
+    with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run, channel)
             made = Line(guest)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import itertools
 import os
 import selectors
 import socket
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import trio
 
+from tests.support.patience import LOOK, PATIENCE
 from vmbus.guest import Interrupt, Region
 from vmbus.memory import GuestMemory, create_memfd
 from vmbus.synic import Delivery, MessageQueue, Synic
@@ -49,9 +51,10 @@ HELLO_HEAD = struct.Struct("<IHHQIHH")
 REGION = struct.Struct("<QQQII")
 MESSAGE = struct.Struct("<IIII")
 MAX_PAYLOAD, MAX_FDS = 32768, 64
-PATIENCE = 30
-"""Seconds a reply may take before the server counts as stuck."""
 STATE_MSRS = (Msr.SCONTROL, Msr.SIMP, Msr.SIEFP, Msr.SINT2)
+
+
+_numbers = itertools.count(1)
 
 
 class RefusedError(Exception):
@@ -116,7 +119,7 @@ class Wire:
             except (FileNotFoundError, ConnectionRefusedError):
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.01)
+                time.sleep(LOOK)
             except BaseException:
                 self.sock.close()
                 raise
@@ -370,7 +373,7 @@ class StrangerVmm:
 
     def _attach(self, offered: int, vp_count: int, vm_id: bytes, patience: float) -> None:
         """Boot order (3)."""
-        name = b"stranger"
+        name = f"stranger-{next(_numbers)}".encode()  # a guest's name may be taken
         hello = HELLO_HEAD.pack(MAGIC, 1, 1, offered, vp_count, 0, len(name)) + name
         answer = self.wire.request(HELLO, hello).payload
         magic, version, _, features, _, credits_, length = HELLO_HEAD.unpack_from(answer)
@@ -392,7 +395,7 @@ class StrangerVmm:
             except RefusedError as error:  # 8: the server may be cleaning up after us
                 if error.errno != EBUSY or time.monotonic() > deadline:
                     raise
-                time.sleep(0.01)
+                time.sleep(LOOK)
         self.set_memory_table()
         if features & DIRECT:
             for vp in range(vp_count):

@@ -11,7 +11,7 @@ from typing import Any
 
 import trio
 
-from tests.support.worlds import SAFETY
+from tests.support.patience import PATIENCE
 from vmbus.plugins.sharing import Line
 from vmbus.server.devices import SharedKey
 from vmbus.supervisor.parcels import pack, receive_down
@@ -57,7 +57,7 @@ class Ends:
 
     def hear(self) -> dict[str, Any]:
         """Take the next message; the descriptors that came with it are closed."""
-        self.down.settimeout(SAFETY)
+        self.down.settimeout(PATIENCE)
         received = receive_down(self.down)
         assert received is not None
         for fd in received[1]:

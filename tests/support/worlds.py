@@ -20,6 +20,7 @@ import trio.testing
 from storvsp import ScsiController
 from storvsp.disks.ram import RamDisk
 from storvsp.guest import GuestDisk, StorvscAdapter, attach, scan
+from tests.support.patience import LOOK, PATIENCE
 from tests.support.synic import Guest as SynicGuest
 from vmbus.attach.protocol.limits import Feature as AttachFeature
 from vmbus.engine import EngineConfig
@@ -35,8 +36,6 @@ from vmbus.wire.gpa import PAGE_SIZE, build_range
 from vmbus.wire.guids import CLASS_SCSI
 from vmbus.wire.versions import NO_FEATURES, Feature, Version
 
-SAFETY = 30.0
-"""Seconds after which a test gives up; nothing here depends on how long anything takes."""
 ALL = sorted(PERSONALITIES)
 DISK_SIZE = 4 << 20
 UNIT_ATTENTION = 6
@@ -132,7 +131,7 @@ async def world(
     """A bus over a loopback transport. The machine outlives the bus, as a VM's memory does."""
     machine = SoftMachine(((0, megabytes << 20),), vp_count=vps)
     try:
-        with trio.fail_after(SAFETY):
+        with trio.fail_after(PATIENCE):
             with TapTransport(machine.synic) as transport:
                 async with open_bus(transport, devices, config=config, **options) as bus:
                     yield World(machine, transport, bus)
@@ -340,7 +339,7 @@ class RawGuest:
         """Take messages until one with this number has come; return the numbers of all."""
         seen: list[int] = []
         while wanted not in seen:
-            await trio.sleep(0.001)
+            await trio.sleep(LOOK)
             seen += numbers(await self.receive())
         return seen
 

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from tests.support.cli import PATIENCE, child_environment
+from tests.support.cli import child_environment
+from tests.support.patience import PATIENCE
 
 
 def run(body: str, shell: str = "{}") -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import trio
 
+from tests.support.patience import PATIENCE
 from vmbus.workers import WorkerPool, shared_pool
 
 
@@ -22,7 +23,7 @@ class Gate:
     def block(self):
         self.calls += 1
         self.begun.release()
-        assert self.open.wait(30)
+        assert self.open.wait(PATIENCE)
         return "done"
 
     async def wait_begun(self):
@@ -52,7 +53,7 @@ async def test_what_a_call_raises_comes_back_and_the_thread_lives_on(error):
 
 async def test_calls_run_side_by_side_in_as_many_threads_as_allowed_and_no_more():
     pool = WorkerPool(3)
-    meet = threading.Barrier(3, timeout=30)
+    meet = threading.Barrier(3, timeout=PATIENCE)
     names = set()
 
     def call():
@@ -135,7 +136,7 @@ async def test_calls_that_end_while_the_loop_is_busy_come_back_in_one_batch():
         await trio.testing.wait_all_tasks_blocked()
         gate.open.set()
         for _ in range(40):  # without a checkpoint: the loop is busy
-            assert gate.begun.acquire(timeout=30)
+            assert gate.begun.acquire(timeout=PATIENCE)
     # All had begun before the loop came back: at most one more wake-up for each thread's last.
     assert 1 <= wakeups <= 3
     await pool.aclose()
@@ -192,7 +193,7 @@ async def test_closing_ends_the_threads():
     thread = await pool.run(threading.current_thread)
     await pool.aclose()
     await pool.aclose()
-    thread.join(30)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
 
 
@@ -239,7 +240,7 @@ def test_threads_do_not_keep_the_interpreter_alive():
         env={"PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert (done.stdout, done.returncode) == ("ended\n", 0)
 
@@ -254,7 +255,7 @@ async def test_leases_of_one_run_share_the_threads_until_the_last_is_closed():
     assert await second.run(int) == 0
     assert thread.is_alive()
     await second.aclose()
-    thread.join(30)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     third = shared_pool()
     assert await third.run(int) == 0

@@ -2,7 +2,8 @@
 
 Names, help and examples come from the plug-ins themselves: from the docstring of the module that
 an entry point names. Its first line may begin with the way to write it, as in
-````ram:SIZE``: a disk in memory``; the first longer literal after it is the example.
+````ram:SIZE``: a disk in memory``; the first longer literal after it is the example. Options are
+those that the module describes (:mod:`vmbus.plugins.options`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import dataclasses
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 
 import click
 
 from vmbus.cli.output import print_json, print_table, safe
 from vmbus.cli.params import json_option
 from vmbus.plugins.devices import DEVICES, backend_registries
+from vmbus.plugins.options import Option, read_options
 from vmbus.plugins.registry import Entry
 
 _LITERAL = re.compile(r"``(.+?)``")
@@ -35,6 +38,8 @@ class Plugin:
     """One line; empty if the module says nothing."""
     example: str
     """How to write it."""
+    options: Sequence[Option]
+    """What its module says about its options."""
     error: str | None
     """Why it cannot be used."""
 
@@ -51,6 +56,7 @@ def find_plugins() -> list[Plugin]:
 def _describe(kind: str, entry: Entry) -> Plugin:
     point = entry.points[0]
     text, example, error = "", "", None
+    options: Sequence[Option] = ()
     if len(entry.points) > 1:
         values = " and ".join(entry.values)
         error = f"several packages claim this name: {values}; uninstall all but one"
@@ -60,9 +66,11 @@ def _describe(kind: str, entry: Entry) -> Plugin:
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
         else:
-            doc = inspect.getdoc(sys.modules.get(point.module)) or inspect.getdoc(loaded)
+            module = sys.modules.get(point.module)
+            doc = inspect.getdoc(module) or inspect.getdoc(loaded)
+            options = read_options(module)
             text, example = read_docstring(doc or "", kind, entry.name)
-    return Plugin(kind, entry.name, point.value, text, example, error)
+    return Plugin(kind, entry.name, point.value, text, example, options, error)
 
 
 def read_docstring(doc: str, kind: str, name: str) -> tuple[str, str]:
@@ -107,6 +115,16 @@ def command(*, as_json: bool) -> None:
             for plugin in plugins
         ],
     )
+    described = [(plugin, option) for plugin in plugins for option in plugin.options]
+    if described:
+        click.echo("\nTheir options, as in scheme:[option,option=value]target:\n")
+        print_table(
+            ("of", "option", "without it", "what it does"),
+            [
+                (plugin.name, option.usage, option.default or "-", option.meaning)
+                for plugin, option in described
+            ],
+        )
     for plugin in plugins:
         if plugin.error is not None:
             click.echo(f"\n{plugin.kind} {plugin.name} ({plugin.value}) is broken:")

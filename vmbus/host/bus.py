@@ -190,7 +190,7 @@ class Bus:
         self._roster.restore(state)
 
     async def wait_gone(self) -> None:
-        """Wait until the partition is gone. Is a checkpoint."""
+        """Wait until the partition is gone for good (``Transport.incoming``). Is a checkpoint."""
         await self._gone.wait()
 
     async def wait_version(self) -> Version:

@@ -85,7 +85,12 @@ class Transport(Protocol):
         """No signals any more; the doorbell's descriptor is closed. Is a checkpoint."""
 
     def incoming(self) -> AsyncIterator[PartitionEvent]:
-        """What the partition does, in order; ends when it is gone. One consumer."""
+        """What the partition does, in order; ends when it is gone. One consumer.
+
+        It is gone for good when its VMM has closed the connection, or lost it, or somebody in this
+        process has closed the transport. A guest that leaves the bus with UNLOAD, is reset or
+        panics is not gone: it, or its successor, may make contact again.
+        """
 
     def report(self, text: str) -> None:
         """Tell the VMM about a guest's misbehaviour, if it wants to know. Cannot block."""

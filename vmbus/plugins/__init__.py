@@ -5,6 +5,7 @@
 `devices`  devices, from the entry points in the group ``vmbus.devices``
 `sharing`  back-ends that several guests have at once
 `remarks`  what an operator should know of what was done as asked
+`options`  what the options of a back-end mean
 `specs`    the grammar of specifications, ``scheme:[options]target``
 `words`    enumerations and suggestions in messages
 ========== =============================================================================

@@ -15,6 +15,14 @@ import trio
 from storvsp.disk import Buffers, Disk
 from storvsp.disks.specs import DiskSpec, open_disk
 from storvsp.disks.wrapper import DiskWrapper
+from vmbus.plugins.options import Option
+
+OPTIONS = (
+    Option("read", "how much longer a read takes", "TIME", "0"),
+    Option("write", "how much longer a write takes, or writing zeros", "TIME", "0"),
+    Option("flush", "how much longer a flush takes", "TIME", "0"),
+    Option("unmap", "how much longer an unmap takes", "TIME", "0"),
+)
 
 
 class DelayDisk(DiskWrapper):

@@ -1,14 +1,10 @@
 """``fault:[lba=100-103,on=read,error=medium]SPEC``: another disk that fails on demand.
 
-=====================  =========================================================================
-``lba=N`` or ``N-M``   sectors whose requests fail (default: all; flushes have no sector)
-``on=read+write``      operations that fail, joined with ``+``: read, write, flush, unmap
-                       (default: read and write; write includes write_zeroes)
-``error=KIND``         how (default: medium), see :class:`FaultKind`
-``count=N``            how often (default: for ever)
-``probability=P``      chance of each request (default: 1)
-``seed=N``             makes the chances repeat
-=====================  =========================================================================
+Errors are of these kinds: ``medium`` is one at the first sector concerned, and nothing is
+transferred; ``readonly``, ``nospace`` and ``unavailable`` are what they are called; ``short``
+transfers the sectors before the first one concerned, then is a ``medium`` error (if that is the
+first of the request, half of the request is transferred); ``hang`` is no answer until the fault is
+taken away.
 
 Tests add and remove :class:`Fault` objects while the disk runs, look at their ``hits`` and let
 ``hang`` requests go on with :meth:`Fault.release`.
@@ -35,6 +31,7 @@ from storvsp.disk import (
 from storvsp.disks.specs import DiskSpec, open_disk
 from storvsp.disks.wrapper import DiskWrapper
 from vmbus.memory import total_length, window
+from vmbus.plugins.options import Option
 
 
 class Operation(enum.Flag):
@@ -44,6 +41,26 @@ class Operation(enum.Flag):
     WRITE = enum.auto()
     FLUSH = enum.auto()
     UNMAP = enum.auto()
+
+
+OPTIONS = (
+    Option("lba", "sectors whose requests fail; flushes have none", "N|N-M", "all"),
+    Option(
+        "on",
+        "operations that fail: read, write (also of zeros), flush, unmap",
+        "OP+OP",
+        "read+write",
+    ),
+    Option(
+        "error",
+        "how they fail: medium, readonly, nospace, unavailable, short, hang",
+        "KIND",
+        "medium",
+    ),
+    Option("count", "how many requests fail", "N", "all"),
+    Option("probability", "chance of each request, from 0 to 1", "P", "1"),
+    Option("seed", "makes the chances repeat", "N", "0"),
+)
 
 
 class FaultKind(enum.Enum):

@@ -47,6 +47,7 @@ from storvsp.disks.raw import RawDisk
 from storvsp.disks.specs import DiskSpec, open_disk
 from vmbus.errors import ConfigError
 from vmbus.memory import Cutter, total_length
+from vmbus.plugins.options import Option
 from vmbus.workers import shared_pool
 
 CLUSTER = 1 << 16
@@ -60,6 +61,15 @@ MARK_STEP: Final = 1 << 28
 
 _SHIFT = 16
 _BELOW, _MIXED, _SCRATCH = 0, 1, 2
+
+OPTIONS = (
+    Option(
+        "scratch",
+        "a directory, or a file that does not exist yet, for what is written until it is closed",
+        "PATH",
+        "in memory",
+    ),
+)
 
 
 class OverlayDisk(Disk):

@@ -31,6 +31,7 @@ from storvsp.disks.buffers import check_range, merge_extents
 from storvsp.disks.specs import DiskSpec
 from vmbus.errors import ConfigError
 from vmbus.memory import total_length
+from vmbus.plugins.options import Option
 from vmbus.plugins.specs import parse_size
 from vmbus.watchers import Watchers
 
@@ -49,6 +50,11 @@ C library's heap all that was freed would go back to the kernel at once, wheneve
 _MASK = CHUNK - 1
 _ZERO_BYTES = bytes(CHUNK)
 _ZEROS = memoryview(_ZERO_BYTES)
+
+OPTIONS = (
+    Option("sector", "logical sector in bytes", "512|4096", "512"),
+    Option("physical", "physical sector in bytes, as guests are told", "512|4096", "4096"),
+)
 
 
 class _Group:

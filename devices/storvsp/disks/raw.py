@@ -2,15 +2,6 @@
 
 ``raw:disk.img``, ``raw:[ro]base.img``, ``raw:[create=10G]new.img``, ``raw:[direct]/dev/sdb``.
 
-======================  ========================================================================
-``ro``                  refuse writes; any number of readers may share the file
-``sector=512|4096``     logical sector (default: 512; for a block device, its own)
-``create=SIZE``         make a sparse file of that size unless it exists; an existing file of
-                        another size is refused
-``direct``              bypass the host's page cache (O_DIRECT)
-``share``               take no lock
-======================  ========================================================================
-
 Fast path
 ---------
 Reads are tried on the caller's thread with ``RWF_NOWAIT``: a page-cache hit costs one system
@@ -69,6 +60,7 @@ from storvsp.disks.opening import identify, measure, oddities, open_file
 from storvsp.disks.specs import DiskSpec
 from vmbus.errors import ConfigError
 from vmbus.memory import total_length
+from vmbus.plugins.options import Option
 from vmbus.plugins.remarks import remark
 from vmbus.watchers import Watchers
 from vmbus.workers import shared_pool
@@ -80,6 +72,19 @@ UNMAP_STEP: Final = 1 << 30
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+
+OPTIONS = (
+    Option("ro", "refuse writes; any number of readers may share the file"),
+    Option("sector", "logical sector in bytes", "512|4096", "512, or the device's own"),
+    Option(
+        "create",
+        "make a sparse file unless it exists; one of another size is refused",
+        "SIZE",
+        "it has to exist",
+    ),
+    Option("direct", "bypass the host's page cache (O_DIRECT)"),
+    Option("share", "take no lock, and mind nobody else's"),
+)
 
 
 class RawDisk(Disk):

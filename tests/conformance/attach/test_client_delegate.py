@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.attach import RAM_SIZE, Recorder, make_memfd
 from tests.support.attach_client import RudeServer, ServerThread
+from tests.support.patience import PATIENCE
 from vmbus.attach.client.attachment import Attachment, Region
 from vmbus.attach.client.operator import query
 from vmbus.attach.protocol.framing import ASYNC, ERROR
@@ -118,7 +119,7 @@ def test_deliveries_are_answered_by_any_thread(
     assert attached.process()
     thread = threading.Thread(target=recorder.pending[0], args=(code,))
     thread.start()
-    thread.join(20)
+    thread.join(PATIENCE)
     frame = rude.receive()
     assert (frame.kind, frame.seq) == (Number.DELIVER_MESSAGE, 9)
     assert bool(frame.flags & ERROR) == bool(code)
@@ -137,7 +138,7 @@ def test_deliveries_that_cross_a_reset_are_called_off(
     thread = threading.Thread(target=answer)
     thread.start()
     attached.reset()
-    thread.join(20)
+    thread.join(PATIENCE)
     assert recorder.calls == []
 
 
@@ -173,7 +174,7 @@ def test_a_connected_descriptor_can_be_adopted(recorder: Recorder) -> None:
     thread = threading.Thread(target=serve)
     thread.start()
     assert query(server.client.detach(), "x") == {"a": 1}
-    thread.join(20)
+    thread.join(PATIENCE)
     server.close()
 
 

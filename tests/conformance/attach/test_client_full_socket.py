@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from tests.support.attach import RAM_SIZE, Recorder, make_memfd
 from tests.support.attach_client import RudeServer, ServerThread, Vmm
+from tests.support.patience import PATIENCE, SOON, until_in_thread
 from vmbus.attach.client.attachment import (
     HV_STATUS_INSUFFICIENT_BUFFERS,
     HV_STATUS_INVALID_CONNECTION_ID,
@@ -49,7 +49,7 @@ def test_a_full_socket_makes_the_guest_repeat_and_replies_wait(
             assert attached.process()
     while len(recorder.pending) < count:
         assert attached.process()
-    rude.sock.settimeout(20)
+    rude.sock.settimeout(PATIENCE)
     for done in recorder.pending:
         done(errno.ENXIO)
     assert attached.post_message(4, 1, 0, b"x") == HV_STATUS_INSUFFICIENT_BUFFERS
@@ -65,7 +65,7 @@ def test_a_full_socket_makes_the_guest_repeat_and_replies_wait(
         assert frame.seq == expected
     assert attached.process()
     assert attached.post_message(4, 1, 0, b"x") == 0
-    rude.sock.settimeout(20)
+    rude.sock.settimeout(PATIENCE)
     assert PostMessage.decode_untrusted(rude.receive().payload).payload == b"x"
 
 
@@ -114,7 +114,7 @@ def test_queued_descriptors_are_duplicated(attached: Attachment, rude: RudeServe
         pass
     fd = make_memfd()
     with pytest.raises(AttachError, match="no answer"):
-        attached.add_memory(Region(1 << 32, RAM_SIZE, fd), timeout=0.05)
+        attached.add_memory(Region(1 << 32, RAM_SIZE, fd), timeout=SOON)
     os.close(fd)
     attached._io.send(filler, key="same")
     attached._io.send(filler, key="same")
@@ -137,7 +137,7 @@ def test_an_operator_does_not_wait_for_ever_to_send(rude: RudeServer) -> None:
         while True:
             rude.client.send(bytes(1000))
     with pytest.raises(AttachError, match="does not answer"):
-        command(rude.client, huge, timeout=0.05)
+        command(rude.client, huge, timeout=SOON)
 
 
 def test_frames_that_go_out_in_parts_arrive_whole(
@@ -154,8 +154,7 @@ def test_frames_that_go_out_in_parts_arrive_whole(
         Vmm(tmp_path / "s", Recorder()) as vmm,
     ):
         assert vmm.query("a kind that is longer") == {"kind": "a kind that is longer"}
-        while vmm.post_message(4, 1, 0, b"x" * 240):
-            time.sleep(0.001)
+        until_in_thread(lambda: vmm.post_message(4, 1, 0, b"x" * 240) == 0)
         server.call(server.bus.wait_events, 1)
         assert server.bus.events == [PostedMessage(4, 1, 0, b"x" * 240)]
 

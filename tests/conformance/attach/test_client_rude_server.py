@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.attach import Recorder
 from tests.support.attach_client import RudeServer
+from tests.support.patience import PATIENCE, SOON
 from vmbus.attach.client.attachment import HV_STATUS_INVALID_CONNECTION_ID, Attachment
 from vmbus.attach.client.operator import query
 from vmbus.attach.protocol.framing import ASYNC, ERROR, REPLY
@@ -44,19 +45,19 @@ def test_a_server_that_answers_hello_beyond_the_offer_is_left(
     thread.start()
     with pytest.raises(AttachError, match="HELLO reply"):
         Attachment.connect(rude.client, recorder)
-    thread.join(20)
+    thread.join(PATIENCE)
     with pytest.raises(EOFError):
         rude.receive()
 
 
 def test_a_server_that_says_nothing_is_given_up(rude: RudeServer, recorder: Recorder) -> None:
     with pytest.raises(AttachError, match="no answer"):
-        Attachment.connect(rude.client, recorder, timeout=0.05)
+        Attachment.connect(rude.client, recorder, timeout=SOON)
 
 
 def test_a_late_answer_is_dropped(attached: Attachment, rude: RudeServer) -> None:
     with pytest.raises(AttachError, match="no answer"):
-        attached.query("slow", timeout=0.05)
+        attached.query("slow", timeout=SOON)
     frame = rude.receive()
     rude.send(Number.QUERY, b"", flags=REPLY, seq=frame.seq, fds=(rude.eventfd(),))
     assert attached.process()
@@ -149,7 +150,7 @@ def test_a_server_that_answers_nonsense_is_left_or_told_apart(
     thread.start()
     with pytest.raises(AttachError):
         attached.query("x")
-    thread.join(20)
+    thread.join(PATIENCE)
 
 
 def test_two_replies_of_which_one_is_too_many_do_not_leak(
@@ -204,8 +205,8 @@ def test_an_operator_is_told_what_is_wrong_with_the_server(rude: RudeServer, scr
     thread = threading.Thread(target=serve)
     thread.start()
     with pytest.raises(AttachError):
-        query(rude.client, "x", timeout=0.05 if script == "silence" else 20)
-    thread.join(20)
+        query(rude.client, "x", timeout=SOON if script == "silence" else 20)
+    thread.join(PATIENCE)
 
 
 def test_a_huge_or_odd_reply_descriptor_is_not_read(rude: RudeServer) -> None:
@@ -221,7 +222,7 @@ def test_a_huge_or_odd_reply_descriptor_is_not_read(rude: RudeServer) -> None:
     thread.start()
     with pytest.raises(AttachError, match="at most"):
         query(rude.client, "x")
-    thread.join(20)
+    thread.join(PATIENCE)
     os.close(huge)
 
 
@@ -238,7 +239,7 @@ def test_a_reply_memfd_that_cannot_be_read_is_an_error(rude: RudeServer, tmp_pat
     thread.start()
     with pytest.raises(AttachError, match="JSON reply"):
         query(rude.client, "x")
-    thread.join(20)
+    thread.join(PATIENCE)
     os.close(write_only)
 
 

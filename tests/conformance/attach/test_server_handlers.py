@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from tests.support.attach import (
     INFO,
     POST,
-    SLOW,
     TABLE,
     Bus,
     RawVmm,
@@ -24,6 +24,7 @@ from tests.support.attach import (
     running_server,
     still_served,
 )
+from tests.support.patience import PATIENCE
 from vmbus.attach.protocol.limits import Feature, GoodbyeReason
 from vmbus.attach.protocol.messages import Number
 from vmbus.attach.protocol.to_server import Goodbye, Reset, VmInfo
@@ -113,7 +114,7 @@ class raw_vmm_later:  # noqa: N801
 
 
 async def test_a_handler_that_does_not_end_is_cancelled_when_its_guest_is_gone(
-    tmp_path: Path,
+    tmp_path: Path, autojump_clock: MockClock
 ) -> None:
     cancelled = trio.Event()
 
@@ -126,10 +127,10 @@ async def test_a_handler_that_does_not_end_is_cancelled_when_its_guest_is_gone(
         finally:
             cancelled.set()
 
-    async with running_server(tmp_path / "s", handler, limits=SLOW) as path:
+    async with running_server(tmp_path / "s", handler) as path:
         with raw_vmm(path) as vmm:
             await vmm.attach()
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             await cancelled.wait()
 
 
@@ -155,7 +156,7 @@ async def test_a_vmm_that_vanishes_breaks_what_waits_for_it(tmp_path: Path) -> N
                 for _ in range(3):
                     await vmm.receive_and_drop()
                 vmm.close()
-            with trio.fail_after(10):
+            with trio.fail_after(PATIENCE):
                 await bus.ended.wait()
             call.signal()
             call.close()
@@ -276,7 +277,7 @@ async def test_a_reset_drops_what_the_old_life_posted(tmp_path: Path) -> None:
         with raw_vmm(path) as vmm:
             await vmm.attach()
             await vmm.post(Number.POST_MESSAGE, POST)
-            with trio.fail_after(10):
+            with trio.fail_after(PATIENCE):
                 await taken.wait()
             for _ in range(4):
                 await vmm.post(Number.POST_MESSAGE, POST)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trio.testing import MockClock
 
 from tests.support.attach import (
     INFO,
@@ -29,7 +30,6 @@ from tests.support.descriptors import (
 from tests.support.leaks import count_fds
 from vmbus.attach.protocol.messages import Number
 from vmbus.attach.protocol.to_server import MemoryRegion, RemMem, SetMemTable
-from vmbus.attach.server import ServerLimits
 from vmbus.errors import ConfigError
 from vmbus.partition.events import MemoryRemoval
 
@@ -133,10 +133,11 @@ async def test_memory_is_added_and_taken_away_once_nobody_uses_it(tmp_path: Path
             await vmm.expect_answer(Number.REM_MEM, seq)
 
 
-async def test_memory_that_stays_in_use_is_told_to_the_vmm(tmp_path: Path) -> None:
+async def test_memory_that_stays_in_use_is_told_to_the_vmm(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     bus = Bus()
-    limits = ServerLimits(drain_timeout=0.05)
-    async with running_server(tmp_path / "s", bus, limits=limits) as path:
+    async with running_server(tmp_path / "s", bus) as path:
         with raw_vmm(path) as vmm:
             await vmm.attach()
             held = bus.transport.memory.views(0, 16)

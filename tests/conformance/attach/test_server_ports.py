@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from tests.support.attach import POST, Bus, RawVmm, raw_vmm, running_server
+from tests.support.patience import PATIENCE
 from vmbus.attach.protocol.limits import Feature, PortKind
 from vmbus.attach.protocol.messages import Number
 from vmbus.attach.protocol.to_server import PostMessage, SignalEvent
@@ -50,7 +52,7 @@ async def test_event_ports_ring_by_eventfd_and_by_message(tmp_path: Path, mode: 
                 await transport.add_event_port(17, 3)
             await vmm.post(Number.SIGNAL_EVENT, SignalEvent(17, 3).encode())
             await vmm.post(Number.SIGNAL_EVENT, SignalEvent(17, 4).encode())
-            with trio.fail_after(10):
+            with trio.fail_after(PATIENCE):
                 await trio.lowlevel.wait_readable(bell.fd)
             assert os.eventfd_read(bell.fd) == 1
             # A counter that is full rings all the same.
@@ -122,10 +124,11 @@ async def test_a_port_dies_quietly_with_its_vmm(tmp_path: Path) -> None:
                 vmm.close()
 
 
-async def test_a_vmm_that_does_not_answer_is_disconnected(tmp_path: Path) -> None:
+async def test_a_vmm_that_does_not_answer_is_disconnected(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     bus = Bus()
-    limits = ServerLimits(reply_timeout=0.1)
-    async with running_server(tmp_path / "s", bus, limits=limits) as path:
+    async with running_server(tmp_path / "s", bus) as path:
         with raw_vmm(path) as vmm:
             await vmm.attach()
             with pytest.raises(trio.BrokenResourceError, match="no answer to ADD_MSG_PORT"):
@@ -192,14 +195,16 @@ async def test_a_delivery_waits_for_one_whose_task_was_cancelled(tmp_path: Path)
 # -- posts and credits -----------------------------------------------------------------------------
 
 
-async def test_posts_without_credit_end_the_connection(tmp_path: Path) -> None:
+async def test_posts_without_credit_end_the_connection(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     never = trio.Event()
 
     async def handler(transport: SocketTransport) -> None:
         async for _ in transport.incoming():
             await never.wait()
 
-    limits = ServerLimits(post_credits=4, handler_grace=0.1)
+    limits = ServerLimits(post_credits=4)
     async with running_server(tmp_path / "s", handler, limits=limits) as path:
         with raw_vmm(path) as vmm:
             await vmm.attach()

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from tests.support.attach import INFO, RAM_SIZE, TABLE, Bus, make_memfd, raw_vmm, running_server
 from tests.support.leaks import count_fds
+from tests.support.patience import LOOK, PATIENCE, until
 from vmbus.attach.protocol.framing import ERROR
 from vmbus.attach.protocol.limits import Feature
 from vmbus.attach.protocol.messages import Number
 from vmbus.attach.protocol.to_server import Goodbye, MemoryRegion, RemMem
 from vmbus.attach.protocol.to_vmm import SetCallFd, SignalFlag
-from vmbus.attach.server import ServerLimits
 
 
 async def deliver_to_nobody(bus: Bus) -> None:
@@ -94,9 +95,7 @@ async def test_a_signal_before_a_change_of_vp_survives_the_refusal_behind_it(
             await vmm.answer(second, errno.ENOSPC)
             first.close()
             second.close()
-            with trio.fail_after(10):
-                while call.tier:
-                    await trio.sleep(0.001)
+            await until(lambda: not call.tier)
             call.signal()
             signal = await vmm.expect(Number.SIGNAL_FLAG)
             assert SignalFlag.decode_untrusted(signal.payload) == SignalFlag(1, 2, 5)
@@ -126,10 +125,11 @@ async def test_a_port_with_its_old_eventfd_is_taken_back_at_the_end(tmp_path: Pa
 
 
 @pytest.mark.parametrize("answers", [0, 1])
-async def test_set_call_fd_must_be_answered_in_time(tmp_path: Path, answers: int) -> None:
+async def test_set_call_fd_must_be_answered_in_time(
+    tmp_path: Path, answers: int, autojump_clock: MockClock
+) -> None:
     bus = Bus()
-    limits = ServerLimits(reply_timeout=0.5)
-    async with running_server(tmp_path / "s", bus, limits=limits) as path:
+    async with running_server(tmp_path / "s", bus) as path:
         with raw_vmm(path) as vmm:
             await vmm.attach(Feature.CALL_FD)
             bus.transport.open_call(0, 2, 5)
@@ -205,21 +205,20 @@ async def test_a_vmm_that_vanishes_while_it_is_attached_is_no_fault_of_the_serve
             vmm.memfd = make_memfd()
             await vmm.send(Number.SET_MEM_TABLE, TABLE.encode(), fds=(vmm.memfd,))
             await vmm.expect(Number.ADD_MSG_PORT)
-        with raw_vmm(path) as vmm, trio.fail_after(20):
+        with raw_vmm(path) as vmm, trio.fail_after(PATIENCE):
             await vmm.greet()
             # The name is free once the server is done with the one that went away.
             while (await vmm.ask(Number.VM_INFO, INFO.encode())).flags & ERROR:
-                await trio.sleep(0.001)
+                await trio.sleep(LOOK)
     assert [record.levelname for record in caplog.records if record.exc_info] == []
 
 
 async def test_a_region_that_stays_in_use_delays_no_other_and_may_be_replaced(
-    tmp_path: Path,
+    tmp_path: Path, autojump_clock: MockClock
 ) -> None:
     bus = Bus()
-    limits = ServerLimits(drain_timeout=0.1)
     other = RemMem(1 << 32, RAM_SIZE)
-    async with running_server(tmp_path / "s", bus, limits=limits) as path:
+    async with running_server(tmp_path / "s", bus) as path:
         with raw_vmm(path) as vmm:
             await vmm.attach()
             memory = bus.transport.memory

@@ -30,6 +30,7 @@ from tests.support.attach import (
     send_raw,
 )
 from tests.support.house import ROOT
+from tests.support.patience import PATIENCE
 from vmbus.attach.client import Attachment
 from vmbus.attach.client.attachment import Feature, Region
 from vmbus.attach.client.operator import command, query
@@ -198,7 +199,7 @@ class FakeServer(threading.Thread):
         self.result: queue.Queue[str] = queue.Queue()
 
     def run(self) -> None:
-        self._sock.settimeout(20)
+        self._sock.settimeout(PATIENCE)
         made: list[int] = []
         reader = FrameReader(stream=False)
         try:
@@ -239,7 +240,7 @@ def started(stem: str) -> tuple[FakeServer, socket.socket]:
 
 
 def finished(server: FakeServer) -> None:
-    assert server.result.get(timeout=20) == ""
+    assert server.result.get(timeout=PATIENCE) == ""
     server.join()
 
 

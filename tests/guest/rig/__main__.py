@@ -13,7 +13,7 @@ from tests.guest.rig.assets import ENVIRONMENT, Assets
 from tests.guest.rig.contained import contained, end_in_order
 from tests.guest.rig.packages import RigError, say
 
-PASSED_ON = ("VMBUS_LONG", "VMBUS_SEED")
+PASSED_ON = ("VMBUS_LONG", "VMBUS_SEED", "VMBUS_TEST_PATIENCE")
 """Variables of the environment that the command in the rig gets too."""
 
 

@@ -14,9 +14,8 @@ from typing import Protocol
 from tests.guest.rig.assets import Assets
 from tests.guest.rig.complaints import coarse_filter, complaints
 from tests.guest.rig.processes import Command, Lines
+from tests.support.patience import LOOK, PATIENCE
 
-PATIENCE = 300.0
-"""Seconds after which a test gives up; nothing is decided by it otherwise."""
 TOOLS = "/tools"
 """Where the root file system is mounted by :meth:`Guest.mount_tools`."""
 
@@ -245,4 +244,4 @@ def until(condition: object, seconds: float = PATIENCE, what: str = "it") -> Non
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError(f"{what} does not happen within {seconds:g} s")
-        time.sleep(0.05)
+        time.sleep(LOOK)

@@ -27,6 +27,7 @@ from tests.guest.rig.assets import ENVIRONMENT, Assets
 from tests.guest.rig.code_tree import check_space, copy_repository, copy_tree
 from tests.guest.rig.contained import contained
 from tests.guest.rig.packages import RigError, run, say
+from tests.support.patience import LOOK, PATIENCE
 
 REPOSITORY = Path(__file__).parents[3]
 CPUS = 1
@@ -37,7 +38,7 @@ DISK_SIZE = "8G"
 FREE_SPACE = 4 << 30
 """Bytes: the disk with everything on it, twice for a moment, and room for what tests write."""
 ATTEMPTS = 3
-SILENCE = 1800.0
+SILENCE = 6 * PATIENCE
 """Seconds without a word of the command after which the machine is given up."""
 MOUNT_POINT = Path("/run/rig")
 OUTER_PARAMETERS = "mitigations=off tsc=reliable clocksource=tsc"
@@ -247,4 +248,4 @@ def _follow(process: subprocess.Popen[bytes], shared: Path, console: Path) -> in
             return int((shared / "exit").read_text())
         if ended or time.monotonic() > heard + SILENCE:
             return None
-        time.sleep(0.2)
+        time.sleep(LOOK)

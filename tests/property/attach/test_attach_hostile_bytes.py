@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tests.support.attach import RAM_SIZE, Bus, RawVmm, make_eventfd, make_memfd, running_server
 from tests.support.leaks import count_fds
+from tests.support.patience import SOON
 from vmbus.attach.client.operator import read_json_reply_untrusted
 from vmbus.attach.protocol.framing import ASYNC, HEADER, REPLY, FrameReader, pack_frame
 from vmbus.attach.protocol.layout import Layout
@@ -286,7 +287,7 @@ async def read_now(vmm: RawVmm) -> Any:
 
 async def play(path: Path, operations: list[Any], mode: str) -> None:
     bus = Bus()
-    limits = ServerLimits(drain_timeout=0.01, handler_grace=0.5, post_credits=4)
+    limits = ServerLimits(drain_timeout=SOON, handler_grace=SOON, post_credits=4)
     async with running_server(path, bus, mode=mode, limits=limits, query=lambda _: {}) as address:
         kind = socket.SOCK_STREAM if mode == "stream" else socket.SOCK_SEQPACKET
         sock = socket.socket(socket.AF_UNIX, kind)

@@ -15,6 +15,7 @@ from storvsp.disks.ram import RamDisk
 from storvsp.scsi import DataDirection
 from storvsp.session import Limits, Session, Stage
 from storvsp.wire import REQUEST, SUPPORTED_VERSIONS, VERSION_5_1, Srb
+from tests.support.patience import PATIENCE
 from vmbus.errors import BudgetError, GuestProtocolError
 from vmbus.host.channel_host import ChannelHost
 from vmbus.memory import GuestMemory
@@ -210,7 +211,7 @@ def test_any_packets_through_the_ring_are_each_answered_once(sent):
                 # A ring packet is as long as a multiple of 8, and an answer as long as its request.
                 sizes[identity].add(max(16, min(-(-len(payload) // 8) * 8, 64)))
             seen: Counter[int] = Counter()
-            with trio.fail_after(30):
+            with trio.fail_after(PATIENCE):
                 while sum(seen.values()) < sum(wanted.values()) + 4:
                     for answer in await guest.receive():
                         assert answer.kind == COMPLETION

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tests.support.cli import PATIENCE
+from tests.support.patience import PATIENCE
 from vmbus.cli import boot, kvm_checks
 from vmbus.cli.checks import Check, Outcome
 

@@ -11,17 +11,23 @@ import pytest
 import trio
 
 from tests.support.cli import run_cli
+from tests.support.patience import SOON
 from vmbus.cli import demo
 from vmbus.cli.demo_report import Report
 from vmbus.cli.demo_view import View
 
-SERVES = "import sys, time; print('listening on s', file=sys.stderr, flush=True); "
-STAYS = SERVES + "time.sleep(60)"
-LEAVES = SERVES + "time.sleep(0.3)"
+# Server and guest share a named pipe beside the socket, which ends for the one when the other does.
+SERVES = (
+    "import os, signal, sys; pipe = sys.argv[-1] + '.pipe'; os.mkfifo(pipe); "
+    "print('listening on s', file=sys.stderr, flush=True); guest = open(pipe); "
+)
+STAYS = SERVES + "signal.pause()"
+LEAVES = SERVES + "guest.read()"
+LIVES = "import sys; pipe = open(sys.argv[1] + '.pipe', 'w'); "
 SAYS_GOODBYE = 'print(\'{"event": "left", "interrupts": 1, "signals": 2}\', flush=True); '
 STUBBORN = (
-    "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-    "print('I stay', file=sys.stderr, flush=True); time.sleep(60)"
+    "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    "print('I stay', file=sys.stderr, flush=True); signal.pause()"
 )
 
 
@@ -31,7 +37,9 @@ def perform(monkeypatch, *, server=LEAVES, guest=SAYS_GOODBYE, arguments=()):
         demo.Demo, "_serve_arguments",
         lambda self: ["-c", server, "serve", "--once", "--socket", self.socket],
     )  # fmt: skip
-    monkeypatch.setattr(demo.Demo, "_guest_arguments", lambda self: ["-c", guest])
+    monkeypatch.setattr(
+        demo.Demo, "_guest_arguments", lambda self: ["-c", LIVES + guest, self.socket]
+    )
     return run_cli("demo", "--size", "1M", *arguments)
 
 
@@ -82,13 +90,13 @@ def test_a_server_that_does_not_come_up_is_named(monkeypatch):
 
 @pytest.mark.usefixtures("temporary")
 def test_a_server_that_does_not_say_that_it_listens_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(demo, "SILENCE", 0.3)
-    result = perform(monkeypatch, server="import time; time.sleep(60)", arguments=["--json"])
+    monkeypatch.setattr(demo, "SILENCE", SOON)
+    result = perform(monkeypatch, server="import signal; signal.pause()", arguments=["--json"])
     assert problems_of(result) == [("server", "did not come up: was killed by SIGTERM")]
 
 
 async def test_a_process_that_does_not_want_to_end_is_killed(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "GRACE", 0.1)
+    monkeypatch.setattr(demo, "GRACE", SOON)
     child = demo.Child("guest", ["-c", STUBBORN], tmp_path / "log")
     await child.start(stdout=DEVNULL)
     heard = trio.Event()
@@ -115,13 +123,13 @@ def test_a_guest_that_says_nothing_is_not_waited_for(monkeypatch):
 
     async def start_and_lose_patience(self, listeners):
         came_up = await start(self, listeners)
-        monkeypatch.setattr(demo, "SILENCE", 0.2)
+        monkeypatch.setattr(demo, "SILENCE", SOON)
         return came_up
 
     monkeypatch.setattr(demo.Demo, "_start_server", start_and_lose_patience)
-    guest = "import time; time.sleep(60)"
+    guest = "import signal; signal.pause()"
     result = perform(monkeypatch, server=STAYS, guest=guest, arguments=["--json"])
-    assert problems_of(result) == [("guest", "hangs: it has said nothing for 0.2 s")]
+    assert problems_of(result) == [("guest", f"hangs: it has said nothing for {SOON:g} s")]
 
 
 @pytest.mark.usefixtures("temporary")
@@ -141,8 +149,8 @@ def test_a_guest_that_does_not_end_as_it_should_is_named(monkeypatch, guest, tex
 
 @pytest.mark.usefixtures("temporary")
 def test_a_guest_that_goes_on_without_output_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(demo, "GRACE", 0.2)
-    guest = "import os, time; os.close(1); time.sleep(60)"
+    monkeypatch.setattr(demo, "GRACE", SOON)
+    guest = "import os, signal; os.close(1); signal.pause()"
     result = perform(monkeypatch, guest=guest, arguments=["--json"])
     assert problems_of(result)[0] == ("guest", "has closed its output but goes on")
 
@@ -150,7 +158,14 @@ def test_a_guest_that_goes_on_without_output_is_not_waited_for(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("temporary")
 def test_a_server_that_goes_on_without_its_guest_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(demo, "GRACE", 2.0)
+    ended = demo.Demo._ended
+
+    async def lose_patience_with_the_server(self, child, otherwise):
+        if child.name == "server":
+            monkeypatch.setattr(demo, "GRACE", SOON)
+        return await ended(self, child, otherwise)
+
+    monkeypatch.setattr(demo.Demo, "_ended", lose_patience_with_the_server)
     result = perform(monkeypatch, server=STAYS, arguments=["--json"])
     assert problems_of(result) == [("server", "goes on although its only guest has left")]
 
@@ -182,7 +197,7 @@ def test_an_operator_who_cannot_reach_the_server_is_a_problem(monkeypatch):
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
 )
 def test_a_signal_ends_both_processes(monkeypatch, temporary, number, code):
-    guest = f"import os, time; os.kill(os.getppid(), {int(number)}); time.sleep(60)"
+    guest = f"import os, signal; os.kill(os.getppid(), {int(number)}); signal.pause()"
     result = perform(monkeypatch, server=STAYS, guest=guest, arguments=["--json"])
     assert result.exit_code == code
     document = json.loads(result.output)

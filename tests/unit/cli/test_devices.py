@@ -1,5 +1,6 @@
 """``vmbus devices``: what plug-ins say about themselves, and what becomes of broken ones."""
 
+import dataclasses
 import json
 
 import pytest
@@ -49,6 +50,20 @@ def test_the_devices_of_this_project_are_listed():
     assert ram.endswith("ram:64M")
 
 
+def test_options_are_listed_with_what_holds_without_them():
+    lines = run_cli("devices").output.splitlines()
+    start = lines.index("Their options, as in scheme:[option,option=value]target:")
+    options = [line.split(maxsplit=3) for line in lines[start + 3 :]]
+    assert ["raw", "ro", "-", "refuse writes; any number of readers may share the file"] in options
+    assert ["ram", "sector=512|4096", "512", "logical sector in bytes"] in options
+
+
+def test_without_any_option_there_is_no_table_of_them(monkeypatch):
+    plain = [dataclasses.replace(each, options=()) for each in find_plugins()]
+    monkeypatch.setattr(devices, "find_plugins", lambda: plain)
+    assert "Their options" not in run_cli("devices").output
+
+
 def test_json_has_everything():
     plugins = {(each["kind"], each["name"]): each for each in json.loads(run_json())}
     assert plugins["disk", "ram"] == {
@@ -57,8 +72,23 @@ def test_json_has_everything():
         "value": "storvsp.disks.ram:open_spec",
         "help": "a disk in memory, sparse, gone when it is closed",
         "example": "ram:64M",
+        "options": [
+            {
+                "name": "sector",
+                "meaning": "logical sector in bytes",
+                "value": "512|4096",
+                "default": "512",
+            },
+            {
+                "name": "physical",
+                "meaning": "physical sector in bytes, as guests are told",
+                "value": "512|4096",
+                "default": "4096",
+            },
+        ],
         "error": None,
     }
+    assert plugins["device", "storvsp"]["options"] == []
     assert plugins["device", "storvsp"]["value"] == "storvsp:PLUGIN"
 
 

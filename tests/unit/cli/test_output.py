@@ -12,7 +12,8 @@ import sys
 import click
 import pytest
 
-from tests.support.cli import COMMAND, PATIENCE, Terminal, child_environment
+from tests.support.cli import COMMAND, Terminal, child_environment
+from tests.support.patience import PATIENCE
 from vmbus.cli import output
 from vmbus.cli.logs import logging_to
 from vmbus.cli.output import console, print_json, print_table, safe, size_text

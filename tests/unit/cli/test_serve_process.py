@@ -12,7 +12,8 @@ import pytest
 import trio
 
 from storvsp.guest import attach, scan
-from tests.support.cli import PATIENCE, run_child, run_cli, serving
+from tests.support.cli import run_child, run_cli, serving
+from tests.support.patience import PATIENCE
 from vmbus.attach.client import operator
 from vmbus.attach.client.machine import attach_machine
 from vmbus.attach.protocol.sockets import CONTROL_SUFFIX

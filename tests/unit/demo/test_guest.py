@@ -7,6 +7,7 @@ import argparse
 import trio
 
 from tests.support.demo import Told, live, server_for
+from tests.support.patience import LOOK, PATIENCE
 from vmbus import demo
 from vmbus.demo import DemoGuest, Half, Options, Story, guest as life
 from vmbus.errors import VMBusError
@@ -141,7 +142,7 @@ async def test_a_guest_at_work_does_not_outlive_its_server(tmp_path, capsys):
 
         async def stop_when_open():
             while not (guests := server.query("guests")["guests"]) or not guests[0]["channels"]:
-                await trio.sleep(0.01)
+                await trio.sleep(LOOK)
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(stop_when_open)
@@ -163,12 +164,15 @@ async def test_a_panic_is_told_as_it_is_if_the_server_stays(tmp_path, capsys, mo
     assert (where, text) == ("guest", "Linux 6.1: the host is wrong")
 
 
-async def test_a_panic_that_the_end_of_the_server_has_caused_is_told_as_that(tmp_path, capsys):
+async def test_a_panic_that_the_end_of_the_server_has_caused_is_told_as_that(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(life, "LEAVING_SECONDS", PATIENCE)
     async with server_for(tmp_path) as (_, path, nursery):
         token = trio.lowlevel.current_trio_token()
 
         async def stop_a_little_later():
-            await trio.sleep(0.1)
+            await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
 
         async def panic(driver):

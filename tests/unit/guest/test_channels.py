@@ -135,7 +135,7 @@ async def test_a_connection_that_ends_stops_the_removal_of_a_channel():
 
 
 @pytest.mark.parametrize("name", ["CLOSECHANNEL", "GPADL_TEARDOWN"])
-async def test_a_removal_under_way_posts_nothing_behind_unload(name):
+async def test_a_removal_under_way_posts_nothing_behind_unload(name, autojump_clock):
     machine = Machine()
     host = machine.host
     host.offers = [offer(1)]
@@ -155,6 +155,6 @@ async def test_a_removal_under_way_posts_nothing_behind_unload(name):
         host.handlers[name] = lambda item: nursery.start_soon(connection.unload)
         host.send(message(2, 1))
         await connection.wait_gone(1)
-        await trio.testing.wait_all_tasks_blocked(0.05)
+        await trio.testing.wait_all_tasks_blocked()
         assert host.names()[-1] == "UNLOAD"
         host.on_unload(None)

@@ -6,6 +6,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.support.patience import until
 from tests.support.worlds import EchoDevice, RawGuest, numbers, world
 from vmbus.errors import GuestProtocolError
 from vmbus.gpadl import Gpadl
@@ -123,8 +124,7 @@ class Holder(EchoDevice):
             nursery.cancel_scope.cancel()
 
     async def _hold(self, channel):
-        while channel.statistics.packets_in == 0:
-            await trio.sleep(0.001)
+        await until(lambda: channel.statistics.packets_in)
         self.lease = channel.lease_gpadl(8)
         self.lease.views()
         await self.let_go.wait()
@@ -139,8 +139,7 @@ async def holding(there, device):
     await guest.open()
     assert numbers(await guest.post(*guest.gpadl(1, 8, range(0x80, 0x84)))) == [m.GpadlCreated.TYPE]
     device.lives[0].statistics.packets_in = 1
-    while device.lease is None:
-        await trio.sleep(0.001)
+    await until(lambda: device.lease)
     return guest
 
 

@@ -13,6 +13,7 @@ import trio
 import trio.testing
 
 from tests.support.engine import make_memory, make_offer, pages_message
+from tests.support.patience import PATIENCE
 from vmbus.engine import Budgets, EngineConfig, TlConnect, describe_channels
 from vmbus.errors import AttachError, ConfigError
 from vmbus.host import BusConfig, open_bus
@@ -184,8 +185,7 @@ class Idle:
             while True:
                 await primary.receive_batch()
         except trio.EndOfChannel:
-            # A time limit for the case that a test fails; none that passes gets near it.
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + 2):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + PATIENCE):
                 await self.may_stop.wait()
         finally:
             self.running -= 1
@@ -311,7 +311,7 @@ async def test_a_device_may_be_removed_while_the_bus_becomes_quiet():
         assert not bus.devices
 
 
-async def test_a_pause_leaves_the_monitor_page_alone():
+async def test_a_pause_leaves_the_monitor_page_alone(autojump_clock: trio.testing.MockClock):
     transport = SlowTransport()
     async with open_bus(transport, [Idle(monitor_latency=10)]) as bus:
         await connect(transport)

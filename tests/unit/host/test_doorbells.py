@@ -8,6 +8,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.support.patience import PATIENCE
 from vmbus.host.channel import Channel
 from vmbus.host.doorbells import (
     HALF_PAGE,
@@ -101,7 +102,7 @@ async def test_a_page_goes_with_its_memory(memory):
     assert memory.drained()
 
 
-async def test_the_page_is_polled_while_there_is_need(memory):
+async def test_the_page_is_polled_while_there_is_need(memory, autojump_clock):
     page = MonitorPage(memory)
     channel = channel_pair()[0]
     async with trio.open_nursery() as nursery:
@@ -112,7 +113,7 @@ async def test_the_page_is_polled_while_there_is_need(memory):
         assert page.polls == 0
         page.add(7, channel, 0)
         memory.page(PAGE >> 12).cast("I")[pending_word(0)] = 1
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE):
             while not page.hits:
                 await trio.sleep(0.001)
         page.remove(7)

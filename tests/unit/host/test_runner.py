@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.support.patience import PATIENCE
 from tests.support.worlds import (
     EchoDevice,
     FailingTransport,
@@ -20,7 +21,7 @@ from tests.support.worlds import (
     world,
 )
 from vmbus.errors import STATUS_INVALID_DEVICE_STATE, AttachError, GuestProtocolError
-from vmbus.host import BusConfig, open_bus
+from vmbus.host import open_bus
 from vmbus.host.device import Device
 from vmbus.partition.soft_machine import SoftMachine
 from vmbus.wire import messages as m
@@ -31,8 +32,8 @@ from vmbus.wire.versions import Version
 async def failing(*devices: Device, **fails: Exception) -> AsyncIterator[World]:
     machine = SoftMachine(((0, 8 << 20),), vp_count=2)
     try:
-        with trio.fail_after(20), FailingTransport(machine.synic, **fails) as transport:
-            async with open_bus(transport, devices, config=BusConfig(close_grace=0.01)) as bus:
+        with trio.fail_after(PATIENCE), FailingTransport(machine.synic, **fails) as transport:
+            async with open_bus(transport, devices) as bus:
                 yield World(machine, transport, bus)
     finally:
         machine.close()

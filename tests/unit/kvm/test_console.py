@@ -8,9 +8,8 @@ import threading
 
 import pytest
 
+from tests.support.patience import PATIENCE
 from vmbus.kvm.console import Console
-
-PATIENCE = 30
 
 
 class Guest:

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from tests.support.patience import PATIENCE
 from vmbus.kvm import serial
 from vmbus.kvm.serial import Uart
 
@@ -378,8 +379,8 @@ def test_input_and_register_accesses_may_come_from_different_threads():
     sender = threading.Thread(target=bring)
     sender.start()
     while len(received) < len(text):
-        assert raised.wait(10)
+        assert raised.wait(PATIENCE)
         raised.clear()
         received += port.take()
-    sender.join(10)
+    sender.join(PATIENCE)
     assert received == text

@@ -10,6 +10,7 @@ from contextlib import closing
 import pytest
 
 from tests.support.kvm_fakes import FakeKvm, FakePlatform
+from tests.support.patience import PATIENCE
 from vmbus.kvm import api
 from vmbus.kvm.synic_kernel import CAPABILITIES, KernelSynic, has_virtual_apic, is_possible
 from vmbus.kvm.vcpu import Vcpu, ignore_kick_signal
@@ -19,7 +20,6 @@ from vmbus.synic.model import MsrError
 from vmbus.wire import synic as wire
 from vmbus.wire.synic import CpuidLeaf, HvStatus, MiscFeature, Msr, Privilege, Recommendation
 
-PATIENCE = 30
 SIMP, SIEFP = 0x4000, 0x5000
 VECTOR = 0xF3
 

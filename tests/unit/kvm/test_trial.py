@@ -9,9 +9,10 @@ from contextlib import closing
 
 import pytest
 
-from tests.support.kvm import PATIENCE, needs_kvm
+from tests.support.kvm import needs_kvm
 from tests.support.kvm_fakes import FakeKvm, exits
 from tests.support.leaks import open_descriptors
+from tests.support.patience import PATIENCE
 from vmbus.errors import ConfigError
 from vmbus.kvm import api
 from vmbus.kvm.api import Exit

@@ -9,14 +9,13 @@ from contextlib import closing
 import pytest
 
 from tests.support.kvm_fakes import FakeKvm, FakePlatform, exits
+from tests.support.patience import PATIENCE
 from vmbus.kvm import api
 from vmbus.kvm.api import Exit
 from vmbus.kvm.outcome import Outcome
 from vmbus.kvm.vcpu import Segment, Vcpu, ignore_kick_signal
 from vmbus.kvm.vm import Vm
 from vmbus.memory import GuestMemory
-
-PATIENCE = 30
 
 
 class Rig:

@@ -9,6 +9,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.support.patience import PATIENCE, until
 from tests.support.worlds import FailingTransport, World, whole_life
 from vmbus.errors import ConfigError
 from vmbus.guest import LINUX_6_1
@@ -22,7 +23,7 @@ SETUPS = (DeviceSetup("storvsp", (f"ram:{DISK}",)), DeviceSetup("storvsp", ("ram
 @pytest.fixture
 async def machines() -> AsyncIterator[list[SoftMachine]]:
     made = [SoftMachine(((0, 32 << 20),), vp_count=2) for _ in range(3)]
-    with trio.fail_after(30):
+    with trio.fail_after(PATIENCE):
         yield made
     for machine in made:
         machine.close()
@@ -73,8 +74,7 @@ async def test_a_guest_that_is_gone_at_once_leaves_no_file_locked(machines, tmp_
     link = transport(machines[1])
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.handle, link)
-        while "vm" not in server._guests or server._guests["vm"].bus is None:
-            await trio.sleep(0.001)
+        await until(lambda: "vm" in server._guests and server._guests["vm"].bus)
         with pytest.raises(ConfigError):
             await server.check()
         link.close()
@@ -111,8 +111,8 @@ async def test_each_guest_has_files_of_its_own(machines, tmp_path):
     async with trio.open_nursery() as nursery:
         for link in links:
             nursery.start_soon(server.handle, link)
-        while any(guest.bus is None for guest in server._guests.values()) or not server._guests:
-            await trio.sleep(0.001)
+        guests = server._guests
+        await until(lambda: guests and all(guest.bus for guest in guests.values()))
         assert len(server.query("guests")["guests"]) == 2
         for link in links:
             link.close()

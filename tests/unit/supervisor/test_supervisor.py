@@ -15,7 +15,7 @@ import trio
 
 from storvsp.guest import attach, scan
 from tests.support.attach import raw_vmm
-from tests.support.worlds import SAFETY
+from tests.support.patience import LOOK, PATIENCE, until
 from vmbus.attach.client.machine import attach_machine
 from vmbus.attach.protocol.limits import Role
 from vmbus.attach.protocol.messages import Number, RefusedError
@@ -43,9 +43,9 @@ class World:
 
     async def until(self, count: int) -> None:
         """Wait until so many guests are attached."""
-        with trio.fail_after(SAFETY):
+        with trio.fail_after(PATIENCE):
             while (await self.supervisor.query("status"))["guests_attached"] != count:
-                await trio.sleep(0.01)
+                await trio.sleep(LOOK)
 
 
 @contextlib.asynccontextmanager
@@ -128,7 +128,7 @@ async def test_a_crash_costs_one_guest(tmp_path, caplog):
         with pytest.raises((AttachError, BaseExceptionGroup)) as caught:
             async with guest_on(here.path, "doomed") as (_, _, delegate):
                 os.kill(await worker_of(here, "doomed"), signal.SIGSEGV)
-                with trio.fail_after(SAFETY):
+                with trio.fail_after(PATIENCE):
                     await delegate.over.wait()
                 raise AttachError("it is over")
         assert isinstance(leaf(caught.value), AttachError)
@@ -174,7 +174,7 @@ async def test_silent_connections_lock_nobody_out(tmp_path, monkeypatch):
             silent = [stack.enter_context(raw_vmm(tmp_path / "s")) for _ in range(6)]
             async with guest_on(here.path) as (disks, _, _):
                 assert len(disks) == 1
-            with trio.fail_after(SAFETY):
+            with trio.fail_after(PATIENCE):
                 assert await silent[0].receive() is None, "the oldest has gone"
 
 
@@ -203,7 +203,7 @@ async def test_names_and_ids_are_unique_over_all_processes(tmp_path):
             await one.ok(Number.VM_INFO, info)
             assert (await two.refused(Number.VM_INFO, info))[0] == errno.EBUSY
             one.close()
-            with trio.fail_after(SAFETY):
+            with trio.fail_after(PATIENCE):
                 while True:  # until the first one's end is known
                     answer = await two.ask(Number.VM_INFO, info)
                     if not answer.flags & 2:
@@ -264,9 +264,7 @@ async def test_a_refused_vmm_is_told_why(tmp_path):
             async with guest_on(here.path):
                 raise AssertionError("it has no disk")
         assert isinstance(leaf(caught.value), RefusedError)
-        with trio.fail_after(SAFETY):
-            while not here.supervisor.failed:
-                await trio.sleep(0.01)
+        await until(lambda: here.supervisor.failed)
 
 
 SHARED = (DeviceSetup("storvsp", ("ram:[shared]4M", "ram:1M")),)
@@ -319,7 +317,7 @@ async def test_a_keeper_that_dies_is_a_lost_disk_and_comes_back_for_others(tmp_p
     ):
         (keeper,) = here.supervisor._keepers.values()
         os.kill(keeper.pid, signal.SIGKILL)
-        with trio.fail_after(SAFETY):
+        with trio.fail_after(PATIENCE):
             await keeper.gone.wait()
         lost = await a[0].execute(bytes.fromhex("28 00 00000000 00 0001 00"), read=512)
         while lost.scsi_status == 0:

@@ -14,6 +14,7 @@ import trio
 import trio.testing
 
 from tests.support.leaks import count_fds
+from tests.support.patience import PATIENCE, until
 from tests.support.worlds import TIERS, EchoDevice, whole_life
 from vmbus.attach.client import Done
 from vmbus.attach.client.machine import MachineDelegate, attach_machine
@@ -61,16 +62,16 @@ class ServerThread:
 def server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ServerThread]:
     made = ServerThread(tmp_path / "socket", getattr(request, "param", None))
     made.thread.start()
-    assert made.started.wait(20)
+    assert made.started.wait(PATIENCE)
     yield made
     trio.from_thread.run_sync(made.stop.set, trio_token=made.token)
-    made.thread.join(20)
+    made.thread.join(PATIENCE)
     assert not made.thread.is_alive()
 
 
 @pytest.mark.parametrize("tier", TIERS)
 async def test_a_guest_lives_over_every_tier(server, machine, tier):
-    with trio.fail_after(30):
+    with trio.fail_after(PATIENCE):
         async with (
             attach_machine(machine, server.path, features=TIERS[tier]),
             boot(machine, LINUX_6_1) as guest,
@@ -89,8 +90,8 @@ async def test_the_server_may_be_missing(machine, tmp_path):
 async def test_a_machine_hears_of_the_end_of_the_server(machine, tmp_path):
     server = ServerThread(tmp_path / "socket")
     server.thread.start()
-    assert server.started.wait(20)
-    with trio.fail_after(30):
+    assert server.started.wait(PATIENCE)
+    with trio.fail_after(PATIENCE):
         async with attach_machine(machine, server.path) as (_, delegate):
             server.token.run_sync_soon(server.stop.set)
             await delegate.over.wait()
@@ -98,7 +99,7 @@ async def test_a_machine_hears_of_the_end_of_the_server(machine, tmp_path):
             # Hypercalls fail then, as they do without a host.
             assert machine.synic.ports.post_message(1, 1, 0, b"") != HvStatus.SUCCESS
             assert machine.synic.ports.signal_event(17, 0) != HvStatus.SUCCESS
-    await trio.to_thread.run_sync(server.thread.join, 20)
+    await trio.to_thread.run_sync(server.thread.join, PATIENCE)
 
 
 async def reporting(transport: Any) -> None:
@@ -109,10 +110,9 @@ async def reporting(transport: Any) -> None:
 
 @pytest.mark.parametrize("server", [reporting], indirect=True)
 async def test_what_the_server_says_of_the_guest_is_kept(server, machine):
-    with trio.fail_after(30):
+    with trio.fail_after(PATIENCE):
         async with attach_machine(machine, server.path, features=Feature.LOG) as (_, delegate):
-            while not delegate.logged:
-                await trio.sleep(0.001)
+            await until(lambda: delegate.logged)
             assert delegate.logged == ["channel 3: this guest is up to no good"]
     for number in range(150):
         delegate.log(str(number))
@@ -162,6 +162,4 @@ async def test_a_failing_body_takes_the_attachment_down(server, machine):
     with contextlib.suppress(ExceptionGroup):
         async with attach_machine(machine, server.path):
             raise ZeroDivisionError
-    with trio.fail_after(20):
-        while count_fds() > before:
-            await trio.sleep(0.001)
+    await until(lambda: count_fds() <= before)

@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from tests.support.attach import Bus, raw_vmm
+from tests.support.patience import PATIENCE
 from vmbus.attach.server import open_listener, serve
 from vmbus.attach.server.connections import accept
 from vmbus.log_budget import LogBudget
@@ -54,6 +55,6 @@ async def test_a_lack_of_descriptors_is_waited_out(
 async def test_a_broken_listener_ends_the_server(tmp_path: Path) -> None:
     # Neither listening nor connected: treated as a connection, which is dead.
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE):
         await serve(sock, Bus())
     assert sock.fileno() == -1

@@ -8,6 +8,7 @@ import trio
 
 from tests.support.attach import make_eventfd
 from tests.support.leaks import count_fds
+from tests.support.patience import PATIENCE
 from vmbus.attach.protocol.framing import Frame
 from vmbus.attach.protocol.messages import MessageSpec, Number, State
 from vmbus.attach.server import ServerLimits
@@ -50,7 +51,7 @@ async def test_a_link_that_failed_before_it_ran_is_over() -> None:
     link.request_soon(Number.SET_CALL_FD, b"", [make_eventfd()], answers.append)
     assert [type(answer) for answer in answers] == [trio.BrokenResourceError]
     link.spawn(trio.sleep_forever)
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE):
         await link.run()
     assert link.reason == "no"
     theirs.close()

@@ -17,6 +17,7 @@ from storvsp.demo.half import PROGRAM
 from storvsp.guest import scan
 from tests.support.cli import child_environment
 from tests.support.demo import Told, live, server_for
+from tests.support.patience import LOOK
 from vmbus import demo
 from vmbus.attach.client import operator
 from vmbus.demo import half as seam
@@ -81,7 +82,7 @@ async def test_the_guest_does_not_outlive_its_server(tmp_path, capsys):
 
         async def stop_when_attached():
             while not (guests := server.query("guests")["guests"]) or not guests[0]["channels"]:
-                await trio.sleep(0.01)
+                await trio.sleep(LOOK)
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(stop_when_attached)
@@ -115,7 +116,7 @@ async def operate(server, capsys, story, *actions):
     for waited, request in actions:
         while waited not in "".join(story):
             story.append(capsys.readouterr().out)
-            await trio.sleep(0.01)
+            await trio.sleep(LOOK)
         if request:
             await server.command(request)
 

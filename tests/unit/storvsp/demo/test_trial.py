@@ -17,6 +17,7 @@ from storvsp.disks.raw import RawDisk
 from storvsp.disks.wrapper import DiskWrapper
 from storvsp.guest import ScsiError, attach, scan
 from storvsp.guest.replies import Result
+from tests.support.patience import until
 from vmbus.guest import LINUX_6_1, boot
 from vmbus.host import open_bus
 from vmbus.partition.loopback import LoopbackTransport
@@ -178,14 +179,13 @@ async def test_an_error_of_the_disk_is_passed_on(operation):
             await whole(trial)
 
 
-async def test_a_disk_that_hangs_is_not_told_to_make_progress():
+async def test_a_disk_that_hangs_is_not_told_to_make_progress(autojump_clock):
     fault = Fault(FaultKind.HANG, on=Operation.READ)
     disk = FaultDisk(RamDisk(SIZE), fault)
     async with trying(disk) as (trial, phases), trio.open_nursery() as nursery:
         nursery.start_soon(trial.survey)
-        while not fault.waiting:
-            await trio.sleep(0.01)
-        await trio.sleep(0.25)
+        await until(lambda: fault.waiting)
+        await trio.sleep(60)
         assert not phases
         disk.remove(fault)
 

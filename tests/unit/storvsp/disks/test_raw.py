@@ -21,6 +21,7 @@ from storvsp.disks.raw import RawDisk
 from storvsp.disks.specs import open_disk
 from tests.support.disks import MIB, SECTOR, views
 from tests.support.leaks import open_descriptors
+from tests.support.patience import PATIENCE
 from vmbus.errors import ConfigError
 
 
@@ -210,7 +211,7 @@ def held_writes(monkeypatch):
     write_fully = linux.write_fully
 
     def wait(*args):
-        assert go.wait(60)
+        assert go.wait(PATIENCE)
         write_fully(*args)
 
     monkeypatch.setattr(linux, "write_fully", wait)
@@ -377,7 +378,7 @@ async def test_closing_waits_for_what_is_under_way_and_lets_it_succeed(image, mo
 
     def slow(*args):
         begun.set()
-        assert go_on.wait(30)
+        assert go_on.wait(PATIENCE)
         real(*args)  # the descriptor is still ours
 
     monkeypatch.setattr(os, action, slow)

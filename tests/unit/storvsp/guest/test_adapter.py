@@ -10,6 +10,7 @@ import trio
 from storvsp.guest import HABITS, AttachError, ScsiError, attach, scan
 from tests.support.fake_host import Machine, cancelled, offer, poll_monitor
 from tests.support.fake_storage import BLOCK, INSTANCE, Storage, answer, sense
+from tests.support.patience import LOOK
 from tests.support.storage_guest import attached
 from vmbus.guest import (
     FREEBSD,
@@ -62,7 +63,7 @@ async def test_every_personality_finds_the_disks_and_uses_them(personality):
 async def poll_when_needed(machine, personality) -> None:
     if personality.uses_monitor:
         while not machine.host.monitor_page:
-            await trio.sleep(0.0005)
+            await trio.sleep(LOOK)
         await poll_monitor(machine)
 
 
