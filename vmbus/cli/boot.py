@@ -217,7 +217,7 @@ def _server(path: str | None, arguments: list[str]) -> Iterator[str | int]:
         server = subprocess.Popen(
             [
                 *(sys.executable, "-m", "vmbus.cli"),
-                *("serve", f"--fd={theirs.fileno()}", "--once"),
+                *("serve", f"--fd={theirs.fileno()}", "--once", "--single-process"),
                 *arguments,
             ],
             stdin=subprocess.DEVNULL,

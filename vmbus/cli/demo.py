@@ -279,6 +279,7 @@ class Demo:
         if PERSONALITIES[self.settings.guest].needs_monitor:
             switches.append("--monitor")
         arguments = ["-m", "vmbus.cli", "serve", *switches, "--socket", self.socket]
+        arguments += ["--single-process"]  # there is one guest, and it is ours
         for spec in (*self.images.specs, *self.settings.disks):
             arguments += ["--disk", spec]
         return arguments

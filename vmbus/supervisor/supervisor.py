@@ -24,6 +24,7 @@ from vmbus import __version__
 from vmbus.attach.server import Admission, Names, accept
 from vmbus.attach.server.admission import Peer
 from vmbus.errors import AttachError, ConfigError
+from vmbus.log_budget import LogBudget
 from vmbus.plugins.sharing import Line, make_line
 from vmbus.server.devices import SharedKey
 from vmbus.server.guests import check_kind, pick_guest
@@ -44,6 +45,24 @@ QUERY_PATIENCE = 2.0
 """Seconds for a worker to describe its guest."""
 STOP_PATIENCE = 8.0
 """Seconds for workers to say goodbye; longer than a handler has for its end."""
+
+
+async def start_zygote() -> tuple[socket.socket, Callable[[], Awaitable[object]]]:
+    """Start the process that workers are copies of; return a socket to it and what awaits its end.
+
+    A program of its own, since a supervisor has threads and modules that no worker needs.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with theirs:
+            process = await trio.lowlevel.open_process(
+                [sys.executable, "-m", "vmbus.supervisor.zygote", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+            )
+    except BaseException:
+        ours.close()
+        raise
+    return ours, process.wait
 
 
 class Supervisor:
@@ -68,6 +87,7 @@ class Supervisor:
         self._staging = shared_backends(plan.setups)
         self._keepers: dict[SharedKey, Worker] = {}
         self._keeping = trio.Lock()
+        self._evictions = LogBudget()
         self._greeting: list[Worker] = []
         self._ended = trio.Event()
         self._count = 0
@@ -89,13 +109,8 @@ class Supervisor:
         Raises:
             AttachError: Processes cannot be started here.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, wait = await start_zygote()
         try:
-            with theirs:
-                process = await trio.lowlevel.open_process(
-                    [sys.executable, "-m", "vmbus.supervisor.zygote", str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                )
             try:
                 _send_plan(ours, plan)
             except OSError as error:
@@ -116,7 +131,7 @@ class Supervisor:
         finally:
             ours.close()
             with trio.CancelScope(shield=True):
-                await process.wait()
+                await wait()
 
     # -- workers ---------------------------------------------------------------------------------
 
@@ -164,7 +179,11 @@ class Supervisor:
             return
         worker.status = status
         how = describe_status(status)
-        if how and not self._stopping and (worker.peer is not None or worker.keeps):
+        if (
+            how
+            and not (self._stopping or worker.evicted)
+            and (worker.peer is not None or worker.keeps)
+        ):
             _log.error("%s: its worker %s", worker.label, how)
             self.failed = self.failed or worker.attached
         self._ended.set()
@@ -342,7 +361,12 @@ class Supervisor:
                 break
         self._greeting = [each for each in self._greeting if _is_greeting(each)]
         while len(self._greeting) >= MAX_GREETING:
-            self.kill(self._greeting.pop(0).pid)
+            oldest = self._greeting.pop(0)
+            oldest.evicted = True
+            if self._evictions.spend():
+                words = self._evictions.left_out()
+                _log.warning("a VMM that has not said who it is makes room for others%s", words)
+            self.kill(oldest.pid)
         self._greeting.append(worker)
         return worker
 

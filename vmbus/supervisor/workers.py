@@ -84,6 +84,8 @@ class Worker:
         self.keeps: SharedKey | None = None
         """What it keeps for all guests, if it has none itself."""
         self.attached = False
+        self.evicted = False
+        """It was killed to make room for others."""
         self.ended: Parcel | None = None
         """What it said when its guest was gone."""
         self.ready = trio.Event()

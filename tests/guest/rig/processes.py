@@ -11,18 +11,22 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
+import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import trio
+
 PRELOAD = (
     "click", "trio", "vmbus.cli.program", "vmbus.cli.serve", "vmbus.cli.boot", "vmbus.host",
-    "vmbus.server", "vmbus.attach.server", "vmbus.plugins.devices",
+    "vmbus.server", "vmbus.attach.server", "vmbus.plugins.devices", "vmbus.supervisor",
+    "vmbus.supervisor.zygote", "vmbus.cli.serving",
     "vmbus.kvm.machine", "vmbus.kvm.console", "vmbus.kvm.bzimage", "storvsp", "storvsp.plugin",
     "storvsp.disks.raw", "storvsp.disks.overlay", "storvsp.disks.ram", "storvsp.disks.cd",
     "storvsp.disks.fault", "storvsp.disks.delay",
@@ -59,6 +63,8 @@ def _main(
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if arguments[0] == "serve":
+        _fork_zygote()
     from vmbus.cli.program import program
 
     code: object = 70
@@ -72,6 +78,32 @@ def _main(
     sys.stderr.flush()
     # Not the end that multiprocessing gives its children: it waits for threads.
     os._exit(code if isinstance(code, int) else 1)
+
+
+def _fork_zygote() -> None:
+    """Have the server's zygote here, before there is a loop, instead of starting a program."""
+    from vmbus.supervisor import supervisor, zygote
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if not pid:
+        ours.close()
+        sys.argv = ["zygote", str(theirs.detach())]
+        try:
+            zygote.main()
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
+    theirs.close()
+
+    async def wait() -> None:
+        os.waitpid(pid, 0)  # it has been told to end
+
+    async def started() -> tuple[socket.socket, Callable[[], Awaitable[object]]]:
+        await trio.lowlevel.checkpoint()
+        return ours, wait
+
+    supervisor.start_zygote = started
 
 
 class Source(Protocol):

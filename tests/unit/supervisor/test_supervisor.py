@@ -167,7 +167,7 @@ async def test_a_worker_that_does_not_end_is_killed(tmp_path, monkeypatch, caplo
     assert "stuck: did not end by itself" in caplog.text
 
 
-async def test_silent_connections_lock_nobody_out(tmp_path, monkeypatch):
+async def test_silent_connections_lock_nobody_out(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(supervisor_module, "MAX_GREETING", 3)
     async with world(tmp_path) as here:
         with contextlib.ExitStack() as stack:
@@ -176,6 +176,8 @@ async def test_silent_connections_lock_nobody_out(tmp_path, monkeypatch):
                 assert len(disks) == 1
             with trio.fail_after(PATIENCE):
                 assert await silent[0].receive() is None, "the oldest has gone"
+    assert "a VMM that has not said who it is makes room for others" in caplog.text
+    assert "SIGKILL" not in caplog.text
 
 
 async def test_a_full_server_answers(tmp_path):
