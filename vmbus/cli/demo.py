@@ -275,11 +275,10 @@ class Demo:
         self._hot = ""
 
     def _serve_arguments(self) -> list[str]:
-        switches = ["--once"]
+        switches = ["--once", "--single-process"]  # there is one guest, and it is ours
         if PERSONALITIES[self.settings.guest].needs_monitor:
             switches.append("--monitor")
         arguments = ["-m", "vmbus.cli", "serve", *switches, "--socket", self.socket]
-        arguments += ["--single-process"]  # there is one guest, and it is ours
         for spec in (*self.images.specs, *self.settings.disks):
             arguments += ["--disk", spec]
         return arguments

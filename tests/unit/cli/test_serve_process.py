@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pwd
 import signal
 import socket
 import stat
@@ -16,11 +17,13 @@ from tests.support.cli import run_child, run_cli, serving
 from tests.support.patience import PATIENCE
 from vmbus.attach.client import operator
 from vmbus.attach.client.machine import attach_machine
+from vmbus.attach.protocol.messages import RefusedError
 from vmbus.attach.protocol.sockets import CONTROL_SUFFIX
 from vmbus.errors import AttachError
 from vmbus.guest import boot
 from vmbus.guest.personality import LINUX_6_1
 from vmbus.partition.soft_machine import SoftMachine
+from vmbus.supervisor.sandbox import landlock_version
 from vmbus.wire.messages import RequestOffers
 
 pytestmark = pytest.mark.slow
@@ -368,3 +371,86 @@ async def test_guests_share_a_disk_that_is_said_to_be_shared(path, mode):
                 await guest.connection.unload()
         assert await in_thread(server.stop) == 0
     assert not any("error" in line for line in server.lines), server.lines
+
+
+# -- who may do what -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_guest_is_called_as_its_socket_is_whatever_its_vmm_says(tmp_path, mode):
+    alice, bob = (str(tmp_path / name) for name in ("alice.sock", "bob.sock"))
+    spec = f"raw:[create=1M]{tmp_path}/{{guest}}.img"
+    arguments = ("--socket", f"alice={alice}", "--socket", f"bob={bob}", "--disk", spec, *mode)
+    with serving(*arguments) as server:
+        async with guest_on(bob, "alice"):
+            assert [each["name"] for each in operator.query(alice, "guests")["guests"]] == ["bob"]
+            assert (tmp_path / "bob.img").exists()
+            assert not (tmp_path / "alice.img").exists()
+            assert "a guest called 'bob' is attached" in await refusal(bob, "other")
+            async with guest_on(alice, "bob"):
+                assert (tmp_path / "alice.img").exists()
+        assert await in_thread(server.stop) == 0
+    assert sorted(os.listdir(tmp_path)) == ["alice.img", "bob.img"]
+
+
+async def test_a_guest_may_be_called_as_the_user_who_runs_its_vmm(path, tmp_path):
+    spec = f"raw:[create=1M]{tmp_path}/{{guest}}.img"
+    with serving("--socket", path, "--identity", "user", "--disk", spec) as server:
+        async with guest_on(path, "somebody-else"):
+            user = pwd.getpwuid(os.getuid()).pw_name
+            assert (tmp_path / f"{user}.img").exists()
+        assert await in_thread(server.stop) == 0
+
+
+@pytest.mark.parametrize("arguments", [(), ("--socket", "b=b.sock")])
+def test_an_image_named_by_the_guest_needs_somebody_who_names_it(path, arguments):
+    result = run_cli("serve", "--socket", path, *arguments, "--disk", "raw:{guest}.img")
+    assert result.exit_code == 2
+    assert "say where names come from: --socket NAME=PATH" in result.output
+    assert not os.path.lexists(path)
+
+
+def test_operators_are_let_in_by_their_own_socket_only(path, tmp_path):
+    with serving("--socket", path, "--permissions", "666") as server:
+        control = path + CONTROL_SUFFIX
+        assert stat.S_IMODE(os.stat(control).st_mode) == 0o600
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o666
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as vmm:
+            vmm.connect(path)
+            with pytest.raises(RefusedError, match="operators have one of their own"):
+                operator.command(vmm, {"backend": "disk", "action": "add", "spec": "ram:1M"})
+        assert server.stop() == 0
+        assert not os.path.lexists(control)
+    other = str(tmp_path / "operators")
+    with serving("--socket", path, "--control", other) as server:
+        assert operator.query(other, "status")["pid"] == server.process.pid
+        refused = run_cli("top", "--once", "--socket", path)
+        assert refused.exit_code == 1
+        assert "is a socket for VMMs" in refused.output
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_files_beyond_those_allowed_cannot_be_added(path, tmp_path, mode):
+    if not landlock_version():
+        pytest.skip("this kernel has no Landlock")
+    images, others = tmp_path / "images", tmp_path / "others"
+    for each in (images, others):
+        each.mkdir()
+        (each / "a.img").write_bytes(bytes(1 << 20))
+    arguments = ("--socket", path, "--disk", "ram:1M", "--allow", str(images), *mode)
+    with serving(*arguments) as server:
+        async with guest_on(path):
+            for folder, code in ((images, 0), (others, 2)):
+                spec = f"raw:{folder}/a.img"
+                added = await in_thread(run_child, "disk", "add", "--socket", path, spec)
+                assert added.returncode == code, added.stderr
+            assert "Permission denied" in added.stderr
+        assert await in_thread(server.stop) == 0
+
+
+async def test_the_guest_beyond_the_limit_is_told_so(path):
+    with serving("--socket", path, "--max-guests", "1") as server:
+        async with guest_on(path, "one"):
+            assert "its limit; try again later" in await refusal(path, "two")
+        assert await in_thread(server.stop) == 0
