@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -224,7 +225,11 @@ async def _open_server(settings: Settings, config: BusConfig) -> AsyncIterator[_
     if settings.single_process:
         if settings.allowed is not None:
             no_new_privileges()
-            restrict_files([*settings.allowed, *named_files(settings.setups, "guest")])
+            paths = [path for _, path in settings.sockets] + [settings.control or ""]
+            restrict_files(
+                [*settings.allowed, *named_files(settings.setups, "guest")],
+                removable={os.path.dirname(path) or "." for path in paths},  # ours, at the end
+            )
         async with Keepers.open(settings.setups) as keepers:
             server = GuestServer(settings.setups, config, keepers=keepers)
             yield _SingleProcess(server, limits, trust_vmm=settings.trust_vmm)

@@ -147,7 +147,7 @@ def drop_capabilities() -> None:
 
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _RULE_PATH_BENEATH = 1
-_READ_FILE, _READ_DIR = 1 << 2, 1 << 3
+_READ_FILE, _READ_DIR, _REMOVE_FILE = 1 << 2, 1 << 3, 1 << 5
 _FILE_ONLY = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15
 _RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
 """File system rights that each version of the interface knows; EXECUTE is the first."""
@@ -160,7 +160,7 @@ def landlock_version() -> int:
     return max(0, int(_libc.syscall(_LANDLOCK_CREATE_RULESET, None, 0, 1)))
 
 
-def restrict_files(allowed: Iterable[str] | None) -> None:
+def restrict_files(allowed: Iterable[str] | None, *, removable: Iterable[str] = ()) -> None:
     """Have the kernel refuse files beyond some directories, and signals beyond this process.
 
     Needs :func:`no_new_privileges`. What is open stays open. What Python itself needs (its
@@ -168,6 +168,7 @@ def restrict_files(allowed: Iterable[str] | None) -> None:
 
     Args:
         allowed: Directories or files; None for no such limit.
+        removable: Directories in which files can be removed, and nothing else.
 
     Raises:
         ConfigError: There are limits and this kernel has no Landlock, or one is not there.
@@ -190,6 +191,8 @@ def restrict_files(allowed: Iterable[str] | None) -> None:
         if allowed is not None:
             for path in allowed:
                 _allow(ruleset, path, rights & ~1)
+            for path in removable:
+                _allow(ruleset, path, _REMOVE_FILE)
             for path in {*sys.path, sys.prefix, sys.base_prefix, "/proc", "/sys", "/usr", "/lib"}:
                 with contextlib.suppress(ConfigError):
                     _allow(ruleset, path or ".", _READ_FILE | _READ_DIR)

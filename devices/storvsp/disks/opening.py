@@ -163,7 +163,7 @@ def _open_existing(name: str, flags: int) -> int:
 
 
 def _can_be_read(name: str) -> bool:
-    """Whether opening for reading helps; asked by doing it, since a sandbox has rules of its own."""
+    """Whether opening for reading helps; asked by doing it: a sandbox has rules of its own."""
     try:
         os.close(os.open(name, os.O_RDONLY))
     except OSError:

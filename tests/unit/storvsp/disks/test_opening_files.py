@@ -95,6 +95,7 @@ async def test_images_that_cannot_be_opened_say_why_and_leave_nothing(tmp_path, 
         (errno.EACCES, {}, "use raw:[ro]"),
         (errno.EROFS, {}, "use raw:[ro]"),
         (errno.EACCES, {"read_only": True}, "Permission denied"),
+        (errno.EACCES, {}, "Permission denied"),
         (errno.EBUSY, {}, "is mounted or in use by the host"),
         (errno.EINVAL, {"direct": True}, "without direct I/O"),
         (errno.EINVAL, {}, "Invalid argument"),
@@ -103,10 +104,10 @@ async def test_images_that_cannot_be_opened_say_why_and_leave_nothing(tmp_path, 
 async def test_what_the_kernel_refuses_says_what_to_do(image, monkeypatch, code, options, hint):
     real = os.open
 
-    def refuse(path, *args, **kwargs):
-        if path == str(image):
+    def refuse(path, flags, *args, **kwargs):
+        if path == str(image) and (flags & os.O_RDWR or "raw:[ro]" not in hint):
             raise OSError(code, os.strerror(code))
-        return real(path, *args, **kwargs)
+        return real(path, flags, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(ConfigError) as caught:
