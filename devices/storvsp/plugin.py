@@ -80,7 +80,14 @@ class ScsiPlugin:
         """See :class:`vmbus.plugins.sharing.SharingPlugin`."""
         largest = _max_transfer(OptionReader(_NAME, options))
         staging = max(2 * largest, MIN_STAGING)
-        return {spec: staging for spec in specs if _is_shared(spec)}
+        found = [spec for spec in specs if _is_shared(spec)]
+        for spec in found:
+            if DiskSpec.parse(spec).options.get("on-error", "report") != "report":
+                raise ConfigError(
+                    f"{spec}: leave out on-error=stop, for a shared disk does not stop for one of "
+                    "its guests"
+                )
+        return dict.fromkeys(found, staging)
 
     async def open_keeper(self, spec: str, *, identity: bytes) -> Keeper:
         """See :class:`vmbus.plugins.sharing.SharingPlugin`."""
@@ -166,11 +173,7 @@ async def add_shared(controller: ScsiController, text: str, line: Line) -> Addre
     Raises:
         ConfigError: Its place is taken, or its keeper is gone.
     """
-    place = DiskSpec.parse(text).split()[1]
-    if place.get("on-error", "report") != "report":
-        line.close()
-        raise ConfigError(f"{text}: a shared disk does not stop for one of its guests")
-    path, target, lun = _place(text, place)
+    path, target, lun = _place(text, DiskSpec.parse(text).split()[1])
     unit = SharedUnit(
         line.sock,
         line.staging_fd,

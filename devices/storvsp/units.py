@@ -140,7 +140,9 @@ class Units:
 
     def _place(self, address: Address, unit: LogicalUnit, source: str = "") -> None:
         if not unit.name:
-            unit.name = f"disk {address_text(address)}" + (f" ({source})" if source else "")
+            whose = f"{self.initiator}: " if isinstance(self.initiator, str) else ""
+            what = f" ({source})" if source else ""
+            unit.name = f"{whose}disk {address_text(address)}{what}"
         self.by_address[address] = unit
         if self._seen is not None:
             unit.introduce(self.initiator, replaces=self._seen.get(address))

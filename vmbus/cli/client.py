@@ -8,6 +8,7 @@ from typing import Any
 
 from vmbus.attach.client import operator
 from vmbus.attach.protocol.messages import RefusedError
+from vmbus.attach.protocol.sockets import CONTROL_SUFFIX
 from vmbus.cli.program import Failure, UsageFailure
 from vmbus.errors import AttachError
 
@@ -32,8 +33,9 @@ def _ask(path: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except RefusedError as error:
         if error.errno == errno.EPERM and error.request == "HELLO":
             raise Failure(
-                f"{path} is a socket for VMMs; operators have one of their own, see --control of "
-                "vmbus serve"
+                f"{path} is a socket for VMMs, and there is no {path}{CONTROL_SUFFIX}; operators "
+                "have a socket of their own: --control of vmbus serve, or the path of its first "
+                f"--socket with {CONTROL_SUFFIX} behind it"
             ) from error
         # "COMMAND: EINVAL: the text", of which the last part is for people.
         text = str(error).split(": ", 2)[-1]

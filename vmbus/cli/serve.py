@@ -203,7 +203,10 @@ def command(
         )
     if single_process and no_sandbox:
         raise click.UsageError("--no-sandbox is about the processes that --single-process omits")
+    if allowed and no_sandbox:
+        raise click.UsageError("--allow is one of the things that --no-sandbox leaves out")
     places = tuple(map(parse_socket, sockets))
+    check_paths(places, control)
     check_guest_names(places, identity, (*disks, *devices))
     options: dict[str, Any] = {}
     if subchannels is not None:
@@ -246,11 +249,30 @@ def parse_socket(text: str) -> Socket:
     return Socket(name, path)
 
 
+def check_paths(sockets: tuple[Socket, ...], control: str | None) -> None:
+    """Raise click.UsageError if a path or a name is given twice."""
+    paths = [each.path for each in sockets] + ([control] if control is not None else [])
+    names = [each.name for each in sockets if each.name is not None]
+    for kind, given in (("path", paths), ("name", names)):
+        for each in given:
+            if given.count(each) > 1:
+                raise click.UsageError(f"{each!r} is the {kind} of two sockets")
+
+
 def check_guest_names(
     sockets: tuple[Socket, ...], identity: str | None, specs: tuple[str, ...]
 ) -> None:
-    """Raise click.UsageError if a guest could be any ``{guest}`` and nobody said it may."""
+    """Raise click.UsageError if a guest could be any ``{guest}`` and nobody said it may.
+
+    Raises ConfigError if a socket's name cannot stand for ``{guest}``.
+    """
+    from vmbus.server.devices import for_guest
+
     named = bool(sockets) and all(each.name is not None for each in sockets)
+    for name, _ in sockets:
+        if name is not None:
+            for spec in specs:
+                for_guest(spec, name)
     if identity is None and not named and any("{guest}" in spec for spec in specs):
         raise click.UsageError(
             "{guest} stands for a guest's name; say where names come from: --socket NAME=PATH, one "

@@ -296,6 +296,7 @@ async def run(settings: Settings) -> int:
                         )
                         _log.info("%s", words)
                     notify("READY=1")
+        stop.done()
         nursery.cancel_scope.cancel()
     notify("STOPPING=1")
     if stop.signal is not None:
@@ -322,20 +323,37 @@ async def check(server: GuestServer) -> None:
         raise ConfigError(str(error)) from error
 
 
+AGAIN = 1.0
+"""Seconds after a signal in which another is the same one: a terminal that is closed, or a shell,
+often sends two."""
+
+
 class _Stop:
-    """Ends the server at the first signal of these; a second one does what it always does."""
+    """Ends the server at the first signal of these; a later one does what it always does."""
 
     def __init__(self, scope: trio.CancelScope) -> None:
+        import trio
+
         self._scope = scope
+        self._listening = trio.CancelScope(shield=True)
         self.signal: int | None = None
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         import trio
 
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        since = 0.0
+        with self._listening, trio.open_signal_receiver(*numbers) as signals:
             task_status.started()
             async for number in signals:
-                self.signal = number
-                break
-        _log.info("stopping: %s", signal.Signals(number).name)
-        self._scope.cancel()
+                if self.signal is None:
+                    self.signal, since = number, trio.current_time()
+                    _log.info("stopping: %s", signal.Signals(number).name)
+                    self._scope.cancel()
+                elif trio.current_time() - since > AGAIN:
+                    signal.signal(number, signal.SIG_DFL)
+                    signal.raise_signal(number)
+
+    def done(self) -> None:
+        """Listen no more: all that there was to end has ended. Cannot block."""
+        self._listening.cancel()

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from vmbus import __version__
@@ -94,6 +94,7 @@ class GuestServer:
         setups: The devices each guest gets, in the order in which they are offered.
         config: Budgets and limits of every bus.
         keepers: Where what guests share is kept; see :class:`vmbus.server.Keepers`.
+        attached: Called when a guest has its bus and devices; cannot block.
     """
 
     def __init__(
@@ -102,12 +103,15 @@ class GuestServer:
         config: BusConfig | None = None,
         *,
         keepers: LineMaker | None = None,
+        attached: Callable[[], None] = lambda: None,
     ) -> None:
         self.setups = tuple(setups)
         self.config = config or BusConfig()
         self._keepers = keepers or NoKeepers()
+        self._attached = attached
         self._guests: dict[str, _Guest] = {}
         self._served = 0
+        self._numbers = 0
         self.faults = 0
         """Rules that guests broke which have left."""
 
@@ -142,17 +146,19 @@ class GuestServer:
         Raises:
             ConfigError: A back-end cannot be opened for this guest, or another has its name.
         """
-        self._served += 1
         name = transport.name
         if name in self._guests:
             raise ConfigError(f"a guest called {name!r} is attached")
-        self._guests[name] = guest = _Guest(self._served, transport)
+        self._numbers += 1
+        self._guests[name] = guest = _Guest(self._numbers, transport)
         try:
             lines = await self._keepers.lines(name)
             guest.devices = await make_devices(name, self.setups, dict(lines))
             devices = [made.device for made in guest.devices]
             async with open_bus(transport, devices, config=self.config) as bus:
                 guest.bus = bus
+                self._served += 1
+                self._attached()
                 _log.info("%s: attached with %d device(s)", name, len(devices))
                 try:
                     await bus.wait_gone()
@@ -218,5 +224,9 @@ class GuestServer:
             ConfigError: There is no such guest or device, or it cannot do that.
         """
         attached = {name: each for name, each in self._guests.items() if each.bus is not None}
-        made = pick_device(pick_guest(attached, request.get("guest")).devices, request)
+        guest = pick_guest(attached, request.get("guest"))
+        made = pick_device(guest.devices, request)
+        if request.get("action") is not None:
+            what = {name: each for name, each in request.items() if name != "guest"}
+            _log.info("%s: an operator's command: %s", guest.transport.name, what)
         return await made.plugin.command(made.device, request)

@@ -41,6 +41,10 @@ async def open_keeper(setups: Sequence[DeviceSetup], key: SharedKey) -> Keeper:
     return await plugin.open_keeper(key.spec, identity=uuid5(INSTANCE_NAMESPACE, name).bytes)
 
 
+LINE_GRACE = 5.0
+"""Seconds for guests to let go of what they share, once the server ends."""
+
+
 class LineMaker(Protocol):
     """Connects guests with what they share."""
 
@@ -64,6 +68,7 @@ class Keepers:
         self._nursery = nursery
         self._staging = staging
         self._keepers: dict[SharedKey, Keeper] = {}
+        self._lines: set[trio.CancelScope] = set()
 
     @classmethod
     @asynccontextmanager
@@ -80,10 +85,18 @@ class Keepers:
                     keepers._keepers[key] = await open_keeper(setups, key)
                 yield keepers
             finally:
-                nursery.cancel_scope.cancel()
-                with trio.CancelScope(shield=True):
-                    for keeper in keepers._keepers.values():
-                        await keeper.aclose()
+                for scope in keepers._lines:
+                    scope.deadline = trio.current_time() + LINE_GRACE
+        with trio.CancelScope(shield=True):
+            for keeper in keepers._keepers.values():
+                await keeper.aclose()
+
+    async def _serve(self, keeper: Keeper, line: Line, guest: str) -> None:
+        """Serve a line to its end: guests that are cancelled with us let go of it first."""
+        with trio.CancelScope(shield=True) as scope:
+            self._lines.add(scope)
+            await keeper.serve(line.sock, line.staging_fd, guest)
+        self._lines.discard(scope)
 
     async def lines(self, guest: str) -> Mapping[SharedKey, Line]:
         """See :class:`LineMaker`."""
@@ -91,5 +104,5 @@ class Keepers:
         made: dict[SharedKey, Line] = {}
         for key, keeper in self._keepers.items():
             ours, made[key] = make_line(self._staging[key])
-            self._nursery.start_soon(keeper.serve, ours.sock, ours.staging_fd, guest)
+            self._nursery.start_soon(self._serve, keeper, ours, guest)
         return made

@@ -58,6 +58,7 @@ async def start_zygote() -> tuple[socket.socket, Callable[[], Awaitable[object]]
             process = await trio.lowlevel.open_process(
                 [sys.executable, "-m", "vmbus.supervisor.zygote", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
+                start_new_session=True,  # a terminal's signals, and a group's, are for us alone
             )
     except BaseException:
         ours.close()
@@ -209,7 +210,7 @@ class Supervisor:
         limit = self.plan.limits.max_connections
         if sum(worker.name is not None for worker in self._workers.values()) < limit:
             return ""
-        return f"this server has {limit} guests, its limit; try again later"
+        return f"this server has its {limit} guest(s), the limit; try again later"
 
     async def _keep_spare(self) -> None:
         """Have one worker ready at any time."""
@@ -340,7 +341,8 @@ class Supervisor:
 
             async def watch(worker: Worker) -> None:
                 await worker.gone.wait()
-                if worker.attached and exit_after_guest:
+                tried = worker.attached or bool((worker.ended or {}).get("attached"))
+                if tried and exit_after_guest:
                     nursery.cancel_scope.cancel()
 
             while True:

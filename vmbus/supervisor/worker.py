@@ -98,7 +98,7 @@ class Worker:
         self._down = down
         self._up = up
         self._claims = claims
-        self._server = GuestServer(plan.setups, plan.config, keepers=self)
+        self._server = GuestServer(plan.setups, plan.config, keepers=self, attached=self._is_there)
         self._lines: dict[SharedKey, Line] = {}
         self._keeper: Keeper | None = None
         self._asked: dict[int, tuple[trio.Event, list[tuple[Parcel, list[int]]]]] = {}
@@ -175,7 +175,6 @@ class Worker:
             if plan.sandbox and plan.allowed is not None:
                 # No thread is there yet, and those to come take this over.
                 sandbox.restrict_files([*plan.allowed, *named_files(plan.setups, transport.name)])
-            self.send({"attached": True})
             await self._server.handle(transport)
         except ProtocolError:
             self.faults += 1
@@ -185,6 +184,9 @@ class Worker:
             raise
         finally:
             self.faults += transport.dropped_messages + self._server.faults
+
+    def _is_there(self) -> None:
+        self.send({"attached": True})
 
     # -- vmbus.attach.server.Admission -----------------------------------------------------------
 

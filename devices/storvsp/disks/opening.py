@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import stat
 
 from storvsp.disks import linux
 from vmbus.errors import ConfigError
+from vmbus.plugins.remarks import remark
+
+_log = logging.getLogger("storvsp")
 
 
 def measure(fd: int, sector_size: int) -> int:
@@ -132,9 +136,9 @@ def open_file(
             _lock(fd, name, exclusive=not read_only)
         size = measure(fd, 1)
         if create is not None and size != create:
-            raise ConfigError(
-                f"{name} exists with {size} bytes, not {create}; leave out create= to use it"
-            )
+            # It may have been resized since it was made.
+            text = f"{name} has {size} bytes and is used as it is; create= is for new ones"
+            remark(_log, text)
     except BaseException:
         if fd >= 0:
             os.close(fd)
@@ -178,8 +182,9 @@ def _lock(fd: int, name: str, *, exclusive: bool) -> None:
         if error.errno in {errno.EAGAIN, errno.EACCES}:
             holder = "has it open" if exclusive else "has it open for writing"
             raise ConfigError(
-                f"{name} is in use: another process, or another disk of this one, {holder};"
-                " close that, or use [share] if you know that it is harmless"
+                f"{name} is in use: another guest or process {holder}. Guests of a server have one "
+                "disk together with [shared], files of their own with {guest} in the name, or read "
+                "one image with [ro] or overlay:"
             ) from error
         raise ConfigError(
             f"{name} is on a file system that cannot lock ({error.strerror}); use [share]"

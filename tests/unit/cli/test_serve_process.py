@@ -452,5 +452,5 @@ async def test_files_beyond_those_allowed_cannot_be_added(path, tmp_path, mode):
 async def test_the_guest_beyond_the_limit_is_told_so(path):
     with serving("--socket", path, "--max-guests", "1") as server:
         async with guest_on(path, "one"):
-            assert "its limit; try again later" in await refusal(path, "two")
+            assert "the limit; try again later" in await refusal(path, "two")
         assert await in_thread(server.stop) == 0

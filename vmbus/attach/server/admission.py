@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
 import pwd
 import socket
 import struct
@@ -19,6 +20,9 @@ import trio
 
 from vmbus.attach.protocol.layout import require
 from vmbus.errors import PeerProtocolError
+from vmbus.log_budget import LogBudget
+
+_log = logging.getLogger("vmbus.server")
 
 IDENTITIES = ("hello", "user")
 """What names the guests of a socket that has no name of its own."""
@@ -103,8 +107,12 @@ class Roll:
         self._leaving: set[str] = set()
         self._change = trio.Event()
 
-    async def enter(self, name: str) -> str:
+    async def enter(self, name: str, *, given: bool = False) -> str:
         """Enter a guest; return its name, made up if ``name`` is empty. A checkpoint.
+
+        Args:
+            name: What it is to be called.
+            given: That is not its VMM's to choose.
 
         Waits for a guest of that name to be gone, if it is on its way out.
 
@@ -120,8 +128,12 @@ class Roll:
                 await self._change.wait()
         require(
             name not in self._names,
-            f"HELLO: a guest called {name!r} is attached; if it was you, try again shortly, else "
-            "give this one another name",
+            f"HELLO: a guest called {name!r} is attached; if it was you, try again shortly"
+            + (
+                "; this name is given, one guest has it at a time"
+                if given
+                else ", else give this one another name"
+            ),
             errno.EBUSY,
         )
         self._names[name] = uuid.UUID(int=0)
@@ -165,10 +177,22 @@ class Names:
         self._roll = roll if roll is not None else Roll()
         self._identity = identity
         self._given = given
+        self._refusals = LogBudget()
 
     async def admit(self, said: str, peer: Peer) -> str:
         """See :meth:`Admission.admit`."""
-        return await self._roll.enter(choose_name(said, peer, self._identity, self._given))
+        given = self._given is not None or self._identity == "user"
+        name = choose_name(said, peer, self._identity, self._given)
+        try:
+            return await self._roll.enter(name, given=given)
+        except PeerProtocolError:
+            if self._refusals.spend():
+                words = self._refusals.left_out()
+                _log.warning(
+                    "%s: refused, for there is a guest of that name: the VMM is process %d of %s%s",
+                    name, peer.pid, peer.user, words,
+                )  # fmt: skip
+            raise
 
     def claim(self, name: str, vm_id: uuid.UUID) -> None:
         """See :meth:`Admission.claim`."""
@@ -181,8 +205,3 @@ class Names:
     def leave(self, name: str) -> None:
         """See :meth:`Admission.leave`."""
         self._roll.leave(name)
-
-
-def refuse(text: str) -> PeerProtocolError:
-    """Return the error for a guest that may not come in, EPERM."""
-    return PeerProtocolError(text, errno=errno.EPERM)
