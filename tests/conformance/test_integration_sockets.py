@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.support.server_process import server_process
 from tests.support.worlds import ALL, DISK_SIZE, TIERS, exercise, whole_life
 from vmbus.attach.client import operator
 from vmbus.attach.client.machine import MachineDelegate, attach_machine
+from vmbus.attach.protocol.messages import RefusedError
 from vmbus.guest import LINUX_6_1, PERSONALITIES, Guest, boot
 from vmbus.partition.soft_machine import SoftMachine
 
@@ -89,7 +91,7 @@ async def test_a_guest_is_killed_in_flight_and_the_next_one_is_served_unharmed(s
         assert delegate.logged == []
 
 
-async def test_two_guests_of_one_name_do_not_meet(server):
+async def test_two_guests_do_not_meet_and_a_name_is_taken_once(server):
     async def work(guest: Guest, byte: int) -> None:
         offers = await guest.connection.connect()
         adapter = await attach(guest, offers[0], sub_channels=1, contiguous=False)
@@ -102,11 +104,15 @@ async def test_two_guests_of_one_name_do_not_meet(server):
 
     async with (
         attached(server, "T1", name="twin") as (first, _, _),
-        attached(server, "T2", name="twin") as (second, _, _),
+        attached(server, "T2", name="twin-2") as (second, _, _),
         boot(first, LINUX_6_1) as one,
         boot(second, PERSONALITIES["freebsd"]) as two,
         trio.open_nursery() as nursery,
     ):
+        with pytest.raises(RefusedError, match="a guest called 'twin' is attached") as refused:
+            async with attached(server, "T2", name="twin"):
+                raise AssertionError("it was let in")
+        assert refused.value.errno == errno.EBUSY
         await trio.to_thread.run_sync(check_server, server, ["twin", "twin-2"])
         nursery.start_soon(work, one, 1)
         nursery.start_soon(work, two, 2)

@@ -23,6 +23,7 @@ from storvsp.disk import Buffers
 from storvsp.disks import linux
 from storvsp.disks.ram import RamDisk
 from storvsp.disks.raw import RawDisk, _close_late
+from tests.support.patience import PATIENCE, until
 from tests.support.worlds import World, first_disk, read_10, world
 from vmbus.errors import ConfigError
 from vmbus.guest import LINUX_6_1
@@ -66,7 +67,7 @@ class HungDisk(RamDisk):
     async def readv(self, offset: int, buffers: Buffers) -> None:
         def work() -> None:
             self.begun += 1
-            assert self.go.wait(30)
+            assert self.go.wait(PATIENCE)
             for buffer in buffers:
                 buffer[:] = b"x" * len(buffer)
 
@@ -75,11 +76,6 @@ class HungDisk(RamDisk):
     async def aclose(self) -> None:
         await self.pool.aclose()
         await super().aclose()
-
-
-async def until(condition) -> None:
-    while not condition():
-        await trio.sleep(0)
 
 
 async def turns(count: int = 200) -> None:
@@ -217,7 +213,7 @@ async def test_a_bus_ends_in_time_and_what_does_not_come_back_keeps_what_it_uses
 
     def hang(fd, buffers, offset):
         begun.set()
-        assert go.wait(30)
+        assert go.wait(PATIENCE)
         return real(fd, buffers, offset)
 
     disk = await RawDisk.open(image)

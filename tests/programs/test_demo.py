@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,13 @@ def run_demo(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """One with a short path: that of the socket for operators has 107 bytes at most."""
+    with tempfile.TemporaryDirectory(prefix="vmbus-") as made:
+        yield Path(made)
+
+
+@pytest.fixture
 def place(tmp_path):
     """Environment in which the demo makes its directory in ``tmp_path``."""
     return {"TMPDIR": str(tmp_path)}
@@ -86,7 +94,7 @@ def test_every_guest_passes_the_demo(place, tmp_path, name):
         ("RamDisk", "disk"),
         ("RawDisk", "disk"),
         ("OverlayDisk", "disk"),
-        ("RawDisk", "cd"),
+        ("CD-ROM drive", "cd"),
         ("RamDisk", "disk"),
     ]
     assert all(disk["verified"] for disk in disks)
@@ -190,9 +198,8 @@ def test_a_disk_that_fails_is_reported_with_its_sense_data(place):
 
 def test_a_disk_that_does_not_exist_is_named_by_the_server(place):
     result = run_demo(*QUICK, "--disk", "nonsense:8M", **place)
-    assert result.returncode == 1
-    assert "unknown disk scheme 'nonsense'" in result.stdout
-    assert "server: did not come up: ended with exit code 2" in result.stdout
+    assert result.returncode == 2, "it is a mistake in the command line"
+    assert "unknown disk scheme 'nonsense'" in result.stderr
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.support.patience import PATIENCE, until
 from vmbus import workers
 from vmbus.workers import (
     DEFAULT_THREADS,
@@ -27,13 +28,8 @@ class Gate:
 
     def block(self, name: str = "blocked") -> str:
         self.begun.append(name)
-        assert self.open.wait(30)
+        assert self.open.wait(PATIENCE)
         return name
-
-
-async def until(condition):
-    while not condition():
-        await trio.sleep(0)
 
 
 def queue_calls(nursery, pool, owner, part, count, function, outcomes=None):
@@ -212,7 +208,7 @@ def test_a_call_may_come_back_after_the_end_of_its_run():
     trio.run(main)
     threads = [each for each in threading.enumerate() if each.name.startswith("worker")]
     hung.open.set()
-    assert done.wait(30)
+    assert done.wait(PATIENCE)
     for thread in threads:
         assert thread.daemon
 

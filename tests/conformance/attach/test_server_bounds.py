@@ -28,6 +28,7 @@ from tests.support.attach import (
     still_served,
 )
 from tests.support.leaks import count_fds
+from tests.support.patience import LOOK, PATIENCE, SOON, until
 from vmbus.attach.protocol.framing import ERROR, REPLY, pack_frame
 from vmbus.attach.protocol.limits import Feature, Role
 from vmbus.attach.protocol.messages import Number
@@ -103,7 +104,7 @@ async def test_address_space_that_costs_a_vmm_nothing_is_bounded(tmp_path: Path)
 
 async def test_memory_that_is_out_of_the_map_but_in_use_counts(tmp_path: Path) -> None:
     bus = Bus()
-    limits = ServerLimits(max_regions=2, drain_timeout=0.05)
+    limits = ServerLimits(max_regions=2, drain_timeout=SOON)
     async with running_server(tmp_path / "s", bus, limits=limits) as path:
         with raw_vmm(path) as vmm:
             await vmm.attach()
@@ -231,7 +232,7 @@ async def test_others_get_their_turn_between_small_frames(tmp_path: Path, mode: 
                     sent += 1
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(other_task)
-                with trio.fail_after(20):
+                with trio.fail_after(PATIENCE):
                     while seen < sent:
                         await trio.lowlevel.checkpoint()
                 done.set()
@@ -267,9 +268,7 @@ async def test_connections_without_end_write_no_log_without_end(
             await vmm.attach()
             await vmm.send_bytes(b"x")
             assert await vmm.receive() is None
-        with trio.fail_after(20):
-            while not any(line.startswith("guest: closed") for line in lines(caplog)):
-                await trio.sleep(0.001)
+        await until(lambda: any(line.startswith("guest: closed") for line in lines(caplog)))
     written = lines(caplog)
     assert len(written) == BURST + 1
     assert f"process {os.getpid()} of user {os.getuid()}: closed: frame: record" in written[0]
@@ -324,14 +323,14 @@ async def test_a_hello_beyond_the_limit_is_answered(tmp_path: Path) -> None:
             assert code == errno.EAGAIN
             assert "1 connections are served, which is the limit" in text
             first.close()
-            with trio.fail_after(20):
+            with trio.fail_after(PATIENCE):
                 while True:
                     answer = await second.ask(Number.HELLO, HELLO.encode())
                     if answer.flags == REPLY:
                         break
                     assert answer.flags == REPLY | ERROR
                     assert ErrorReply.decode_untrusted(answer.payload).errno == errno.EAGAIN
-                    await trio.sleep(0.001)
+                    await trio.sleep(LOOK)
 
 
 async def test_who_says_nothing_makes_room_for_who_does(tmp_path: Path) -> None:

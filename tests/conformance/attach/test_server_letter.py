@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-import trio
 
 from tests.support.attach import (
     HELLO,
@@ -21,6 +20,7 @@ from tests.support.attach import (
     running_server,
     still_served,
 )
+from tests.support.patience import until
 from vmbus.attach.protocol.framing import ASYNC, ERROR, HEADER, REPLY, pack_frame
 from vmbus.attach.protocol.limits import MAX_PAYLOAD, Feature, Role
 from vmbus.attach.protocol.messages import MESSAGES, Direction, MessageSpec, Number
@@ -321,9 +321,9 @@ async def test_the_end_of_a_connection_names_whose_it_was(
             await vmm.send(Number.HELLO, HELLO.encode())
             await vmm.receive_and_drop()
         expected = "alice" if role is Role.VMM else "operator 'alice'"
-        with trio.fail_after(20):
-            while sum(": closed:" in record.getMessage() for record in caplog.records) < 2:
-                await trio.sleep(0.001)
+        await until(
+            lambda: sum(": closed:" in record.getMessage() for record in caplog.records) == 2
+        )
     ends = [record.getMessage() for record in caplog.records]
     assert f"{expected}: closed: the peer said goodbye" in ends
     assert "guest: closed: the peer closed the connection" in ends

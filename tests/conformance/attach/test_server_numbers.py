@@ -20,6 +20,7 @@ import trio
 
 from tests.support.attach import Bus, make_eventfd, make_memfd, running_server
 from tests.support.house import ROOT
+from tests.support.patience import LOOK, PATIENCE
 from vmbus.attach.server import ServerLimits
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
@@ -63,7 +64,7 @@ class Peer:
         self.sock.sendmsg([head + payload], rights)
 
     async def receive(self) -> Reply | None:
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE):
             while True:
                 try:
                     data = self.sock.recv(40000)
@@ -217,9 +218,9 @@ async def test_the_sixty_fifth_hello_is_answered_with_eagain(address: Path) -> N
             else:
                 assert await peer.refusal(0x01, request) == 11
         peers[7].sock.close()
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE):
             while (await peers[64].ask(0x01, hello())).flags != 1:
-                await trio.sleep(0.001)
+                await trio.sleep(LOOK)
         for peer in peers:
             peer.sock.close()
 

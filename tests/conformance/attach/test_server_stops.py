@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from tests.support.attach import Bus, raw_vmm, running_server
+from tests.support.patience import PATIENCE, until
 from vmbus.attach.protocol.limits import ResetReason
 from vmbus.attach.protocol.messages import Number, State
 from vmbus.attach.protocol.to_server import Goodbye, Reset
@@ -68,7 +69,7 @@ async def test_goodbye_says_that_memory_may_still_be_in_use(tmp_path: Path) -> N
 
         def transfer(page: memoryview) -> None:
             begun.set()
-            assert go.wait(30)
+            assert go.wait(PATIENCE)
             page[:1] = b"x"
 
         async def call() -> None:
@@ -78,8 +79,7 @@ async def test_goodbye_says_that_memory_may_still_be_in_use(tmp_path: Path) -> N
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(call)
-            while not begun.is_set():
-                await trio.sleep(0)
+            await until(begun.is_set)
             async for _ in transport.incoming():
                 pass
             assert abandon(transport.memory) == 1

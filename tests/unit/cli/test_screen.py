@@ -1,6 +1,5 @@
 """The terminal that is painted anew: keys, sizes, and that it is given back."""
 
-import io
 import os
 import pty
 import signal
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from tests.support.cli import Terminal
+from tests.support.patience import PATIENCE, SOON
 from vmbus.cli.screen import ENTER, LEAVE, Quit, Screen, open_screen
 
 
@@ -58,12 +58,18 @@ def test_lines_beyond_the_screen_are_counted(terminal):
 
 
 def test_another_size_is_painted_at_once(terminal, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
-    with opened(terminal, monkeypatch) as screen:
-        screen.show(lambda width: ["x" * width])
+    with keyboard(monkeypatch) as (master, _), opened(terminal, monkeypatch) as screen:
+
+        def paint(width):
+            if width == 5:
+                os.write(master, b"q")
+            return ["x" * width]
+
+        screen.show(paint)
         monkeypatch.setenv("COLUMNS", "5")
         os.kill(os.getpid(), signal.SIGWINCH)
-        screen.wait(0.1)
+        with pytest.raises(Quit):
+            screen.wait(PATIENCE)
     painted = terminal.getvalue().removeprefix(ENTER).removesuffix(LEAVE)
     first, second = painted.split("\x1b[J")[:2]
     assert (lines(first + "\x1b[J"), lines(second + "\x1b[J")) == (["x" * 20], ["x" * 5])
@@ -72,10 +78,10 @@ def test_another_size_is_painted_at_once(terminal, monkeypatch):
 def test_q_ends_the_wait_and_other_keys_do_not(terminal, monkeypatch):
     with keyboard(monkeypatch) as (master, _), opened(terminal, monkeypatch) as screen:
         os.write(master, b"x y")
-        screen.wait(0.05)
+        screen.wait(SOON)
         os.write(master, b"aq")
         with pytest.raises(Quit):
-            screen.wait(60)
+            screen.wait(PATIENCE)
 
 
 def test_a_keyboard_that_is_hung_up_is_no_more_looked_at(terminal, monkeypatch):
@@ -83,8 +89,9 @@ def test_a_keyboard_that_is_hung_up_is_no_more_looked_at(terminal, monkeypatch):
     resized, waker = os.pipe()
     screen = Screen(terminal, read, resized)
     os.close(write)
-    screen.wait(0.01)
-    screen.wait(0.01)
+    while screen._keys is not None:
+        screen.wait(SOON)
+    screen.wait(SOON)
     for fd in (read, resized, waker):
         os.close(fd)
 
@@ -110,6 +117,6 @@ def test_sigterm_gives_it_back_too(terminal, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(SystemExit) as ended, opened(terminal, monkeypatch) as screen:
         os.kill(os.getpid(), signal.SIGTERM)
-        screen.wait(60)
+        screen.wait(PATIENCE)
     assert ended.value.code == 128 + signal.SIGTERM
     assert terminal.getvalue().endswith(LEAVE)

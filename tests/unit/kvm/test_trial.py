@@ -12,12 +12,12 @@ import pytest
 from tests.support.kvm import needs_kvm
 from tests.support.kvm_fakes import FakeKvm, exits
 from tests.support.leaks import open_descriptors
-from tests.support.patience import PATIENCE
+from tests.support.patience import PATIENCE, SOON
 from vmbus.errors import ConfigError
 from vmbus.kvm import api
 from vmbus.kvm.api import Exit
 from vmbus.kvm.trial import COUNT, DELAY_PORT, REPEATS, STEP_PORT, STEPS, Trial, try_guest
-from vmbus.kvm.vcpu import ignore_kick_signal
+from vmbus.kvm.vcpu import Vcpu, ignore_kick_signal
 
 DATA = 0x500
 
@@ -33,10 +33,10 @@ def out(port: int, value: int):
     return step
 
 
-def run(*steps, patience: float = PATIENCE) -> Trial:
+def run(*steps, kvm: FakeKvm | None = None, patience: float = PATIENCE) -> Trial:
     """Run the trial on a KVM that is made up; its clock goes on by a second with each look."""
     ignore_kick_signal()
-    with closing(FakeKvm()) as kvm:
+    with closing(kvm or FakeKvm()) as kvm:
         kvm.scripts[0] = deque(steps)
         ticks = itertools.count()
         return try_guest(patience, path=os.devnull, call=kvm, clock=lambda: float(next(ticks)))
@@ -52,8 +52,15 @@ def test_a_guest_that_does_everything_is_timed_step_by_step():
     assert open_descriptors() == before
 
 
-def test_a_guest_that_stands_still_is_stopped():
-    seen = run(out(STEP_PORT, 1), patience=0.05)
+def test_a_guest_that_stands_still_is_stopped(monkeypatch):
+    kvm, start = FakeKvm(), Vcpu.start
+
+    def start_and_see_it_stand_still(vcpu):
+        start(vcpu)
+        assert kvm.idle.wait(PATIENCE)
+
+    monkeypatch.setattr(Vcpu, "start", start_and_see_it_stand_still)
+    seen = run(out(STEP_PORT, 1), kvm=kvm, patience=SOON)
     assert seen == Trial((1.0,))
     assert not seen.complete
     assert (seen.instructions, seen.exit_seconds) == (None, None)
@@ -71,7 +78,7 @@ def test_steps_out_of_turn_do_not_count():
 def test_without_kvm_there_is_no_trial(tmp_path):
     before = open_descriptors(collect=True)
     with pytest.raises(ConfigError, match="No such file"):
-        try_guest(1.0, path=str(tmp_path / "kvm"))
+        try_guest(PATIENCE, path=str(tmp_path / "kvm"))
     assert open_descriptors() == before
 
 

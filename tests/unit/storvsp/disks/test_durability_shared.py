@@ -15,6 +15,7 @@ from storvsp.disks import linux
 from storvsp.disks.durability import Durability
 from storvsp.disks.linux import SyncError
 from storvsp.disks.raw import RawDisk
+from tests.support.patience import PATIENCE, until
 from vmbus.workers import AbandonedError
 
 
@@ -139,13 +140,12 @@ async def test_flushes_of_an_image_are_one_system_call(tmp_path, monkeypatch):
 
     def sync(fd: int) -> None:
         calls.append(fd)
-        assert go.wait(30)
+        assert go.wait(PATIENCE)
 
     monkeypatch.setattr(linux, "sync", sync)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(disk.flush)
-        while not calls:
-            await trio.sleep(0)
+        await until(lambda: calls)
         for _ in range(40):
             nursery.start_soon(disk.flush)
         nursery.start_soon(partial(disk.writev, 0, [memoryview(bytes(512))], fua=True))
