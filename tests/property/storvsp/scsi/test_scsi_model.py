@@ -126,7 +126,7 @@ class Guest:
             if self.undertakings._held is None:  # else its channel would not be read
                 outcome = self._unit.try_execute(command)
             if outcome is None:
-                undertaking = self.undertakings.begin(0, lambda: cdb.hex())
+                undertaking = self.undertakings.begin(0, cdb.hex)
                 keep_pace(undertaking)
                 if self._unit.paced:
                     outcome = await self._unit.execute(command)
@@ -170,6 +170,7 @@ class Guest:
         old = bytes(self._model[here])
         fresh = luck.randbytes(count * SECTOR)
         new = old
+        out: bytes | None
         kind = luck.randrange(13)
         match kind:
             case 0 | 1:
