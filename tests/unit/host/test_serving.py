@@ -9,6 +9,7 @@ import trio
 import trio.testing
 
 from tests.support.patience import PATIENCE
+from tests.support.turns import Work, watched
 from vmbus.errors import RingError, leaves
 from vmbus.host.serving import Life
 from vmbus.memory import GuestMemory
@@ -165,8 +166,10 @@ async def test_a_life_that_is_over_takes_no_more_tasks():
 async def test_a_device_that_has_done_enough_gets_the_rest_when_others_had_their_turn():
     channel, guest = channel_pair()
     seen = []
+    work = Work()
 
     def serve(channel, packets, nursery):
+        work.done()
         seen.append([packet.transaction_id for packet in packets])
         for packet in packets[:2]:
             channel.complete(packet.transaction_id, b"")
@@ -175,13 +178,11 @@ async def test_a_device_that_has_done_enough_gets_the_rest_when_others_had_their
     async with trio.open_nursery() as nursery:
         nursery.start_soon(Life(channel, serve).run)
         guest.send(*(request(number) for number in range(1, 6)))
-        while not seen:
-            await trio.lowlevel.checkpoint()
-        assert seen == [[1, 2, 3, 4, 5]], "it is not called again before others were"
-        assert [packet.transaction_id for packet in guest.receive_nowait()] == [1, 2]
-        await trio.testing.wait_all_tasks_blocked()
+        with watched(work):
+            await trio.testing.wait_all_tasks_blocked()
         assert seen == [[1, 2, 3, 4, 5], [3, 4, 5], [5]]
-        assert [packet.transaction_id for packet in guest.receive_nowait()] == [3, 4, 5]
+        assert work.most_in_turn == 1, "it is not called again before others were"
+        assert [packet.transaction_id for packet in guest.receive_nowait()] == [1, 2, 3, 4, 5]
         assert channel.outstanding == 0
         channel.end()
     channel.close_doorbell()
