@@ -62,6 +62,10 @@ class AbandonedError(OSError):
     def __init__(self) -> None:
         super().__init__(errno.ETIMEDOUT, "it has not come back, and is not waited for")
 
+    def __reduce__(self) -> tuple[type[AbandonedError], tuple[()]]:
+        """Be copied: one call may have been made for several."""
+        return type(self), ()
+
 
 class _Away:
     """Calls of a pool that were abandoned and have not come back."""

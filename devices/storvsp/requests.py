@@ -10,8 +10,10 @@ turns out to be wrong, goes the long way, :meth:`Requests.execute`.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import struct
 from collections.abc import Callable
 
@@ -126,8 +128,9 @@ class Requests:
         self.max_sense = SHORT_MAX_SENSE
         self.inline = 0
         self.waited = 0
-        self._under_way: dict[object, None] = {}
-        self._ended = trio.lowlevel.ParkingLot()
+        self._under_way: dict[int, None] = {}  # by number, in order
+        self._numbers = itertools.count()
+        self._waiting: collections.deque[tuple[int, trio.Event]] = collections.deque()
 
     def serve_batch_untrusted(
         self,
@@ -231,6 +234,7 @@ class Requests:
                     else:
                         written += moved
                     if outcome[0]:
+                        budget -= LONG_COST
                         self._finish(channel, packet, Srb._make(request), outcome)
                     elif packet.flags & 1:
                         complete(
@@ -338,10 +342,11 @@ class Requests:
             lambda: f"{unit.name or 'a unit'}: {command_name(command.cdb)}",
         )
         execution = _Execution(packet, srb, command, unit, undertaking, unit.aborts)
-        self._under_way[execution] = None
-        nursery.start_soon(self._execute_slowly, channel, execution)
+        number = next(self._numbers)
+        self._under_way[number] = None
+        nursery.start_soon(self._execute_slowly, channel, execution, number)
 
-    async def _execute_slowly(self, channel: Channel, execution: _Execution) -> None:
+    async def _execute_slowly(self, channel: Channel, execution: _Execution, number: int) -> None:
         unit = execution.unit
         keep_pace(execution.undertaking)
         outcome = TASK_ABORTED
@@ -353,8 +358,8 @@ class Requests:
                     outcome = await self._execute(execution)
         finally:
             execution.undertaking.end()
-            del self._under_way[execution]
-            self._ended.unpark_all()
+            del self._under_way[number]
+            self._wake()
         _count(unit, execution.command, outcome)
         self._finish(channel, execution.packet, execution.srb, outcome)
         # Tasks that end in the same turn of the loop share one flush only by luck; the ring's
@@ -377,9 +382,22 @@ class Requests:
 
     async def ended(self) -> None:
         """Wait until all commands that are under way now have ended. A checkpoint if any is."""
-        waited = list(self._under_way)
-        while any(each in self._under_way for each in waited):
-            await self._ended.park()
+        if self._under_way:
+            last = next(self._numbers)
+            ended = trio.Event()
+            self._waiting.append((last, ended))
+            await ended.wait()
+
+    def _wake(self) -> None:
+        """Wake those who wait for commands that have all ended: the first ones, no others.
+
+        A guest can have thousands of commands and thousands of resets under way.
+        """
+        waiting = self._waiting
+        if waiting:
+            oldest = next(iter(self._under_way), None)
+            while waiting and (oldest is None or oldest > waiting[0][0]):
+                waiting.popleft()[1].set()
 
     # -- answers ---------------------------------------------------------------------------------
 

@@ -18,11 +18,17 @@ from storvsp.disks.overlay import MARK_STEP, RUNS_AT_ONCE, OverlayDisk
 from storvsp.disks.ram import CHUNK, GROUP, RamDisk
 from storvsp.requests import COST, LONG_COST, PIECE_COST, TASK_COST, TURN, Requests
 from storvsp.scsi import DiskUnit, table
-from storvsp.scsi.base import COMMON
+from storvsp.scsi.base import ABORTS_AT_ONCE, COMMON
 from storvsp.scsi.modes import ModePages
 from storvsp.scsi.table import make_table
-from storvsp.scsi.unit import Command, DataDirection
-from storvsp.wire import SRB_INVALID_REQUEST, build_srb, parse_srb_reply_untrusted
+from storvsp.scsi.unit import TASK_ABORTED, Command, DataDirection
+from storvsp.wire import (
+    RESET_LUN,
+    SRB_INVALID_REQUEST,
+    build_packet,
+    build_srb,
+    parse_srb_reply_untrusted,
+)
 from tests.support.engine import Guest, make_offer, pages_message
 from tests.support.storage_line import CHECK, Line, clear, line
 from tests.support.turns import Work, counting, watched
@@ -305,6 +311,89 @@ async def test_a_list_of_mode_pages():
     assert [(each.status, each.sense[2], each.sense[12]) for each in outcomes] == [(2, 5, 0x1A)] * 4
     assert CHECK == 0x84
     assert pages.total == 0
+
+
+class Uninterruptible(DelayDisk):
+    """Ends reads when it is told to, one by one, like a thread that cannot be called back."""
+
+    def __init__(self) -> None:
+        super().__init__(RamDisk(MIB), read=1000)
+        self.reads: list[trio.Event] = []
+
+    async def readv(self, offset, buffers) -> None:
+        self.reads.append(trio.Event())
+        with trio.CancelScope(shield=True):
+            await self.reads[-1].wait()
+
+
+class StepsOf(trio.abc.Instrument):
+    """Counts the steps of tasks of a name."""
+
+    def __init__(self, name: str) -> None:
+        self.count = 0
+        self._name = name
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.count += self._name in task.name
+
+
+async def test_resets_that_wait_are_not_woken_by_each_command_that_ends():
+    store = ScsiController()
+    disk = Uninterruptible()
+    store.add_disk(disk)
+    async with line(store) as wire:
+        await clear(wire)
+        for _ in range(40):
+            send_scattered(wire, struct.pack(">BBIBHB", 0x28, 0, 0, 0, 8, 0), 1)
+            await trio.testing.wait_all_tasks_blocked()
+        assert len(disk.reads) == 40
+        steps = StepsOf("_answer_reset")
+        with watched(steps):
+            for _ in range(40):
+                wire.send(build_packet(RESET_LUN, b"", size=64))
+            for each in disk.reads:
+                await trio.testing.wait_all_tasks_blocked()
+                each.set()
+            assert len(await wire.replies()) == 80
+        assert 40 <= steps.count <= 40 * 5
+
+
+async def test_a_reset_of_many_commands():
+    unit = DiskUnit(DelayDisk(RamDisk(MIB), read=1000), luns=lambda: [0])
+    outcomes = []
+
+    async def read() -> None:
+        buffer = memoryview(bytearray(512))
+        command = Command(
+            struct.pack(">BBIBHB", 0x28, 0, 0, 0, 1, 0), [buffer], 512, DataDirection.READ, "guest"
+        )
+        assert unit.try_execute(command) is None
+        outcomes.append(await unit.execute(command))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(5 * ABORTS_AT_ONCE):
+            nursery.start_soon(read)
+        await trio.testing.wait_all_tasks_blocked()
+        with counting(trio.CancelScope, "cancel") as ended:
+            unit.abort("somebody else")
+            for _ in range(3):
+                unit.reset()
+            await unit.ended()
+        assert not unit.busy
+    assert outcomes == [TASK_ABORTED] * 5 * ABORTS_AT_ONCE
+    assert ended.total == 5 * ABORTS_AT_ONCE
+    assert ended.most_in_turn <= ABORTS_AT_ONCE
+
+
+async def test_commands_that_fail_are_weighed():
+    store = ScsiController()
+    store.add_disk(RamDisk(MIB))
+    async with line(store) as wire:
+        await clear(wire)
+        beyond = struct.pack(">BBIBHB", 0x28, 0, MIB, 0, 8, 0)
+        work = await serve(wire, beyond, pages=1, count=60, owner=DiskUnit, name="try_execute")
+        assert work.total == 60
+        assert work.most_in_step <= TURN // LONG_COST
 
 
 # -- the control plane -------------------------------------------------------------------------

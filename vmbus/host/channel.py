@@ -107,6 +107,9 @@ class Channel(OutgoingHalf):
         self._lookout = Lookout(longest_look)
         self._outstanding = 0
         self._unsettled: Sequence[Packet] = ()
+        self._left: list[Packet] = []
+        self._still = False
+        self._draining = False
         self._receiving = False
         self._released = trio.Event()
         self._drained: trio.Event | None = None
@@ -142,25 +145,44 @@ class Channel(OutgoingHalf):
             while True:
                 if self._ended:
                     raise trio.EndOfChannel
-                if self._gate is not None:
+                left = self._left
+                if self._gate is not None and not (left and self._draining and not self._still):
+                    if self._draining:
+                        self._look_drained()
                     await self._gate.wait()
                     continue
                 if self._outstanding >= self.max_outstanding or self._load.full:
                     self._room = trio.Event()
                     await self._room.wait()
                     continue
+                if left:
+                    self._left = []
+                    self._outstanding += _requests(left)
+                    return left
                 packets = self._reader.read_batch_untrusted(max_packets)
                 if packets:
                     self._reader.mask()
                     self._unsettled = packets
-                    for packet in packets:
-                        self._outstanding += packet.flags & FLAG_COMPLETION_REQUESTED
+                    self._outstanding += _requests(packets)
                     if self.observer is not None:
                         self.observer.packets_in(self, packets)
                     return packets
                 await self._wait_packets()
         finally:
             self._receiving = False
+
+    def put_back(self, packets: list[Packet]) -> None:
+        """Give back the end of a batch that is too much for one turn. Cannot block.
+
+        They are the next batch, under the same conditions as any other: not while the channel is
+        held, nor while too much is under way, and not any more when it has ended.
+
+        Args:
+            packets: The last of the last batch, none of them acted on.
+        """
+        self._left = packets
+        self._outstanding -= _requests(packets)
+        self._look_drained()
 
     async def _wait_packets(self) -> None:
         """Return when there may be packets, or something else to see to. Is a checkpoint."""
@@ -228,17 +250,6 @@ class Channel(OutgoingHalf):
 
     def _look_room(self) -> None:
         self._room.set()
-
-    async def wait_lighter(self) -> None:
-        """Wait while undertakings weigh too much for more of them. A checkpoint.
-
-        Not while the channel is held: those that rest then become no lighter, and a pause waits
-        for the requests that have been read. Nor when it has ended.
-        """
-        await trio.lowlevel.checkpoint()
-        while self._load.full and self._gate is None and not self._ended:
-            self._room = trio.Event()
-            await self._room.wait()
 
     @property
     def outstanding(self) -> int:
@@ -401,6 +412,7 @@ class Channel(OutgoingHalf):
     def stand_still(self) -> None:
         """Hand out no more packets, and let no undertaking begin to act. Cannot block."""
         self.hold()
+        self._still = True
         self.undertakings.hold()
 
     async def pause(self) -> None:
@@ -417,17 +429,26 @@ class Channel(OutgoingHalf):
     async def drain(self) -> None:
         """Hand out no more packets, wait for those handed out and their answers. A checkpoint.
 
+        Packets of a batch that were put back count as handed out.
+
         Raises:
             RingError: The guest's read index is corrupt.
         """
-        await self._quiesce(resting=False)
+        self._draining = True
+        try:
+            await self._quiesce(resting=False)
+        finally:
+            self._draining = False
         await self.flush()
 
     async def _quiesce(self, *, resting: bool) -> trio.Event | None:
         """Hold, and wait until nothing is under way, or (``resting``) nothing but what rests."""
         self.hold()
         gate = self._gate
-        while self._outstanding > (self.undertakings.resting if resting else 0) and not self._ended:
+        while not self._ended and (
+            self._outstanding > (self.undertakings.resting if resting else 0)
+            or (self._left and not resting)
+        ):
             self._drained = self._drained if self._drained is not None else trio.Event()
             await self._drained.wait()
         self._settle()
@@ -435,7 +456,7 @@ class Channel(OutgoingHalf):
 
     def resume(self) -> None:
         """Undo :meth:`pause`. Cannot block."""
-        self._frozen = False
+        self._frozen = self._still = False
         self.undertakings.go_on()
         if self._gate is not None:
             gate, self._gate = self._gate, None
@@ -465,3 +486,8 @@ class Channel(OutgoingHalf):
             "outgoing_used": self._writer.occupied() if alive else 0,
             **self.statistics.as_dict(),
         }
+
+
+def _requests(packets: Sequence[Packet]) -> int:
+    """How many of the packets have to be answered."""
+    return sum([packet.flags & FLAG_COMPLETION_REQUESTED for packet in packets])

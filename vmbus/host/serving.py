@@ -94,21 +94,22 @@ class Life:
         # One guest has one memory, whatever controllers it has.
         work_for(channel.memory, channel)
         channel.undertakings.load.part_of(self._load)
+        try:
+            await self._serve_batches(channel)
+        finally:  # a guest can open and close a sub-channel for ever
+            channel.undertakings.load.part_of(None)
+
+    async def _serve_batches(self, channel: Channel) -> None:
         async with trio.open_nursery() as nursery:
             try:
                 while True:
                     packets = await channel.receive_batch()
-                    while packets:
-                        done = self._serve_batch(channel, packets, nursery)
-                        if not channel.try_flush():
-                            await channel.flush()
-                        if done is None or done >= len(packets):
-                            break
+                    done = self._serve_batch(channel, packets, nursery)
+                    if done is not None and done < len(packets):
                         # A batch is bounded in packets, and a packet may mean a lot of work.
-                        packets = packets[done:]
-                        await channel.wait_lighter()
-                        if channel.ended:
-                            break
+                        channel.put_back(packets[done:])
+                    if not channel.try_flush():
+                        await channel.flush()
             except trio.EndOfChannel:
                 # Tasks of this nursery still own guest pages; leaving the block waits for them.
                 return

@@ -12,6 +12,7 @@ guest is there has one.
 from __future__ import annotations
 
 import abc
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Hashable, Iterable
 from functools import partial
@@ -66,6 +67,9 @@ from vmbus.log_budget import LogBudget
 
 logger = logging.getLogger(__name__)
 
+ABORTS_AT_ONCE: Final = 64
+"""Commands that are ended in one turn of the loop. Each has a stack to unwind: 4000 of them, ended
+at once, would have everybody else wait for a quarter of a second."""
 MAX_MODE_LIST: Final = 1024
 """Bytes of a MODE SELECT parameter list: many times those of all pages that there are. A list has
 room for the same page 5000 times."""
@@ -93,6 +97,7 @@ class DispatchUnit(LogicalUnit):
         self.attentions = Attentions()
         self.gate = Gate(self.refresh)
         self._running: dict[trio.CancelScope, Command] = {}
+        self._doomed: dict[trio.CancelScope, None] = {}
         self._ended = trio.lowlevel.ParkingLot()
         self._closed = False
         self._budgets: dict[int, LogBudget] = {}
@@ -175,6 +180,7 @@ class DispatchUnit(LogicalUnit):
                     return await work()
             finally:
                 del self._running[scope]
+                self._doomed.pop(scope, None)
                 self._ended.unpark_all()
         return TASK_ABORTED
 
@@ -254,11 +260,26 @@ class DispatchUnit(LogicalUnit):
         """
         if initiator is None:
             self.aborts += 1
-        for scope, command in list(self._running.items()):
+        going_on = bool(self._doomed)
+        for scope, command in self._running.items():
             if scope.cancel_called:
                 continue  # by one of the many resets of a guest that is fond of them
             if initiator is None or command.initiator == initiator:
-                scope.cancel()
+                self._doomed[scope] = None
+        if not going_on:
+            self._abort_some()
+            if self._doomed:
+                trio.lowlevel.spawn_system_task(self._abort_rest)
+
+    def _abort_some(self) -> None:
+        for scope in [*itertools.islice(self._doomed, ABORTS_AT_ONCE)]:
+            del self._doomed[scope]
+            scope.cancel()
+
+    async def _abort_rest(self) -> None:
+        while self._doomed:
+            await trio.lowlevel.checkpoint()
+            self._abort_some()
 
     @property
     def busy(self) -> bool:

@@ -154,9 +154,10 @@ async def orwrite(unit: DiskCore, command: Command) -> Outcome:
         offset = transfer.lba * sector + at
         bits = int.from_bytes(b"".join(data.take(length)), "little")
         found = bytearray(length)
-        await unit.read(offset, [memoryview(found)])
-        result = (int.from_bytes(found, "little") | bits).to_bytes(length, "little")
-        await unit.write(offset, [memoryview(result)], fua=transfer.fua)
+        async with unit.disk.together():  # a pause in between would let others write
+            await unit.read(offset, [memoryview(found)])
+            result = (int.from_bytes(found, "little") | bits).to_bytes(length, "little")
+            await unit.write(offset, [memoryview(result)], fua=transfer.fua)
     return Outcome(STATUS_GOOD, b"", size)
 
 

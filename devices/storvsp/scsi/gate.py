@@ -40,8 +40,11 @@ class Gate:
         try:
             await turn.wait()  # whoever wakes us has let us in
         except trio.Cancelled:
-            del self._queue[turn]
-            self._admit()  # those that were held up by us
+            if turn in self._queue:
+                del self._queue[turn]
+                self._admit()  # those that were held up by us
+            else:  # whoever left has let us in, after we had been cancelled
+                self.release(exclusive=exclusive)
             raise
 
     def release(self, *, exclusive: bool) -> None:

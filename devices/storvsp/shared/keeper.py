@@ -120,7 +120,7 @@ class _Visit:
                     text = "shared disk: too many commands, or one twice"
                     raise PeerProtocolError(text, errno=errno.EPROTO, fatal=True)
                 self._running[record.number] = trio.CancelScope(), trio.Event()
-                nursery.start_soon(self._execute, record)
+                nursery.start_soon(self._execute, record, unit.aborts)
             case (Kind.ABORT, number):
                 if number in self._running:
                     self._running[number][0].cancel()
@@ -139,7 +139,7 @@ class _Visit:
         # The next record waits until the commands before it have begun: order is kept.
         await trio.lowlevel.checkpoint()
 
-    async def _execute(self, record: CommandRecord) -> None:
+    async def _execute(self, record: CommandRecord, aborts: int) -> None:
         outcome: Outcome = TASK_ABORTED
         scope, ended = self._running[record.number]
         data = [self._staging.view[record.offset : record.offset + record.length]]
@@ -149,8 +149,9 @@ class _Visit:
         )  # fmt: skip
         try:
             with scope:
-                found = self._unit.try_execute(command)
-                outcome = found if found is not None else await self._unit.execute(command)
+                if self._unit.aborts == aborts:  # else a reset was quicker than this task
+                    found = self._unit.try_execute(command)
+                    outcome = found if found is not None else await self._unit.execute(command)
         finally:
             del self._running[record.number]
             ended.set()

@@ -11,13 +11,17 @@ import trio
 
 from storvsp.scsi import cdb as op
 from storvsp.scsi.sense import (
+    HARDWARE_ERROR,
     LOGICAL_UNIT_COMMUNICATION_FAILURE,
+    MEDIUM_ERROR,
     NOT_READY,
+    SPACE_ALLOCATION_FAILED,
     CheckCondition,
     Sense,
 )
 from storvsp.scsi.target import report_luns_untrusted
 from storvsp.scsi.unit import (
+    STATUS_CHECK_CONDITION,
     STEP,
     TASK_ABORTED,
     Command,
@@ -40,6 +44,11 @@ from vmbus.memory import window
 
 logger = logging.getLogger("storvsp")
 
+_FAILURES = frozenset((bytes([MEDIUM_ERROR]), bytes([HARDWARE_ERROR])))
+_FAILED = frozenset(
+    code.to_bytes(2, "big")
+    for code in (SPACE_ALLOCATION_FAILED, LOGICAL_UNIT_COMMUNICATION_FAILURE)
+)
 _LOST = check_condition(Sense(NOT_READY, LOGICAL_UNIT_COMMUNICATION_FAILURE))
 
 
@@ -134,13 +143,19 @@ class SharedUnit(LogicalUnit):
         if command.length > self._staging.size:
             return _LOST
         self._running += 1
+        aborts = self.aborts
         try:
             offset = await self._staging.take(command.length)
             try:
-                return await self._execute_at(command, offset)
+                if self.aborts != aborts:  # while it waited; its keeper does not know of it
+                    return TASK_ABORTED
+                outcome = await self._execute_at(command, offset)
+                self.errors += _is_failure(outcome)
+                return outcome
             finally:
                 self._staging.give(offset, command.length)
         except OSError:
+            self.errors += 1
             return _LOST
         finally:
             self._running -= 1
@@ -194,7 +209,10 @@ class SharedUnit(LogicalUnit):
 
     def _post(self, kind: Kind, number: int = 0) -> None:
         """Send what has no answer, in order, by a task of its own. Cannot block."""
-        self._posts.append(number_record(kind, number))
+        record = number_record(kind, number)
+        if len(self._posts) > 1 and self._posts[-1] == record:
+            return  # what is not on its way yet says it as well; a guest may reset all the time
+        self._posts.append(record)
         if len(self._posts) == 1:
             trio.lowlevel.spawn_system_task(self._send_posts)
 
@@ -205,6 +223,8 @@ class SharedUnit(LogicalUnit):
                 del self._posts[0]
         except OSError:
             self._posts.clear()
+        finally:
+            self._idle.unpark_all()
 
     def reset(self) -> None:
         """See :meth:`LogicalUnit.reset`; commands of all guests end."""
@@ -223,7 +243,7 @@ class SharedUnit(LogicalUnit):
                 await self._idle.park()
             return
         while self._posts:
-            await trio.lowlevel.checkpoint()
+            await self._idle.park()
         if not self._lost:
             number = self._number()
             try:
@@ -255,6 +275,14 @@ class SharedUnit(LogicalUnit):
         if not self._closed:
             self._closed = True
             self._line.finish()
+
+
+def _is_failure(outcome: Outcome) -> bool:
+    """Whether the disk has failed a command, by what the keeper's unit makes of that."""
+    sense = outcome.sense
+    return outcome.status == STATUS_CHECK_CONDITION and (
+        sense[2:3] in _FAILURES or sense[12:14] in _FAILED
+    )
 
 
 async def _copy_in(part: memoryview, data: list[memoryview]) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
+
 import pytest
 import trio
 import trio.testing
 
+from tests.support.patience import PATIENCE
+from tests.support.turns import Work, watched
 from vmbus.errors import RingError, leaves
 from vmbus.host.serving import Life
 from vmbus.memory import GuestMemory
@@ -162,8 +166,10 @@ async def test_a_life_that_is_over_takes_no_more_tasks():
 async def test_a_device_that_has_done_enough_gets_the_rest_when_others_had_their_turn():
     channel, guest = channel_pair()
     seen = []
+    work = Work()
 
     def serve(channel, packets, nursery):
+        work.done()
         seen.append([packet.transaction_id for packet in packets])
         for packet in packets[:2]:
             channel.complete(packet.transaction_id, b"")
@@ -172,13 +178,11 @@ async def test_a_device_that_has_done_enough_gets_the_rest_when_others_had_their
     async with trio.open_nursery() as nursery:
         nursery.start_soon(Life(channel, serve).run)
         guest.send(*(request(number) for number in range(1, 6)))
-        while not seen:
-            await trio.lowlevel.checkpoint()
-        assert seen == [[1, 2, 3, 4, 5]], "it is not called again before others were"
-        assert [packet.transaction_id for packet in guest.receive_nowait()] == [1, 2]
-        await trio.testing.wait_all_tasks_blocked()
+        with watched(work):
+            await trio.testing.wait_all_tasks_blocked()
         assert seen == [[1, 2, 3, 4, 5], [3, 4, 5], [5]]
-        assert [packet.transaction_id for packet in guest.receive_nowait()] == [3, 4, 5]
+        assert work.most_in_turn == 1, "it is not called again before others were"
+        assert [packet.transaction_id for packet in guest.receive_nowait()] == [1, 2, 3, 4, 5]
         assert channel.outstanding == 0
         channel.end()
     channel.close_doorbell()
@@ -211,7 +215,7 @@ async def test_channels_of_a_guest_are_parts_of_it_to_the_worker_threads():
     assert owners["one"] != owners["other"]
 
 
-async def test_the_rest_of_a_batch_waits_while_undertakings_weigh_too_much_but_not_for_a_pause():
+async def test_the_rest_of_a_batch_waits_while_undertakings_weigh_too_much_and_a_pause_takes_none():
     channel, guest = channel_pair()
     channel.undertakings.load.limit = 1000
     seen: list[list[int]] = []
@@ -233,8 +237,121 @@ async def test_the_rest_of_a_batch_waits_while_undertakings_weigh_too_much_but_n
         assert seen[1:] == [[2, 3]]
         channel.hold()
         await trio.testing.wait_all_tasks_blocked()
-        assert seen[2:] == [[3]], "a pause waits for what has been read"
+        await channel.pause()
+        assert seen[2:] == [], "what was put back is not under way"
         for each in heavy:
             each.end()
         channel.end()
     channel.close_doorbell()
+
+
+class OneByOne:
+    """Acts on one packet in a turn, and answers it if asked to."""
+
+    def __init__(self, answer: bytes = b"") -> None:
+        self.served: list[int] = []
+        self._answer = answer
+
+    def serve(self, channel, packets, nursery):
+        packet = packets[0]
+        self.served.append(packet.transaction_id)
+        if packet.wants_completion:
+            channel.complete(packet.transaction_id, self._answer)
+        return 1
+
+
+@asynccontextmanager
+async def one_by_one(*, flags: int, answer: bytes = b""):
+    """A batch of 20 packets, of which the first has been acted on."""
+    channel, guest = channel_pair()
+    device = OneByOne(answer)
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            life = Life(channel, device.serve)
+            nursery.start_soon(life.run)
+            packets = [
+                build_packet(IN_BAND, bytes(8), transaction_id=number, flags=flags)
+                for number in range(20)
+            ]
+            assert guest.send(*packets) == 20
+            while not device.served:
+                await trio.lowlevel.checkpoint()
+            yield channel, guest, device
+            channel.end()
+    channel.close_doorbell()
+
+
+@pytest.mark.parametrize("flags", [0, 1])
+async def test_what_is_left_of_a_batch_is_not_acted_on_while_the_channel_is_paused(flags):
+    async with one_by_one(flags=flags) as (channel, guest, device):
+        await channel.pause()
+        done = len(device.served)
+        assert done < 20
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(device.served) == done
+        channel.resume()
+        await trio.testing.wait_all_tasks_blocked()
+        assert device.served == [*range(20)]
+        answers = [each.transaction_id for each in guest.receive_nowait()]
+        assert answers == ([*range(20)] if flags else [])
+        assert channel.outstanding == 0
+
+
+async def test_a_pause_does_not_wait_for_the_guest_to_make_room_for_the_answers_of_a_batch():
+    async with one_by_one(flags=1, answer=bytes(10_000)) as (channel, guest, device):
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(device.served) < 20, "the ring is full"
+        await channel.pause()
+        channel.resume()
+        answers = 0
+        while answers < 20:
+            answers += len(await guest.receive())
+        assert device.served == [*range(20)]
+
+
+@pytest.mark.parametrize("flags", [0, 1])
+async def test_draining_waits_for_what_is_left_of_a_batch(flags):
+    async with one_by_one(flags=flags) as (channel, guest, device):
+        await channel.drain()
+        assert device.served == [*range(20)]
+        assert len(guest.receive_nowait()) == 20 * flags
+        guest.send(request(99))
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(device.served) == 20, "nothing more is taken"
+
+
+async def test_what_is_left_of_a_batch_waits_for_the_limit_of_requests():
+    channel, guest = channel_pair(max_outstanding=1)
+    begun: list[int] = []
+
+    def serve(_channel, packets, _nursery):
+        begun.append(packets[0].transaction_id)
+        return 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Life(channel, serve).run)
+        guest.send(request(1), request(2))
+        await trio.testing.wait_all_tasks_blocked()
+        assert begun == [1]
+        channel.complete(1, b"")
+        await trio.testing.wait_all_tasks_blocked()
+        assert begun == [1, 2]
+        channel.end()
+    channel.close_doorbell()
+
+
+async def test_nothing_is_kept_of_a_sub_channel_that_has_ended():
+    primary, _ = channel_pair()
+    life = Life(primary, Answers().serve)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(life.run)
+        for _ in range(3):
+            branch, _guest = channel_pair()
+            primary.deliver_subchannel(branch)
+            await trio.testing.wait_all_tasks_blocked()
+            branch.end()
+            await branch.wait_released()
+            branch.close_doorbell()
+        assert [*life._load._parts] == [primary.undertakings.load]
+        primary.end()
+    primary.close_doorbell()

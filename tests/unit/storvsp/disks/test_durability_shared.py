@@ -153,3 +153,23 @@ async def test_flushes_of_an_image_are_one_system_call(tmp_path, monkeypatch):
         go.set()
     assert len(calls) == 2
     await disk.aclose()
+
+
+async def test_all_who_shared_a_flush_that_does_not_come_back_hear_of_it():
+    durability, syncs = Durability(cached=True), Syncs()
+    syncs.errors[1] = AbandonedError()
+    heard: list[type[Exception]] = []
+
+    async def flush() -> None:
+        try:
+            await durability.flush(syncs.make)
+        except Exception as error:
+            heard.append(type(error))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(4):
+            nursery.start_soon(flush)
+            await trio.testing.wait_all_tasks_blocked()
+        for gate in syncs.gates:
+            gate.set()
+    assert heard == [AbandonedError] * 3

@@ -1,5 +1,6 @@
 """The gate in front of a medium: many commands at once, or one alone."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import trio
 import trio.testing
 
 from storvsp.scsi.gate import Gate
+from tests.support.patience import PATIENCE
 from tests.support.scsi import make_command, run
 from tests.support.scsi_verify import CAW, make_unit
 
@@ -120,3 +122,31 @@ async def test_first_come_first_served():
     assert order[3:] == ["w2"]
     assert not gate.closed
     await pass_by("late", exclusive=True)
+
+
+@pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
+async def test_who_is_let_in_when_cancelled_already_leaves_again(first, second):
+    """One reset ends the commands inside and those that wait; who runs first is up to the loop."""
+    gate = Gate(lambda: None)
+
+    async def command(scope: trio.CancelScope, *, exclusive: bool) -> None:
+        with scope:
+            await gate.acquire(exclusive=exclusive)
+            try:
+                await trio.sleep_forever()
+            finally:
+                gate.release(exclusive=exclusive)
+
+    for _ in range(20):  # the loop does not run tasks in order
+        scopes = trio.CancelScope(), trio.CancelScope()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(command, scopes[0], exclusive=first))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(partial(command, scopes[1], exclusive=second))
+            await trio.testing.wait_all_tasks_blocked()
+            for scope in scopes:
+                scope.cancel()
+        assert not gate.closed
+        with trio.fail_after(PATIENCE):
+            await gate.acquire(exclusive=True)
+        gate.release(exclusive=True)

@@ -91,6 +91,25 @@ async def test_a_command_that_is_held_up_can_be_ended(cdb, options, ends):
     assert not unit.gate.closed
 
 
+@pytest.mark.parametrize(("cdb", "out"), [
+    (ORWRITE, bytes(2048)), (COMPARE_AND_WRITE, bytes(1024)),
+])  # fmt: skip
+async def test_a_pause_does_not_come_between_what_is_read_and_what_is_made_of_it(cdb, out):
+    disk, unit = make_unit()
+    guest = Guest(unit)
+    disk.pause = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: guest.execute(cdb, out=out))
+        await trio.testing.wait_all_tasks_blocked()
+        guest.undertakings.hold()
+        disk.pause.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert disk.calls
+        assert len(disk.calls) % 2 == 0, "each piece that was read has been written"
+        guest.undertakings.go_on()
+    assert guest.outcomes[0].status == GOOD.status  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("cdb", [VERIFY, ORWRITE])
 async def test_one_that_is_held_up_half_way_gives_its_turn_to_others(cdb):
     """A shared disk: what a paused guest has begun must not keep another one from it."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
-from storvsp.disk import MediumError
+from storvsp.disk import MediumError, NoSpaceError
 from storvsp.scsi.sense import REPORTED_LUNS_DATA_HAS_CHANGED
 from storvsp.scsi.unit import TASK_ABORTED
+from storvsp.shared.messages import Kind
+from tests.support.patience import waits
 from tests.support.scsi import MemoryDisk, finish, make_command, run
 from tests.support.shared import kept, visitor
 
@@ -236,3 +239,55 @@ async def test_a_disk_that_fails_says_so_as_ever():
         await settled(unit)
         disk.fail = MediumError("a scratch", offset=0)
         assert (await run(unit, READ, room=512)).fault == (3, 0x1100)
+
+
+async def test_what_the_disk_of_a_keeper_fails_is_counted_and_what_a_guest_does_wrong_is_not():
+    disk = MemoryDisk()
+    async with kept(disk) as keeper, visitor(keeper, "a") as unit:
+        await settled(unit)
+        assert (await run(unit, "28 00 00ffffff 00 0001 00", room=512)).fault == (5, 0x2100)
+        assert unit.errors == 0
+        for error in (MediumError("a scratch"), NoSpaceError("full")):
+            disk.fail = error
+            assert (await run(unit, "35 00 00000000 00 0000 00")).status == 2
+        assert unit.errors == 2
+    async with visitor(None, "a") as unit:
+        unit.other.sock.close()
+        assert (await run(unit, READ, room=512)).fault == (2, 0x0800)
+        assert unit.errors == 1
+
+
+async def test_a_reset_also_ends_what_has_not_been_sent_yet():
+    disk = MemoryDisk()
+    async with kept(disk) as keeper, visitor(keeper, "a", staging=128 << 10) as unit:
+        await settled(unit)
+        disk.inline, disk.pause = False, trio.Event()
+        outcomes = []
+
+        async def read() -> None:
+            outcomes.append((await run(unit, "28 00 00000000 00 0080 00", room=65536)).status)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(6):
+                nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            unit.reset()
+            await unit.ended()
+        assert outcomes == [TASK_ABORTED.status] * 6, "none of them took the news of the reset"
+        assert (await run(unit, READY)).fault == (6, 0x2903)
+
+
+async def test_resets_of_a_unit_whose_keeper_does_not_read_are_not_heaped_up():
+    async with visitor(None, "a") as unit:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                unit._line._sock.send(bytes(1000))
+        for _ in range(10):
+            for _ in range(1000):
+                unit.reset()
+            await trio.testing.wait_all_tasks_blocked()
+        assert len(unit._posts) == 2
+        unit.raise_attention(REPORTED_LUNS_DATA_HAS_CHANGED)
+        unit.reset()
+        assert [each[0] for each in unit._posts[-2:]] == [Kind.ATTENTION, Kind.RESET]
+        assert await waits(unit.ended), "without keeping the loop busy"
