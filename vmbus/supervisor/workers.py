@@ -226,7 +226,7 @@ class Worker:
             case {"ready": True}:
                 self.ready.set()
             case {"ask": int(number), "admit": str(said)}:
-                _check_name_untrusted(said)
+                _check_name(said)
                 if self._admitting or self.name is not None or self._admission is None:
                     self._refuse(number, "HELLO: it has been answered", errno.EPROTO)
                 else:
@@ -300,7 +300,7 @@ class Worker:
             ) from error
 
 
-def _check_name_untrusted(said: str) -> None:
+def _check_name(said: str) -> None:
     """Check what a worker says that a VMM said. Raises PeerProtocolError."""
     try:
         data = said.encode()
