@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import trio
 
     from vmbus.attach.server import Admission, ServerLimits, SocketTransport
+    from vmbus.attach.server.admission import Peer
     from vmbus.host import BusConfig
     from vmbus.server import DeviceSetup, GuestServer
 
@@ -164,6 +165,8 @@ class _Server(Protocol):
 
     async def command(self, request: dict[str, Any]) -> dict[str, Any]: ...
 
+    def is_own(self, peer: Peer) -> bool: ...
+
 
 class _SingleProcess:
     """Serves all guests in this process, and keeps in mind how they fared."""
@@ -211,6 +214,9 @@ class _SingleProcess:
 
     async def command(self, request: dict[str, Any]) -> dict[str, Any]:
         return await self._server.command(request)
+
+    def is_own(self, _: Peer) -> bool:
+        return False
 
 
 @contextlib.asynccontextmanager
@@ -278,7 +284,11 @@ async def run(settings: Settings) -> int:
                 if operators is not None:
                     nursery.start_soon(
                         functools.partial(
-                            serve_operators, operators, query=server.query, command=server.command
+                            serve_operators,
+                            operators,
+                            query=server.query,
+                            command=server.command,
+                            stranger=server.is_own,
                         )
                     )
                 async with trio.open_nursery() as serving:

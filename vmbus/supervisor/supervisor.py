@@ -14,6 +14,7 @@ import os
 import pickle
 import socket
 import sys
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -81,6 +82,8 @@ class Supervisor:
         self._nursery: trio.Nursery
         self._workers: dict[int, Worker] = {}
         """Those whose process is there, by pid."""
+        self._past: deque[int] = deque(maxlen=256)
+        """The pids of the last ones that have ended."""
         self._spare_in, self._spare = trio.open_memory_channel[Worker](0)
         self._starting: dict[int, tuple[trio.Event, Worker]] = {}
         self._making = trio.CancelScope()
@@ -183,6 +186,8 @@ class Supervisor:
         worker = self._workers.pop(pid, None)
         if worker is None:
             return
+        # What it had connected may live on, with whoever it has passed that to.
+        self._past.append(pid)
         worker.status = status
         how = describe_status(status)
         if (
@@ -367,6 +372,9 @@ class Supervisor:
 
             while True:
                 sock = await accept(listener)
+                if self.is_own(Peer.of(sock)):
+                    sock.close()
+                    continue
                 nursery.start_soon(watch, await self._hand_over(sock, admission))
 
     async def _hand_over(self, sock: socket.socket, admission: Admission) -> Worker:
@@ -391,6 +399,13 @@ class Supervisor:
             self.kill(oldest.pid)
         self._greeting.append(worker)
         return worker
+
+    def is_own(self, peer: Peer) -> bool:
+        """Whether somebody is one of our workers, taken over then: none has a reason to connect.
+
+        It has our user, so sockets let it in; it can make no process that would not be known here.
+        """
+        return peer.pid in self._workers or peer.pid in self._past
 
     # -- operators -------------------------------------------------------------------------------
 
