@@ -235,14 +235,11 @@ WATCHED = 2.0
 
 def _waits() -> Iterator[Figure]:
     for words, mode in MODES.items():
-        for who, neighbour in (WORST if mode else WORST | ALONE).items():
-            with (
-                server(mode) as (path, _),
-                guests(path, 1, 1) as (victim,),
-                neighbour(path),
-            ):
-                victim.begin(WATCHED)
-                longest = victim.result()[1]
-            target = 50.0 if not mode else None
-            name = f"longest wait for a 4 KiB read beside {who}, {words}"
-            yield Figure(name, longest * 1000, "ms", target=target)
+        with server(mode) as (path, _), guests(path, 1, 1) as (victim,):
+            for who, neighbour in (WORST if mode else WORST | ALONE).items():
+                with neighbour(path):
+                    victim.begin(WATCHED)
+                    longest = victim.result()[1]
+                target = 50.0 if not mode else None
+                name = f"longest wait for a 4 KiB read beside {who}, {words}"
+                yield Figure(name, longest * 1000, "ms", target=target)
