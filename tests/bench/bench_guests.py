@@ -9,20 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from tests.bench.harness import Figure
+from tests.support import attackers
 from tests.support.house import ROOT
 from vmbus.attach.client import operator
-from vmbus.attach.protocol.framing import pack_frame
-from vmbus.attach.protocol.limits import Role
-from vmbus.attach.protocol.messages import Number
-from vmbus.attach.protocol.to_server import Hello
 
 MODES = {"a process per guest": [], "one process": ["--single-process"]}
 GUESTS = 50
@@ -194,68 +191,55 @@ def _busy(path: str) -> Iterator[None]:
         made[0].result()
 
 
-def _hello(sock: socket.socket, fds: list[int]) -> None:
-    import array
-
-    payload = Hello(1, 1, 0, 1, Role.VMM, "bad").encode()
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    sock.sendmsg([pack_frame(Number.HELLO, 0, 1, payload, len(fds))], rights)
-
-
 @contextlib.contextmanager
-def _lingering(path: str) -> Iterator[None]:
-    """A VMM that sends sockets whose closing takes seconds."""
-    import struct
-
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        for _ in range(4):
-            client = socket.create_connection(listener.getsockname())
-            stack.enter_context(listener.accept()[0])
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 2))
-            client.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    client.send(bytes(1 << 16))
-            client.setblocking(True)
-            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            sock.connect(path)
-            _hello(sock, [client.fileno()])
-            # Not by us: the last close of it is to be the server's.
-            os.close(client.detach())
+def _guest(path: str, what: str) -> Iterator[None]:
+    """A guest that uses 16 channels, or whose VMM's eventfds wait."""
+    with attackers.guest_process(path, "bad", what) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
         yield
 
 
 @contextlib.contextmanager
-def _silent(path: str) -> Iterator[None]:
-    """VMMs that connect, again and again, and say nothing."""
-    with contextlib.ExitStack() as stack:
-        for _ in range(40):
-            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            sock.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                sock.connect(path)
+def _stopped(path: str) -> Iterator[None]:
+    """A guest whose process stands still; with one process for all, so does everybody."""
+    with attackers.guest_process(path, "bad", "idle") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        found = operator.query(path, "guests")["guests"]
+        (pid,) = (guest["pid"] for guest in found if guest["name"] == "bad")
+        os.kill(pid, signal.SIGSTOP)
         yield
 
 
-WORST = {
+@contextlib.contextmanager
+def _attack(path: str, step: Callable[[attackers.Attack], None]) -> Iterator[None]:
+    with attackers.Attack(path, step).under_way():
+        yield
+
+
+WORST: dict[str, Callable[[str], contextlib.AbstractContextManager[None]]] = {
     "nobody": _nobody,
     "a guest with a full queue": _busy,
-    "a VMM whose sockets linger": _lingering,
-    "40 silent connections": _silent,
+    "a guest with full queues on 16 channels": partial(_guest, what="greedy"),
+    **{who: partial(_attack, step=step) for who, step in attackers.WORST.items()},
 }
+ALONE: dict[str, Callable[[str], contextlib.AbstractContextManager[None]]] = {
+    "a VMM whose eventfds wait": partial(_guest, what="full"),
+    "a guest whose process stands still": _stopped,
+}
+"""What stops everybody where there is one process, for good: not measured there."""
+WATCHED = 2.0
+"""Seconds for each of them."""
 
 
 def _waits() -> Iterator[Figure]:
     for words, mode in MODES.items():
-        for who, neighbour in WORST.items():
-            with (
-                server(mode) as (path, _),
-                guests(path, 1, 1) as (victim,),
-                neighbour(path),
-            ):
-                victim.begin(SECONDS)
-                longest = victim.result()[1]
-            target = 50.0 if not mode else None
-            name = f"longest wait for a 4 KiB read beside {who}, {words}"
-            yield Figure(name, longest * 1000, "ms", target=target)
+        with server(mode) as (path, _), guests(path, 1, 1) as (victim,):
+            for who, neighbour in (WORST if mode else WORST | ALONE).items():
+                with neighbour(path):
+                    victim.begin(WATCHED)
+                    longest = victim.result()[1]
+                target = 50.0 if not mode else None
+                name = f"longest wait for a 4 KiB read beside {who}, {words}"
+                yield Figure(name, longest * 1000, "ms", target=target)

@@ -25,6 +25,7 @@ class FakeOwner:
         self.killed: list[int] = []
         self.attached = 0
         self.gone: list[Worker] = []
+        self.expected: list[Worker] = []
         self._full = full
 
     def kill(self, pid: int) -> None:
@@ -35,6 +36,9 @@ class FakeOwner:
 
     def left(self, worker: Worker) -> None:
         self.gone.append(worker)
+
+    def expect_end(self, worker: Worker) -> None:
+        self.expected.append(worker)
 
     def full(self) -> str:
         return self._full

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import trio
 
     from vmbus.attach.server import Admission, ServerLimits, SocketTransport
+    from vmbus.attach.server.admission import Peer
     from vmbus.host import BusConfig
     from vmbus.server import DeviceSetup, GuestServer
 
@@ -164,6 +165,8 @@ class _Server(Protocol):
 
     async def command(self, request: dict[str, Any]) -> dict[str, Any]: ...
 
+    def is_own(self, peer: Peer) -> bool: ...
+
 
 class _SingleProcess:
     """Serves all guests in this process, and keeps in mind how they fared."""
@@ -212,24 +215,18 @@ class _SingleProcess:
     async def command(self, request: dict[str, Any]) -> dict[str, Any]:
         return await self._server.command(request)
 
+    def is_own(self, _: Peer) -> bool:
+        return False
+
 
 @contextlib.asynccontextmanager
 async def _open_server(settings: Settings, config: BusConfig) -> AsyncIterator[_Server]:
     from vmbus.attach.server import ServerLimits
     from vmbus.server import GuestServer, Keepers
     from vmbus.supervisor import Plan, Supervisor
-    from vmbus.supervisor.files import named_files
-    from vmbus.supervisor.sandbox import no_new_privileges, restrict_files
 
     limits = ServerLimits(max_vps=settings.max_vps, max_connections=settings.max_guests)
     if settings.single_process:
-        if settings.allowed is not None:
-            no_new_privileges()
-            paths = [path for _, path in settings.sockets] + [settings.control or ""]
-            restrict_files(
-                [*settings.allowed, *named_files(settings.setups, "guest")],
-                removable={os.path.dirname(path) or "." for path in paths},  # ours, at the end
-            )
         async with Keepers.open(settings.setups) as keepers:
             server = GuestServer(settings.setups, config, keepers=keepers)
             yield _SingleProcess(server, limits, trust_vmm=settings.trust_vmm)
@@ -244,6 +241,27 @@ async def _open_server(settings: Settings, config: BusConfig) -> AsyncIterator[_
     )
     async with Supervisor.open(plan) as supervisor:
         yield supervisor
+
+
+def confine(settings: Settings) -> None:
+    """Refuse this process files that are not allowed, if it serves guests itself.
+
+    Before it does anything else: the kernel's rules are for the thread that asks, and later ones.
+
+    Raises:
+        ConfigError: This kernel cannot, or a directory is not there.
+    """
+    if not settings.single_process or settings.allowed is None:
+        return
+    from vmbus.supervisor.files import named_files
+    from vmbus.supervisor.sandbox import no_new_privileges, restrict_files
+
+    no_new_privileges()
+    paths = [path for _, path in settings.sockets] + [settings.control or ""]
+    restrict_files(
+        [*settings.allowed, *named_files(settings.setups, "guest")],
+        sockets={os.path.dirname(path) or "." for path in paths},
+    )
 
 
 async def run(settings: Settings) -> int:
@@ -262,6 +280,7 @@ async def run(settings: Settings) -> int:
     from vmbus.host.lookout import longest_worth_while
     from vmbus.server import GuestServer, raise_descriptor_limit
 
+    confine(settings)
     longest = settings.poll
     if longest is None:
         longest = await longest_worth_while()
@@ -272,31 +291,36 @@ async def run(settings: Settings) -> int:
     async with trio.open_nursery() as nursery:
         stop = _Stop(nursery.cancel_scope)
         await nursery.start(stop.run)
-        await check(GuestServer(settings.setups, config))
-        with entrances(settings) as (vmms, operators):
-            async with _open_server(settings, config) as server:
-                if operators is not None:
-                    nursery.start_soon(
-                        functools.partial(
-                            serve_operators, operators, query=server.query, command=server.command
-                        )
-                    )
-                async with trio.open_nursery() as serving:
-                    for sock, name, words in vmms:
-                        admission = Names(roll, identity=settings.identity, given=name)
-                        serving.start_soon(
-                            _until_done,
+        with contextlib.ExitStack() as stack:
+            stack.callback(stop.done)  # however it ends
+            await check(GuestServer(settings.setups, config))
+            with entrances(settings) as (vmms, operators):
+                async with _open_server(settings, config) as server:
+                    if operators is not None:
+                        nursery.start_soon(
                             functools.partial(
-                                server.serve,
-                                sock,
-                                admission=admission,
-                                exit_after_guest=settings.once,
-                            ),
-                            serving.cancel_scope,
+                                serve_operators,
+                                operators,
+                                query=server.query,
+                                command=server.command,
+                                stranger=server.is_own,
+                            )
                         )
-                        _log.info("%s", words)
-                    notify("READY=1")
-        stop.done()
+                    async with trio.open_nursery() as serving:
+                        for sock, name, words in vmms:
+                            admission = Names(roll, identity=settings.identity, given=name)
+                            serving.start_soon(
+                                _until_done,
+                                functools.partial(
+                                    server.serve,
+                                    sock,
+                                    admission=admission,
+                                    exit_after_guest=settings.once,
+                                ),
+                                serving.cancel_scope,
+                            )
+                            _log.info("%s", words)
+                        notify("READY=1")
         nursery.cancel_scope.cancel()
     notify("STOPPING=1")
     if stop.signal is not None:

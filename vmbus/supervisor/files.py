@@ -28,11 +28,11 @@ def named_files(setups: Iterable[DeviceSetup], guest: str) -> list[str]:
 
 
 def _words(text: str) -> Iterator[str]:
-    """Yield what could be a path in a specification."""
-    yield text
+    """Yield what could be a path in a specification: what is none itself."""
     try:
         spec = Spec.parse(text)
     except ConfigError:
+        yield text
         return
     yield from spec.options.values()
     yield from _words(spec.target)

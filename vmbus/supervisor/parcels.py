@@ -15,13 +15,15 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vmbus.errors import PeerProtocolError
 
 MAX_UP = 8 << 20
 """Bytes of a message from a worker; the description of a guest with 2 000 channels has 1 MiB."""
+MAX_UNASKED = 256 << 10
+"""Bytes of a message from a worker that was asked nothing: what JSON says in 8 MiB needs 200."""
 MAX_DOWN = 128 << 10
 """Bytes of a message to a worker; a COMMAND has 32 KiB."""
 MAX_DESCRIPTORS = 64
@@ -46,8 +48,14 @@ class Unpacker:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed_untrusted(self, data: bytes) -> Iterator[Parcel]:
+    def feed_untrusted(
+        self, data: bytes, asked: Callable[[], bool] = lambda: True
+    ) -> Iterator[Parcel]:
         """Yield the messages that are complete with ``data``.
+
+        Args:
+            data: What has come.
+            asked: Whether an answer is expected, which may be long.
 
         Raises:
             PeerProtocolError: Fatal; one is too long or no JSON object.
@@ -58,7 +66,7 @@ class Unpacker:
         try:
             while len(buffer) - at >= _LENGTH.size:
                 (length,) = _LENGTH.unpack_from(buffer, at)
-                if length > MAX_UP:
+                if length > (MAX_UP if asked() else MAX_UNASKED):
                     raise _nonsense(f"a message of {length} bytes")
                 end = at + _LENGTH.size + length
                 if len(buffer) < end:

@@ -6,15 +6,20 @@ own, and a worker that a guest has taken over can write nowhere, and no more tha
 
 from __future__ import annotations
 
+import errno
 import logging
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-from vmbus.errors import VMBusError
+from vmbus.errors import PeerProtocolError, VMBusError
 
 MAX_TEXT = 16 << 10
 """Characters of a line."""
+
+
+MAX_LOGGERS = 100
+"""Names of loggers that workers can bring."""
 
 
 class WorkerError(VMBusError):
@@ -76,19 +81,47 @@ def install(send: Callable[[dict[str, Any]], None], wanted: dict[str, int]) -> N
         logging.getLogger(name).setLevel(level)
 
 
+def _logger(name: str) -> logging.Logger:
+    """Return a logger. They are never forgotten, so a worker does not get to make many."""
+    known = logging.root.manager.loggerDict
+    if name not in known and name != "root":
+        if len(name) >= 100 or len(_made) >= MAX_LOGGERS:
+            name = "vmbus"
+        else:
+            _made.add(name)
+    return logging.getLogger(name)
+
+
+_made: set[str] = set()
+
+
+def _printable(text: str) -> str:
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text[:MAX_TEXT])
+
+
 def replay_untrusted(line: object) -> None:
-    """Log a line that a worker has sent. What makes no sense is logged as it is."""
-    fields = line if isinstance(line, dict) else {"text": repr(line)}
+    """Log a line that a worker has sent, as one line, so that it can pretend to be no other.
+
+    Raises:
+        PeerProtocolError: It is no line, or not of text.
+    """
+    fields = line if isinstance(line, dict) else {}
     text, level, name = fields.get("text"), fields.get("level"), fields.get("logger")
-    logger = logging.getLogger(name if isinstance(name, str) and len(name) < 100 else "vmbus")
+    error, trace = fields.get("error", ""), fields.get("traceback", "")
+    if not (
+        isinstance(text, str)
+        and isinstance(name, str)
+        and isinstance(error, str)
+        and isinstance(trace, str)
+    ):
+        raise PeerProtocolError("a line of its log that is no text", errno=errno.EPROTO)
+    logger = _logger(name)
     number = level if isinstance(level, int) and 0 <= level <= logging.CRITICAL else logging.WARNING
     if not logger.isEnabledFor(number):
         return
-    error = fields.get("error")
-    text = str(text)[:MAX_TEXT]
-    if (trace := fields.get("traceback")) is not None:
-        text += f"\n{str(trace)[:MAX_TEXT]}"
-        error = None
-    failure = WorkerError(str(error)[:MAX_TEXT]) if error is not None else None
+    text = _printable(text)
+    if trace:
+        text = "\n  ".join([text, *map(_printable, trace[:MAX_TEXT].splitlines())])
+    failure = WorkerError(_printable(error)) if "error" in fields and not trace else None
     info = (type(failure), failure, None) if failure is not None else None
     logger.log(number, "%s", text, exc_info=info)

@@ -14,8 +14,10 @@ import os
 import pickle
 import socket
 import sys
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import trio
@@ -81,8 +83,10 @@ class Supervisor:
         self._nursery: trio.Nursery
         self._workers: dict[int, Worker] = {}
         """Those whose process is there, by pid."""
+        self._past: deque[int] = deque(maxlen=256)
+        """The pids of the last ones that have ended."""
         self._spare_in, self._spare = trio.open_memory_channel[Worker](0)
-        self._starting: dict[int, tuple[trio.Event, list[dict[str, Any]]]] = {}
+        self._starting: dict[int, tuple[trio.Event, Worker]] = {}
         self._making = trio.CancelScope()
         self._listening: set[trio.CancelScope] = set()
         self._staging = shared_backends(plan.setups)
@@ -163,10 +167,15 @@ class Supervisor:
             match parcel:
                 case {"ready": True}:
                     task_status.started()
-                case {"spawned": number} | {"failed": number}:
-                    event, answers = self._starting.pop(number)
-                    answers.append(parcel)
+                case {"spawned": number, "pid": pid}:
+                    # At once: the next thing heard may be that it has ended.
+                    event, worker = self._starting.pop(number)
+                    worker.pid = pid
+                    self._workers[pid] = worker
                     event.set()
+                case {"failed": number, "error": text}:
+                    _log.warning("cannot make a worker now: %s", text)
+                    self._starting.pop(number)[0].set()
                 case {"exited": pid, "status": status}:
                     self._exited(pid, status)
                 case _:
@@ -178,6 +187,8 @@ class Supervisor:
         worker = self._workers.pop(pid, None)
         if worker is None:
             return
+        # What it had connected may live on, with whoever it has passed that to.
+        self._past.append(pid)
         worker.status = status
         how = describe_status(status)
         if (
@@ -192,7 +203,16 @@ class Supervisor:
 
     def kill(self, pid: int) -> None:
         """See :class:`vmbus.supervisor.workers.Owner`."""
-        send_down(self._zygote, {"kill": pid})
+        try:
+            send_down(self._zygote, {"kill": pid})
+        except BlockingIOError:
+            self._nursery.start_soon(self._to_the_end, partial(self._kill_later, pid))
+        except OSError:
+            return  # it has ended, and so do all workers
+
+    async def _kill_later(self, pid: int, _: object) -> None:
+        await trio.lowlevel.wait_writable(self._zygote)
+        self.kill(pid)
 
     def came(self) -> None:
         """See :class:`vmbus.supervisor.workers.Owner`."""
@@ -200,10 +220,18 @@ class Supervisor:
 
     def left(self, worker: Worker) -> None:
         """See :class:`vmbus.supervisor.workers.Owner`."""
-        how = worker.ended or {}
-        self.failed = self.failed or bool(how.get("failed"))
-        faults = how.get("faults")
-        self.faults += faults if isinstance(faults, int) else 0
+        self.failed = self.failed or worker.failed
+        self.faults += worker.faults
+
+    def expect_end(self, worker: Worker) -> None:
+        """See :class:`vmbus.supervisor.workers.Owner`."""
+        self._nursery.start_soon(self._to_the_end, partial(self._wait_for_end, worker))
+
+    async def _wait_for_end(self, worker: Worker, _: object) -> None:
+        with trio.move_on_after(STOP_PATIENCE):
+            await worker.gone.wait()
+        # At most what the end of its line does again.
+        self.kill(worker.pid)
 
     def full(self) -> str:
         """See :class:`vmbus.supervisor.workers.Owner`."""
@@ -232,35 +260,30 @@ class Supervisor:
             return None
         worker = Worker(self, down, up, claims)
         try:
-            pid = await self._ask_for_process(theirs)
+            await self._ask_for_process(theirs, worker)
         except BaseException:
             worker.discard()
             raise
-        if pid is None:
+        if not worker.pid:
             worker.discard()
             return None
-        worker.pid = pid
-        self._workers[pid] = worker
         self._nursery.start_soon(self._to_the_end, worker.run)
         return worker
 
-    async def _ask_for_process(self, theirs: list[int]) -> int | None:
-        """Have the zygote make a process with these descriptors, which are owned here."""
+    async def _ask_for_process(self, theirs: list[int], worker: Worker) -> None:
+        """Have the zygote make a process with these descriptors, which are owned here.
+
+        The worker has a pid then, if that was possible.
+        """
         self._count += 1
         number = self._count
-        event, answers = self._starting[number] = trio.Event(), []
+        event, _ = self._starting[number] = trio.Event(), worker
         try:
             send_down(self._zygote, {"spawn": number}, theirs)
         finally:
             for fd in theirs:
                 os.close(fd)
         await event.wait()
-        answer = answers[0]
-        if "error" in answer:
-            _log.warning("cannot make a worker now: %s", answer["error"])
-            return None
-        pid: int = answer["pid"]
-        return pid
 
     async def _stop(self) -> None:
         self._stopping = True
@@ -308,7 +331,11 @@ class Supervisor:
             keeper = self._keepers.get(key)
             if keeper is None or keeper.gone.is_set():
                 keeper = await self._spare.receive()
-                await keeper.ask({"keep": list(key)})
+                try:
+                    await keeper.ask({"keep": list(key)})
+                except BaseException:
+                    keeper.stop()  # it is of no use to anybody
+                    raise
                 keeper.keeps = key
                 self._keepers[key] = keeper
             return keeper
@@ -341,12 +368,14 @@ class Supervisor:
 
             async def watch(worker: Worker) -> None:
                 await worker.gone.wait()
-                tried = worker.attached or bool((worker.ended or {}).get("attached"))
-                if tried and exit_after_guest:
+                if (worker.attached or worker.failed) and exit_after_guest:
                     nursery.cancel_scope.cancel()
 
             while True:
                 sock = await accept(listener)
+                if self.is_own(Peer.of(sock)):
+                    sock.close()
+                    continue
                 nursery.start_soon(watch, await self._hand_over(sock, admission))
 
     async def _hand_over(self, sock: socket.socket, admission: Admission) -> Worker:
@@ -371,6 +400,13 @@ class Supervisor:
             self.kill(oldest.pid)
         self._greeting.append(worker)
         return worker
+
+    def is_own(self, peer: Peer) -> bool:
+        """Whether somebody is one of our workers, taken over then: none has a reason to connect.
+
+        It has our user, so sockets let it in; it can make no process that would not be known here.
+        """
+        return peer.pid in self._workers or peer.pid in self._past
 
     # -- operators -------------------------------------------------------------------------------
 

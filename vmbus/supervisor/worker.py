@@ -29,6 +29,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import gc
+import logging
 import os
 import select
 import socket
@@ -80,12 +81,17 @@ def main(plan: Plan, levels: dict[str, int], down: int, up: int, claims: int) ->
         claims: Pipe with its answers to claims; owned.
     """
     sandbox.set_name("vmbus-worker")
+    sandbox.leave_terminal()
     if plan.sandbox:
         sandbox.confine()
         sandbox.restrict_files(None)
     worker = Worker(plan, socket.socket(fileno=down), up, claims)
     relay.install(worker.send, levels)
-    trio.run(worker.run)
+    try:
+        trio.run(worker.run)
+    except Exception:
+        logging.getLogger("vmbus").exception("a worker failed")
+        return 1
     return 0
 
 
@@ -173,7 +179,7 @@ class Worker:
         self.attached = True
         try:
             if plan.sandbox and plan.allowed is not None:
-                # No thread is there yet, and those to come take this over.
+                # No thread is there yet, or the guest is not served; those to come take this over.
                 sandbox.restrict_files([*plan.allowed, *named_files(plan.setups, transport.name)])
             await self._server.handle(transport)
         except ProtocolError:

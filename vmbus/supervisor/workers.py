@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -14,6 +15,8 @@ from typing import Protocol
 
 import trio
 
+from vmbus.attach.protocol.layout import decode_text_untrusted
+from vmbus.attach.protocol.limits import MAX_NAME
 from vmbus.attach.server.admission import Admission, Peer
 from vmbus.errors import ConfigError, PeerProtocolError
 from vmbus.log_budget import LogBudget
@@ -26,6 +29,10 @@ _log = logging.getLogger("vmbus.server")
 
 _PIPE_SIZE = 1 << 20
 """Bytes between a worker and us before it has to wait."""
+
+
+MAX_FAULTS = 1_000_000
+"""What a worker can say at most that its guest has done."""
 
 
 class Gone(Exception):  # noqa: N818 - an end, no error
@@ -43,6 +50,9 @@ class Owner(Protocol):
 
     def left(self, worker: Worker) -> None:
         """Take note that a worker's line has ended. Cannot block."""
+
+    def expect_end(self, worker: Worker) -> None:
+        """See that a worker ends, whose guest has left. Cannot block."""
 
     def full(self) -> str:
         """Return why no further guest can be served, or an empty text."""
@@ -64,12 +74,16 @@ class Worker:
     def __init__(self, owner: Owner, down: socket.socket, up: int, claims: int) -> None:
         down.setblocking(False)
         os.set_blocking(up, False)
+        os.set_blocking(claims, False)
         self._owner = owner
         self._down = down
         self._up = up
         self._claims = claims
         self._asked: dict[int, tuple[trio.Event, list[Parcel]]] = {}
         self._asking = 0
+        self._owed = 0
+        """Answers that have not come, also those that nobody waits for any more."""
+        self._admitting = False
         self._admission: Admission | None = None
         self.peer: Peer | None = None
         """Who its VMM is; None if it has none."""
@@ -86,8 +100,10 @@ class Worker:
         self.attached = False
         self.evicted = False
         """It was killed to make room for others."""
-        self.ended: Parcel | None = None
-        """What it said when its guest was gone."""
+        self.failed = False
+        """Whether it said that serving its guest failed."""
+        self.faults = 0
+        """Rules that its guest and VMM have broken, as it said."""
         self.ready = trio.Event()
         self.gone = trio.Event()
         self.status: int | None = None
@@ -102,12 +118,13 @@ class Worker:
                 data = os.read(self._up, READ_SIZE)
                 if not data:
                     break
-                for parcel in unpacker.feed_untrusted(data):
+                for parcel in unpacker.feed_untrusted(data, lambda: self._owed > 0):
                     self._take_untrusted(parcel)
         except PeerProtocolError as error:
             _log.error("%s: killed, for it sent %s", self.label, error)
-            self._owner.kill(self.pid)
         finally:
+            # A line ends with its process; one that has closed it would be seen by nobody.
+            self._owner.kill(self.pid)
             self._close()
 
     @property
@@ -182,6 +199,7 @@ class Worker:
         event, answers = self._asked[number] = trio.Event(), []
         try:
             self.send({"ask": number, **what})
+            self._owed += 1
             await event.wait()
         finally:
             self._asked.pop(number, None)
@@ -208,33 +226,45 @@ class Worker:
             case {"ready": True}:
                 self.ready.set()
             case {"ask": int(number), "admit": str(said)}:
-                trio.lowlevel.spawn_system_task(self._admit, number, said)
+                _check_name(said)
+                if self._admitting or self.name is not None or self._admission is None:
+                    self._refuse(number, "HELLO: it has been answered", errno.EPROTO)
+                else:
+                    self._admitting = True
+                    trio.lowlevel.spawn_system_task(self._admit, number, said, self._admission)
             case {"claim": str(text)}:
                 self._claim_untrusted(text)
             case {"attached": True}:
+                if not self.attached:
+                    self._owner.came()
                 self.attached = True
-                self._owner.came()
             case {"leaving": True} if self.name is not None and self._admission is not None:
                 self._admission.leaving(self.name)
             case {"left": True}:
                 self._give_back_name()
+                self._owner.expect_end(self)
             case {"answer": int(number)}:
                 # Whoever asked may have lost patience.
+                self._owed = max(0, self._owed - 1)
                 event, answers = self._asked.get(number, (trio.Event(), []))
                 answers.append(parcel)
                 event.set()
-            case {"ended": dict(how)}:
-                self.ended = how
+            case {"ended": {"failed": bool(failed), "faults": int(faults)}}:
+                self.failed = failed
+                self.faults = min(max(0, faults), MAX_FAULTS)
             case _:
                 raise PeerProtocolError("a message that makes no sense", errno=errno.EPROTO)
 
-    async def _admit(self, number: int, said: str) -> None:
+    def _refuse(self, number: int, text: str, code: int) -> None:
+        with contextlib.suppress(Gone):
+            self.send({"answer": number, "error": text, "errno": code})
+
+    async def _admit(self, number: int, said: str, admission: Admission) -> None:
         answer: Parcel = {"answer": number}
         lines: Mapping[SharedKey, Line] = {}
-        admission, peer = self._admission, self.peer
+        peer = self.peer
+        assert peer is not None  # it came with the connection
         try:
-            if admission is None or peer is None or self.name is not None:
-                raise PeerProtocolError("HELLO: it has been answered", errno=errno.EPROTO)
             if full := self._owner.full():
                 raise PeerProtocolError(f"HELLO: {full}", errno=errno.EAGAIN)
             self.name = self._called = await admission.admit(said, peer)
@@ -250,6 +280,7 @@ class Worker:
         except Gone:
             self._give_back_name()
         finally:
+            self._admitting = False
             for line in lines.values():
                 line.close()
 
@@ -260,7 +291,29 @@ class Worker:
                 self._admission.claim(self.name, uuid.UUID(text))
         except (PeerProtocolError, ValueError):
             answer = b"n"
-        os.write(self._claims, answer)
+        try:
+            os.write(self._claims, answer)
+        except OSError as error:
+            # It asks and asks and does not read, or it is about to be gone.
+            raise PeerProtocolError(
+                "claims whose answers it does not take", errno=errno.EPROTO
+            ) from error
+
+
+def _check_name(said: str) -> None:
+    """Check what a worker says that a VMM said. Raises PeerProtocolError."""
+    try:
+        data = said.encode()
+    except UnicodeEncodeError as error:
+        raise PeerProtocolError("a name that is no UTF-8", errno=errno.EPROTO) from error
+    decode_text_untrusted("a name", data, 0, MAX_NAME)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most of the real-time signals have none
+        return f"signal {number}"
 
 
 def make_ends() -> tuple[socket.socket, int, int, list[int]]:
@@ -282,5 +335,5 @@ def describe_status(status: int) -> str:
     """Return in words how a process ended, empty if well."""
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
+        return f"was killed by {_signal_name(-code)}"
     return f"ended with exit code {code}" if code else ""

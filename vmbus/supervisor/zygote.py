@@ -118,7 +118,6 @@ class Zygote:
             code = worker.main(self._plan, self._levels, *fds)
         finally:
             # Not through the interpreter's own end: what is registered for that is the zygote's.
-            sys.stderr.flush()
             os._exit(code)
 
     def _reap(self, pidfd: int) -> None:

@@ -41,7 +41,8 @@ class Keeper:
         self.disk = disk
         kind = CdromUnit if disk.info.optical else DiskUnit
         self.unit = kind(disk, luns=tuple, identity=identity)
-        self._lines: set[Hashable] = set()
+        self._visits: dict[Hashable, trio.Event] = {}
+        """Guests with a line, and what is set at its end."""
 
     def describe(self) -> dict[str, Any]:
         """Return what guests' operators see of it."""
@@ -59,6 +60,15 @@ class Keeper:
             initiator: Who the guest is.
         """
         visit = _Visit(self, Line(sock), Staging(staging_fd), initiator)
+        # Its name may be that of a guest that is just leaving; the end of that one's commands is
+        # not to be the end of this one's.
+        try:
+            while (earlier := self._visits.get(initiator)) is not None:
+                await earlier.wait()
+        except BaseException:
+            visit.close()
+            raise
+        ended = self._visits[initiator] = trio.Event()
         try:
             await visit.run()
         except* PeerProtocolError as group:
@@ -71,12 +81,18 @@ class Keeper:
                 await self.unit.ended(initiator)
             self.unit.detach(initiator)
             visit.close()
+            del self._visits[initiator]
+            ended.set()
 
     async def aclose(self) -> None:
         """Close unit and disk, when no line is left. Is a checkpoint."""
         self.unit.close()
         await self.unit.ended()
         await self.disk.aclose()
+
+
+def _bad(text: str) -> PeerProtocolError:
+    return PeerProtocolError(f"shared disk: {text}", errno=errno.EPROTO, fatal=True)
 
 
 class _Visit:
@@ -89,7 +105,9 @@ class _Visit:
         self._staging = staging
         self._initiator = initiator
         self._running: dict[int, tuple[trio.CancelScope, trio.Event]] = {}
-        """Commands that have no outcome yet, and what is set when they have."""
+        """Commands that have no answer yet, and what is set when they have an outcome."""
+        self._waits = 0
+        """Questions for the end of commands that have no answer yet."""
         self._news = trio.Event()
 
     async def run(self) -> None:
@@ -116,9 +134,9 @@ class _Visit:
         unit = self._unit
         match decode_to_keeper_untrusted(data, self._staging.size):
             case CommandRecord() as record:
-                if record.number in self._running or len(self._running) >= MAX_COMMANDS:
-                    text = "shared disk: too many commands, or one twice"
-                    raise PeerProtocolError(text, errno=errno.EPROTO, fatal=True)
+                if record.number in self._running:
+                    raise _bad("a command with the number of another")
+                self._check_room()
                 self._running[record.number] = trio.CancelScope(), trio.Event()
                 nursery.start_soon(self._execute, record, unit.aborts)
             case (Kind.ABORT, number):
@@ -127,6 +145,8 @@ class _Visit:
             case (Kind.RESET, _):
                 unit.reset()
             case (Kind.WAIT, number):
+                self._check_room()
+                self._waits += 1
                 ends = [ended for _, ended in self._running.values()]
                 nursery.start_soon(self._wait, number, ends)
             case (Kind.ATTENTION, code):
@@ -153,9 +173,10 @@ class _Visit:
                     found = self._unit.try_execute(command)
                     outcome = found if found is not None else await self._unit.execute(command)
         finally:
-            del self._running[record.number]
             ended.set()
+        # Until it is said, it counts: a guest may ask and ask, and never read.
         await self._line.send(DoneRecord(record.number, outcome).encode())
+        del self._running[record.number]
 
     async def _wait(self, number: int, ends: list[trio.Event]) -> None:
         """Answer when all commands have ended: this guest's that are there, and the unit's."""
@@ -163,6 +184,11 @@ class _Visit:
             await ended.wait()
         await self._unit.ended()
         await self._line.send(number_record(Kind.WAITED, number))
+        self._waits -= 1
+
+    def _check_room(self) -> None:
+        if len(self._running) + self._waits >= MAX_COMMANDS:
+            raise _bad("too many commands")
 
     def close(self) -> None:
         """Give line and staging area up."""

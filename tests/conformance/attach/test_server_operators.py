@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.support.attach import POST, Bus, control, raw_vmm, running_server
 from vmbus.attach.protocol.limits import Role
 from vmbus.attach.protocol.messages import Number
 from vmbus.attach.protocol.to_server import Goodbye, Hello
+from vmbus.attach.server import open_listener, serve_operators
 from vmbus.errors import VMBusError
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_leaked")
@@ -116,3 +118,14 @@ async def test_one_question_at_a_time(tmp_path: Path) -> None:
             assert (await vmm.refused(Number.QUERY, b"fast"))[0] == errno.EBUSY
             gate.set()
             await vmm.expect_answer(Number.QUERY, seq)
+
+
+async def test_whoever_has_no_business_here_is_hung_up_on(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with open_listener(path) as listener:
+        async with trio.open_nursery() as nursery:
+            mine = partial(serve_operators, listener, stranger=lambda peer: peer.pid == os.getpid())
+            nursery.start_soon(mine)
+            with raw_vmm(path) as vmm:
+                assert await vmm.receive() is None
+            nursery.cancel_scope.cancel()

@@ -62,8 +62,18 @@ def test_deep_nesting_and_great_lengths_are_refused():
 
 @given(line=JSON | st.dictionaries(st.sampled_from(
     ["text", "level", "logger", "error", "traceback"]), JSON))  # fmt: skip
-def test_any_line_of_a_log_is_written(line):
-    relay.replay_untrusted(line)
+def test_any_line_of_a_log_is_written_or_refused(line):
+    try:
+        relay.replay_untrusted(line)
+    except PeerProtocolError:
+        assert (
+            not isinstance(line, dict)
+            or not all(
+                isinstance(line.get(field, ""), str) for field in ("text", "logger", "error")
+            )
+            or not {"text", "logger"} <= set(line)
+            or not isinstance(line.get("traceback", ""), str)
+        )
 
 
 @given(parcels=st.lists(PARCELS, max_size=8))

@@ -66,6 +66,5 @@ def test_levels_are_those_of_this_process(root):
 def test_a_line_that_nobody_wants_is_not_written(caplog):
     with caplog.at_level(logging.WARNING):
         relay.replay_untrusted({"logger": "vmbus.bus", "level": 10, "text": "noise"})
-        relay.replay_untrusted({"logger": "x" * 1000, "level": 10**9, "text": 5})
-        relay.replay_untrusted(None)
-    assert [record.getMessage() for record in caplog.records] == ["5", "None"]
+        relay.replay_untrusted({"logger": "x" * 1000, "level": 10**9, "text": "5"})
+    assert [record.getMessage() for record in caplog.records] == ["5"]

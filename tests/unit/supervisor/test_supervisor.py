@@ -21,6 +21,7 @@ from vmbus.attach.protocol.limits import Role
 from vmbus.attach.protocol.messages import Number, RefusedError
 from vmbus.attach.protocol.to_server import Hello, VmInfo
 from vmbus.attach.server import Names, Roll, ServerLimits, open_listener
+from vmbus.attach.server.admission import Peer
 from vmbus.errors import AttachError, ConfigError
 from vmbus.guest import LINUX_6_1, boot
 from vmbus.partition.soft_machine import SoftMachine
@@ -258,6 +259,20 @@ async def test_processes_that_cannot_be_started_are_said(monkeypatch):
     assert isinstance(leaf(caught.value), AttachError)
 
 
+async def test_a_worker_has_nothing_of_the_servers_and_is_known(tmp_path):
+    async with world(tmp_path) as here, guest_on(here.path):
+        pid = await worker_of(here, "vm")
+        files = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3)]
+        assert files == ["/dev/null"] * 3
+        assert os.getsid(pid) != os.getsid(0)
+        known = Peer(pid, os.getuid(), os.getgid())
+        assert here.supervisor.is_own(known)
+        assert not here.supervisor.is_own(Peer(os.getpid(), os.getuid(), os.getgid()))
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: pid not in here.supervisor._workers)
+        assert here.supervisor.is_own(known), "what it has connected may live on"
+
+
 async def test_one_guest_may_be_all(tmp_path):
     with open_listener(tmp_path / "s") as listener:
         async with Supervisor.open(PLAN) as supervisor:
@@ -344,12 +359,15 @@ async def test_a_keeper_that_dies_is_a_lost_disk_and_comes_back_for_others(tmp_p
 
 async def test_a_shared_disk_that_cannot_be_opened_refuses_guests(tmp_path):
     setups = (DeviceSetup("storvsp", (f"raw:[shared]{tmp_path}/missing.img",)),)
-    async with world(tmp_path, Plan(setups=setups)):
-        with raw_vmm(tmp_path / "s") as vmm:
-            hello = Hello(1, 1, 0, 1, Role.VMM, "vm").encode()
-            code, text = await vmm.refused(Number.HELLO, hello)
-            assert code == errno.EIO
-            assert "missing.img" in text
+    async with world(tmp_path, Plan(setups=setups)) as here:
+        for _ in range(3):
+            with raw_vmm(tmp_path / "s") as vmm:
+                hello = Hello(1, 1, 0, 1, Role.VMM, "vm").encode()
+                code, text = await vmm.refused(Number.HELLO, hello)
+                assert code == errno.EIO
+                assert "missing.img" in text
+        # Nothing is left of what could not be opened but the worker that is ready for the next.
+        await until(lambda: len(here.supervisor._workers) == 1)
     named = (DeviceSetup("storvsp", ("raw:[shared]{guest}.img",)),)
     with pytest.raises(ConfigError, match="no guest's name in it"):
         async with Supervisor.open(Plan(setups=named)):

@@ -191,6 +191,8 @@ class Server:
     own_query: OwnQuery | None = None
     query: QueryCallback | None = None
     command: CommandCallback | None = None
+    stranger: Callable[[Peer], bool] = lambda _: False
+    """Whether to hang up on somebody."""
     places: Places = dataclasses.field(init=False)
     shares: DescriptorShares = dataclasses.field(init=False)
     failure_log: LogBudget = dataclasses.field(default_factory=LogBudget)
@@ -212,6 +214,13 @@ class Server:
             Whether a guest was attached.
         """
         peer = Peer.of(sock)
+        if self.stranger(peer):
+            if self.stranger_log.spend():
+                text = "process %d of user %d: has no business here%s"
+                logger.warning(text, peer.pid, peer.uid, self.stranger_log.left_out())
+            sock.close()
+            await trio.lowlevel.checkpoint()
+            return False
         greeter = _Greeter(self, peer)
         link = greeter.link = Link(sock, greeter, self.limits)
         link.name = f"process {peer.pid} of user {peer.uid}"
@@ -379,6 +388,7 @@ async def serve_operators(
     limits: ServerLimits | None = None,
     query: QueryCallback | None = None,
     command: CommandCallback | None = None,
+    stranger: Callable[[Peer], bool] = lambda _: False,
 ) -> None:
     """Serve operators until cancelled. Whoever may connect may do whatever ``command`` does.
 
@@ -388,12 +398,14 @@ async def serve_operators(
         limits: Budgets per connection.
         query: Answers QUERY.
         command: Answers COMMAND.
+        stranger: Whether to hang up on somebody, though the socket let it in.
 
     Raises:
         OSError: The listener is broken.
     """
     server = Server(
         role=Role.OPERATOR,
+        stranger=stranger,
         name=name,
         limits=limits or ServerLimits(),
         query=query,
