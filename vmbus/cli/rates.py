@@ -77,6 +77,8 @@ class DiskView:
     size: int | None
     errors: int
     """Commands that failed because of what is behind the disk, ever."""
+    stopped: str
+    """Why it keeps the guest waiting; empty if it does not."""
     rates: dict[str, float]
     """Per second, by the names of :data:`DISK_COUNTERS`."""
 
@@ -180,6 +182,7 @@ def _disk_view(device: dict[str, Any], unit: dict[str, Any], rates: dict[str, fl
         source=unit["source"],
         size=unit["size"],
         errors=unit.get("errors", 0),
+        stopped=str(unit.get("stopped") or ""),
         rates=rates,
     )
 

@@ -91,7 +91,7 @@ def _disk_cells(disk: DiskView, guest: GuestView) -> tuple[str, ...]:
         short(rates["commands"], 1000),
         str(disk.errors),
         size_text(disk.size),
-        safe(disk.source or disk.kind),
+        safe(f"stopped: {disk.stopped}" if disk.stopped else disk.source or disk.kind),
     )
 
 

@@ -45,8 +45,10 @@ class DiskSpec(Spec):
         "path": _PLACES,
         "target": _PLACES,
         "lun": _PLACES,
-        "shared": "one disk for all guests of a server, with one set of reservations",
-        "on-error": "says what becomes of commands that find no room",
+        "shared": "one disk for all guests of a server, with one set of reservations; cannot be "
+        "resized or added later",
+        "on-error": "what becomes of commands that find no room: report (default) or stop; not "
+        "with shared",
     }
 
     def inner(self) -> Self:

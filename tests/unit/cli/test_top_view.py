@@ -8,7 +8,7 @@ from rich.cells import cell_len
 
 from tests.support.cli import make_channel, make_controller, make_guest, make_unit
 from tests.support.looks import view_of
-from vmbus.cli.top_view import megabytes, plain_lines, short, table_lines
+from vmbus.cli.top_view import _disk_cells, megabytes, plain_lines, short, table_lines
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,14 @@ def test_lines_for_a_pipe_are_key_and_value():
     )
     for line in lines:
         assert all(len(word.split("=")) == 2 for word in line.split(" "))
+
+
+def test_a_disk_that_keeps_its_guest_waiting_says_so():
+    unit = make_unit(stopped="No space left on device", source="raw:thin.img")
+    views = view_of([], [make_guest("vm", devices=[make_controller(0, unit)])], 1.0)
+    (disk,) = views.guests[0].disks
+    assert disk.stopped == "No space left on device"
+    assert _disk_cells(disk, views.guests[0])[-1] == "stopped: No space left on device"
 
 
 def test_a_guest_without_a_name_is_a_word():
