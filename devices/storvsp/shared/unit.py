@@ -49,6 +49,9 @@ _FAILED = frozenset(
     code.to_bytes(2, "big")
     for code in (SPACE_ALLOCATION_FAILED, LOGICAL_UNIT_COMMUNICATION_FAILURE)
 )
+ABORT_PATIENCE = 8.0
+"""Seconds for a keeper to end a command that is aborted; less than a guest's end may take."""
+
 _LOST = check_condition(Sense(NOT_READY, LOGICAL_UNIT_COMMUNICATION_FAILURE))
 
 
@@ -189,7 +192,8 @@ class SharedUnit(LogicalUnit):
         """Send a record and wait for its answer; None if the keeper is gone.
 
         If it is cancelled, the command is aborted, and has ended when that is over: the staging
-        area may not be given to another command before.
+        area may not be given to another command before. A keeper whose disk hangs is not waited
+        for: the disk is lost to this guest then, and its staging area used for nothing more.
         """
         event, outcomes = self._pending[number] = trio.Event(), []
         try:
@@ -197,13 +201,25 @@ class SharedUnit(LogicalUnit):
             try:
                 await event.wait()
             except trio.Cancelled:
-                with trio.CancelScope(shield=True):
+                patience = trio.current_time() + ABORT_PATIENCE
+                with trio.CancelScope(shield=True, deadline=patience):
                     await self._line.send(number_record(Kind.ABORT, number))
                     await event.wait()
+                if not event.is_set():
+                    self._give_up()
                 raise
         finally:
             del self._pending[number]
         return outcomes[0] if outcomes else None
+
+    def _give_up(self) -> None:
+        """The keeper does not end a command: have no more to do with it."""
+        if not self._lost:
+            self._lost = True
+            logger.error("%s: its keeper does not answer; the disk is lost", self._source)
+            self._line.finish()
+            for event, _ in self._pending.values():
+                event.set()
 
     # -- the rest of the contract ----------------------------------------------------------------
 

@@ -214,6 +214,20 @@ async def test_without_a_keeper_there_is_no_disk(caplog):
     assert "the keeper of a shared disk is gone" in caplog.text
 
 
+async def test_a_keeper_that_does_not_end_a_command_is_not_waited_for(autojump_clock, caplog):
+    async with visitor(None, "a") as unit:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(lambda: run(unit, READ, room=512))
+                nursery.start_soon(lambda: run(unit, READ, room=512))
+                await trio.testing.wait_all_tasks_blocked()
+                scope.cancel()
+        assert scope.cancelled_caught
+        assert not unit.busy
+        assert (await run(unit, READ, room=512)).fault == (2, 0x0800)
+        assert caplog.text.count("its keeper does not answer; the disk is lost") == 1
+
+
 async def test_commands_wait_for_room_in_the_staging_area():
     disk = MemoryDisk(1024)
     disk.inline = False
