@@ -78,7 +78,7 @@ OPTIONS = (
     Option("sector", "logical sector in bytes", "512|4096", "512, or the device's own"),
     Option(
         "create",
-        "make a sparse file unless it exists; one of another size is refused",
+        "make a sparse file unless it exists; one that does keeps its size",
         "SIZE",
         "it has to exist",
     ),
