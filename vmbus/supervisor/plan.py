@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from vmbus.attach.server import ServerLimits
+from vmbus.errors import ConfigError
 from vmbus.host import BusConfig
 from vmbus.server import DeviceSetup
 
@@ -23,3 +24,8 @@ class Plan:
     """Give up what a worker does not need; see :mod:`vmbus.supervisor.sandbox`."""
     allowed: tuple[str, ...] | None = None
     """Directories below which files may be opened once the guest is there; None: everywhere."""
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that nothing would keep. Raises ConfigError."""
+        if self.allowed is not None and not self.sandbox:
+            raise ConfigError("what may be opened is the sandbox's to see to, and there is none")

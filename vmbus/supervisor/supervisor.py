@@ -181,6 +181,9 @@ class Supervisor:
                 case _:
                     raise AssertionError(f"the zygote says what it cannot: {parcel}")
         if not self._stopping:
+            # The kernel ends its workers with it, and nobody is left to tell of that.
+            self._workers.clear()
+            self._ended.set()
             raise AttachError("the process that starts workers has ended")
 
     def _exited(self, pid: int, status: int) -> None:
@@ -331,6 +334,8 @@ class Supervisor:
             keeper = self._keepers.get(key)
             if keeper is None or keeper.gone.is_set():
                 keeper = await self._spare.receive()
+                while keeper.gone.is_set():
+                    keeper = await self._spare.receive()
                 try:
                     await keeper.ask({"keep": list(key)})
                 except BaseException:

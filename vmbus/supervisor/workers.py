@@ -273,7 +273,8 @@ class Worker:
         except PeerProtocolError as error:
             answer |= {"error": str(error), "errno": error.errno}
         except (ConfigError, OSError, Gone) as error:
-            answer |= {"error": f"HELLO: {error}", "errno": errno.EIO}
+            why = str(error) or "the process of a shared disk has ended"
+            answer |= {"error": f"HELLO: {why}", "errno": errno.EIO}
             self._give_back_name()
         try:
             self.send(answer, [fd for line in lines.values() for fd in line.filenos()])

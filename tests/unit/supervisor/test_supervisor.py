@@ -251,6 +251,23 @@ async def test_hot_plug_stays_within_what_is_allowed(tmp_path):
     assert (own / "named.img").read_bytes()[:512] == b"z" * 512
 
 
+async def test_the_end_of_the_zygote_is_the_end_of_the_server_and_no_hang(tmp_path):
+    with pytest.raises((AttachError, BaseExceptionGroup)) as caught:
+        async with world(tmp_path) as here, guest_on(here.path):
+            pid = await worker_of(here, "vm")
+            with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+                zygote = int(file.read().rpartition(")")[2].split()[1])
+            os.kill(zygote, signal.SIGKILL)
+            with trio.fail_after(PATIENCE):
+                await trio.sleep_forever()
+    assert isinstance(leaf(caught.value), AttachError)
+
+
+def test_a_limit_that_nothing_would_keep_is_refused():
+    with pytest.raises(ConfigError, match="there is none"):
+        dataclasses.replace(PLAN, sandbox=False, allowed=("/",))
+
+
 async def test_processes_that_cannot_be_started_are_said(monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises((AttachError, BaseExceptionGroup)) as caught:
