@@ -73,6 +73,10 @@ class Driver:
         self._on_packet = on_packet
         self._next = 0
         self._room = trio.lowlevel.ParkingLot()
+        self._promised = 0
+        """Requests that woken callers, who have not run yet, will send."""
+        self._broken = False
+        """A channel is closed or taken away: it has room, and who uses that gives none back."""
         self._idle = trio.lowlevel.ParkingLot()
 
     def __repr__(self) -> str:
@@ -169,16 +173,23 @@ class Driver:
         """Return the next channel in turn whose queue has room. A checkpoint if all are full.
 
         What the caller sends at once, without a checkpoint in between, is within the queue depth.
+        Who waits goes first: a caller that has just had its completion does not overtake them.
         After the end of the channels one of them is returned, and raises on its use.
         """
         channels = self.channels
+        ahead = len(self._room)
         while True:
-            for _ in channels:
-                self._next = (self._next + 1) % len(channels)
-                channel = channels[self._next]
-                if channel.outstanding < self._depth:
-                    return channel
+            free = sum(max(self._depth - channel.outstanding, 0) for channel in channels)
+            if free > (0 if self._broken else ahead + self._promised):
+                break
             await self._room.park()
+            self._promised -= 1
+            ahead = 0
+        while True:
+            self._next = (self._next + 1) % len(channels)
+            channel = channels[self._next]
+            if channel.outstanding < self._depth:
+                return channel
 
     def finished(self) -> None:
         """Let those go on who wait for a request to be over. Cannot block.
@@ -187,8 +198,7 @@ class Driver:
         completion, and as ``release`` of :meth:`vmbus.guest.channel.GuestChannel.request`, for
         requests whose callers were cancelled.
         """
-        if self._room:
-            self._room.unpark()
+        self._promised += len(self._room.unpark())
         if self._idle:
             self._idle.unpark_all()
 
@@ -198,5 +208,6 @@ class Driver:
             await self._idle.park()
 
     def _wake_all(self) -> None:
-        self._room.unpark_all()
+        self._broken = True
+        self._promised += len(self._room.unpark_all())
         self._idle.unpark_all()

@@ -400,3 +400,37 @@ async def test_silence_is_waited_for_on_all_channels_and_includes_what_was_cance
             assert not idle.is_set()
             device.release(1)
         assert idle.is_set()
+
+
+async def test_who_waits_for_room_is_not_overtaken_by_who_has_just_had_an_answer():
+    turns: list[int] = []
+    async with driven(queue_depth=2) as (driver, _device), trio.open_nursery() as nursery:
+
+        async def busy(task: int) -> None:
+            for _ in range(30):
+                await driver.echo(b"x" * 8)
+                turns.append(task)
+
+        for task in range(5):
+            nursery.start_soon(busy, task)
+    for start in range(0, 100, 10):
+        assert len(set(turns[start : start + 10])) == 5, turns
+
+
+async def test_all_who_wait_for_room_hear_of_the_end_of_the_channel_and_who_comes_then_does():
+    ends: list[int] = []
+    async with driven(queue_depth=1) as (driver, device), trio.open_nursery() as nursery:
+        device.holding = True
+
+        async def one(task: int) -> None:
+            with pytest.raises((trio.BrokenResourceError, trio.ClosedResourceError)):
+                await driver.echo(b"x" * 8)
+            ends.append(task)
+
+        for task in range(5):
+            nursery.start_soon(one, task)
+        await settle()
+        device.host.rescind(driver.offer.relid)
+        await settle()
+        await one(5)
+    assert sorted(ends) == [0, 1, 2, 3, 4, 5]
