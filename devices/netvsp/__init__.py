@@ -1,0 +1,1 @@
+"""The host half of the synthetic network adapter (network VSP), peer of ``hv_netvsc``."""
