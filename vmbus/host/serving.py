@@ -37,11 +37,22 @@ class Life:
     Args:
         primary: The primary channel; the bus's.
         serve_batch: What to do with packets.
+        opened: Called with each channel before its first batch; cannot block.
+        closed: Called with each when it has ended, before its rings are given up; cannot block.
     """
 
-    def __init__(self, primary: Channel, serve_batch: ServeBatch) -> None:
+    def __init__(
+        self,
+        primary: Channel,
+        serve_batch: ServeBatch,
+        *,
+        opened: Callable[[Channel], None] = lambda channel: None,
+        closed: Callable[[Channel], None] = lambda channel: None,
+    ) -> None:
         self.primary = primary
         self._serve_batch = serve_batch
+        self._opened = opened
+        self._closed = closed
         self._nursery: trio.Nursery | None = None
         self._load = Load(DEVICE_LOAD)
 
@@ -94,9 +105,11 @@ class Life:
         # One guest has one memory, whatever controllers it has.
         work_for(channel.memory, channel)
         channel.undertakings.load.part_of(self._load)
+        self._opened(channel)
         try:
             await self._serve_batches(channel)
         finally:  # a guest can open and close a sub-channel for ever
+            self._closed(channel)
             channel.undertakings.load.part_of(None)
 
     async def _serve_batches(self, channel: Channel) -> None:

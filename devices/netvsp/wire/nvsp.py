@@ -384,3 +384,8 @@ def _message(kind: int, *words: int) -> bytes:
 
 assert _RECEIVE_BUFFER_COMPLETE.size == 28
 assert RNDIS_PACKET.size == _INIT_COMPLETE.size == 16
+
+
+def build_oid_query_complete(status: int) -> bytes:
+    """Return the answer to OID_QUERY_EX: an NDIS status, and nothing else. Cannot block."""
+    return _message(OID_QUERY_EX_COMPLETE, status)

@@ -379,3 +379,49 @@ def build_packet_header(frame_length: int, information: bytes = b"") -> bytes:
         )
         + information
     )
+
+
+_PARAMETER = struct.Struct("<IIIII")
+PARAMETER_STRING = 2
+"""Type of a parameter whose value is text."""
+
+
+def build_parameter(name: str, value: str) -> bytes:
+    """Return the buffer of SET GEN_RNDIS_CONFIG_PARAMETER: a name and a text. Cannot block."""
+    first, second = name.encode("utf-16-le"), value.encode("utf-16-le")
+    size = _PARAMETER.size
+    return (
+        _PARAMETER.pack(size, len(first), PARAMETER_STRING, size + len(first), len(second))
+        + first
+        + second
+    )
+
+
+def parse_parameter_untrusted(buffer: bytes) -> tuple[str, str]:
+    """Return name and value of a parameter; a value that is no text is empty. Cannot block.
+
+    Raises:
+        GuestProtocolError: Name or value are not in the buffer, too long, or no text.
+    """
+    fields = _unpack(_PARAMETER, buffer, "configuration parameter")
+    name_offset, name_size, kind, value_offset, value_size = fields
+    texts = []
+    for offset, size in ((name_offset, name_size), (value_offset, value_size)):
+        if offset + size > len(buffer) or size > _LONGEST_TEXT:
+            raise GuestProtocolError(
+                f"RNDIS parameter: {size} bytes at byte {offset} of {len(buffer)}",
+                field="parameter_value_length",
+            )
+        try:
+            texts.append(buffer[offset : offset + size].decode("utf-16-le"))
+        except UnicodeDecodeError:
+            raise GuestProtocolError(
+                "RNDIS parameter: not UTF-16", field="parameter_name_offset"
+            ) from None
+        if kind != PARAMETER_STRING:
+            texts.append("")
+            break
+    return texts[0], texts[1]
+
+
+_LONGEST_TEXT = 512

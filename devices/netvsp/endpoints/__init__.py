@@ -1,0 +1,1 @@
+"""Endpoints: what can be behind a network adapter."""

@@ -1,0 +1,82 @@
+"""``loopback:``: every frame comes back to its sender, its two addresses exchanged."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+
+from netvsp.endpoint import Endpoint, EndpointInfo, Offloads, Port
+from netvsp.frames import Frame
+
+MAX_FRAMES = 1024
+"""Frames on their way back; there is room for no more until some have arrived."""
+
+
+class LoopbackEndpoint(Endpoint):
+    """An adapter's frames come back to it.
+
+    Args:
+        exchange: Exchange the addresses; otherwise a guest gets its frames as they are, and drops
+            them, unless it is promiscuous.
+    """
+
+    info = EndpointInfo(
+        offloads=Offloads(checksum=True, tcp_segments=True, udp_segments=True, vlan=True),
+        queues=64,
+    )
+
+    def __init__(self, *, exchange: bool = True) -> None:
+        self._exchange = exchange
+        self._frames: deque[Frame] = deque()
+        self._arrived = trio.Event()
+        self._room = trio.Event()
+        self._returned = 0
+
+    def transmit(self, queue: int, frames: Sequence[Frame]) -> int:
+        """See :meth:`netvsp.endpoint.Endpoint.transmit`."""
+        del queue
+        taken = min(len(frames), MAX_FRAMES - len(self._frames))
+        for frame in frames[:taken]:
+            own = frame.own()
+            if self._exchange:
+                head = own.head
+                own = Frame(head[6:12] + head[:6] + head[12:], (), own.offload, own.tci, own.flow)
+            self._frames.append(own)
+        if taken < len(frames):
+            self._room = trio.Event()
+        self._arrived.set()
+        return taken
+
+    async def wait_writable(self, queue: int) -> None:
+        """See :meth:`netvsp.endpoint.Endpoint.wait_writable`."""
+        del queue
+        if len(self._frames) < MAX_FRAMES:
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._room.wait()
+
+    async def run(self, port: Port) -> None:
+        """See :meth:`netvsp.endpoint.Endpoint.run`."""
+        frames = self._frames
+        frames.clear()  # of an earlier life
+        self._room.set()
+        while True:
+            await self._arrived.wait()
+            await trio.lowlevel.checkpoint()
+            some = [frames[i] for i in range(min(len(frames), 64))]
+            taken = port.receive(some)
+            for _ in range(taken):
+                frames.popleft()
+            self._returned += taken
+            self._room.set()
+            if taken < len(some):
+                await port.wait_room()
+            elif not frames:
+                self._arrived = trio.Event()
+
+    def snapshot(self) -> dict[str, Any]:
+        """See :meth:`netvsp.endpoint.Endpoint.snapshot`."""
+        return {"returned": self._returned, "waiting": len(self._frames)}

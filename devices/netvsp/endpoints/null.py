@@ -1,0 +1,35 @@
+"""``null:``: takes every frame, and brings none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from netvsp.endpoint import Endpoint, EndpointInfo, Offloads
+from netvsp.frames import Frame
+
+
+class NullEndpoint(Endpoint):
+    """An adapter's frames end here.
+
+    Attributes:
+        frames: How many there were.
+    """
+
+    info = EndpointInfo(
+        offloads=Offloads(checksum=True, tcp_segments=True, udp_segments=True, vlan=True),
+        queues=64,
+    )
+
+    def __init__(self) -> None:
+        self.frames = 0
+
+    def transmit(self, queue: int, frames: Sequence[Frame]) -> int:
+        """See :meth:`netvsp.endpoint.Endpoint.transmit`."""
+        del queue
+        self.frames += len(frames)
+        return len(frames)
+
+    def snapshot(self) -> dict[str, Any]:
+        """See :meth:`netvsp.endpoint.Endpoint.snapshot`."""
+        return {"frames": self.frames}

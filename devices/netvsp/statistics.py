@@ -1,0 +1,72 @@
+"""What an adapter counts: frames and bytes by kind, drops by reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from netvsp.frames import BROADCAST
+
+DIRECTED, MULTICAST, BROADCAST_KIND = range(3)
+KINDS = ("directed", "multicast", "broadcast")
+
+
+class Direction:
+    """Frames that went one way.
+
+    Attributes:
+        frames: Count of each kind: directed, multicast, broadcast.
+        bytes: The same in bytes, Ethernet headers included.
+        dropped: Frames that were not passed on, by reason.
+        segments: Large segments among the frames.
+        checksums: Frames whose sum was left to the other side.
+        errors: Packets that made no sense.
+    """
+
+    def __init__(self) -> None:
+        self.frames = [0, 0, 0]
+        self.bytes = [0, 0, 0]
+        self.dropped: Counter[str] = Counter()
+        self.segments = 0
+        self.checksums = 0
+        self.errors = 0
+
+    def count(self, head: bytes, length: int) -> None:
+        """Count a frame that was passed on. Cannot block."""
+        kind = 0
+        if head[0] & 1:
+            kind = BROADCAST_KIND if head[:6] == BROADCAST else MULTICAST
+        self.frames[kind] += 1
+        self.bytes[kind] += length
+
+    @property
+    def total_frames(self) -> int:
+        """Frames of all kinds."""
+        return sum(self.frames)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all kinds."""
+        return sum(self.bytes)
+
+    def describe(self) -> dict[str, object]:
+        """Return the counters as JSON types. Cannot block."""
+        return {
+            "frames": self.total_frames,
+            "bytes": self.total_bytes,
+            "multicast": self.frames[MULTICAST],
+            "broadcast": self.frames[BROADCAST_KIND],
+            "segments": self.segments,
+            "checksums": self.checksums,
+            "errors": self.errors,
+            "dropped": dict(self.dropped),
+        }
+
+
+class AdapterStatistics:
+    """Both directions, as the guest names them."""
+
+    def __init__(self) -> None:
+        self.transmit = Direction()
+        """From the guest."""
+        self.receive = Direction()
+        """To the guest."""
