@@ -33,7 +33,8 @@ MODULES = sorted(modules())
 
 # Nothing here waits, sleeps or logs: a test, a fuzzer or another event loop can drive it.
 SANS_IO = ("vmbus.errors", "vmbus.wire", "vmbus.memory", "vmbus.ring", "vmbus.gpadl",
-           "vmbus.engine", "vmbus.synic", "vmbus.watchers", "storvsp.wire")  # fmt: skip
+           "vmbus.engine", "vmbus.synic", "vmbus.watchers", "netvsp.wire", "netvsp.frames",
+           "storvsp.wire")  # fmt: skip
 WAITING = {
     "asyncio",
     "datetime",
@@ -57,6 +58,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "vmbus.attach.client.machine": {"trio"},
     "vmbus.cli": {"click", "rich", "trio"},
     "vmbus": {"trio"},
+    "netvsp": {"trio"},
     "storvsp": {"trio"},
 }
 

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import trio
 
 from netvsp.endpoint import Endpoint, EndpointError
-from netvsp.frames import Frame, format_mac
+from netvsp.frames.frame import Frame, format_mac
 from netvsp.link import AdapterConfig, Link
 from netvsp.session import Session
 from netvsp.statistics import AdapterStatistics

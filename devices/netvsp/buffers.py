@@ -11,7 +11,7 @@ megabytes. So a view is made when its part of the buffer is used for the first t
 
 from __future__ import annotations
 
-from netvsp.frames import Buffer
+from netvsp.frames.frame import Buffer
 from vmbus.host.buffer import GpadlLease
 from vmbus.memory import PAGE_SIZE, GuestMemory, window
 

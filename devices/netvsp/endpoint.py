@@ -40,7 +40,7 @@ from typing import Any, Protocol
 
 import trio
 
-from netvsp.frames import Frame
+from netvsp.frames.frame import Frame
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from netvsp.frames import ETHERNET_HEADER, MAX_MTU, MIN_MTU, format_mac
+from netvsp.frames.frame import ETHERNET_HEADER, MAX_MTU, MIN_MTU, format_mac
 from vmbus.errors import ConfigError
 
 MAX_QUEUES = 64

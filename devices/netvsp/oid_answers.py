@@ -11,7 +11,7 @@ import dataclasses
 import struct
 from collections.abc import Callable
 
-from netvsp.frames import ETHERNET_HEADER
+from netvsp.frames.frame import ETHERNET_HEADER
 from netvsp.link import Link
 from netvsp.statistics import BROADCAST_KIND, DIRECTED, MULTICAST, AdapterStatistics
 from netvsp.wire import ndis, oids

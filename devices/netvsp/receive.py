@@ -18,9 +18,9 @@ import trio
 
 from netvsp.buffers import ReceiveBuffer
 from netvsp.control import Control
-from netvsp.frames import ETHERNET_HEADER, GSO_ECN, GSO_UDP, NEEDS_CHECKSUM, VLAN_TAG, Frame
+from netvsp.frames.frame import ETHERNET_HEADER, GSO_ECN, GSO_UDP, NEEDS_CHECKSUM, VLAN_TAG, Frame
+from netvsp.frames.offload import complete, fill_checksum, receive_value
 from netvsp.link import AdapterConfig, Link
-from netvsp.offload import complete, fill_checksum, receive_value
 from netvsp.statistics import Direction
 from netvsp.wire import nvsp, oids, ppi, rndis
 from vmbus.errors import GuestProtocolError

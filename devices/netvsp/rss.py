@@ -8,7 +8,7 @@ tests; linux/drivers/net/hyperv/rndis_filter.c (rndis_set_rss_param_msg).
 
 from __future__ import annotations
 
-from netvsp.frames import ETHERTYPE_IPV4, ETHERTYPE_IPV6, PROTOCOL_TCP
+from netvsp.frames.frame import ETHERTYPE_IPV4, ETHERTYPE_IPV6, PROTOCOL_TCP
 from netvsp.wire.ndis import (
     HASH_IPV4,
     HASH_IPV6,

@@ -19,7 +19,7 @@ import trio
 from netvsp.buffers import ReceiveBuffer, SendBuffer
 from netvsp.control import MAX_CONTROL, Control
 from netvsp.endpoint import Endpoint
-from netvsp.frames import ETHERNET_HEADER, MIN_MTU, Frame
+from netvsp.frames.frame import ETHERNET_HEADER, MIN_MTU, Frame
 from netvsp.link import AdapterConfig, Link
 from netvsp.receive import Receiver, part_size
 from netvsp.statistics import AdapterStatistics

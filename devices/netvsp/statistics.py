@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from netvsp.frames import BROADCAST
+from netvsp.frames.frame import BROADCAST
 
 DIRECTED, MULTICAST, BROADCAST_KIND = range(3)
 KINDS = ("directed", "multicast", "broadcast")

@@ -16,9 +16,9 @@ import trio
 from netvsp.buffers import SendBuffer
 from netvsp.control import MAX_PACKETS
 from netvsp.endpoint import Endpoint, Offloads
-from netvsp.frames import ETHERNET_HEADER, GSO_ECN, GSO_UDP, HEADERS, MAX_FRAME, Buffer, Frame
+from netvsp.frames.frame import ETHERNET_HEADER, GSO_ECN, GSO_UDP, HEADERS, MAX_FRAME, Buffer, Frame
+from netvsp.frames.offload import fill_checksum, from_guest_untrusted, segments
 from netvsp.link import AdapterConfig, Link
-from netvsp.offload import fill_checksum, from_guest_untrusted, segments
 from netvsp.statistics import Direction
 from netvsp.wire import ppi, rndis
 from netvsp.wire.nvsp import (

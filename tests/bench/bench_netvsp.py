@@ -17,14 +17,13 @@ import trio
 from netvsp.adapter import NetworkAdapter
 from netvsp.endpoint import Endpoint
 from netvsp.endpoints.null import NullEndpoint
-from netvsp.frames import ETHERNET_HEADER, Frame
+from netvsp.frames.frame import ETHERNET_HEADER, Frame
 from netvsp.wire import ndis, nvsp, oids, ppi, rndis
 from tests.bench.harness import ROUNDS, Figure, median_ns
 from vmbus.gpadl import Gpadl
-from vmbus.memory import PAGE_SIZE
+from vmbus.memory import PAGE_SIZE, allocate_memory
 from vmbus.testing import GuestEnd, channel_pair
 from vmbus.testing.channels import LoneHost
-from vmbus.memory import allocate_memory
 from vmbus.wire.gpa import GpaRange, build_range
 from vmbus.wire.packets import (
     COMPLETION,
@@ -128,9 +127,7 @@ class _Guest:
 
     def section_packet(self, index: int, message: bytes) -> bytes:
         """A message in a section of the send buffer."""
-        self.end.memory.write(
-            self.send_pages[0] * PAGE_SIZE + index * self.section_size, message
-        )
+        self.end.memory.write(self.send_pages[0] * PAGE_SIZE + index * self.section_size, message)
         return build_packet(
             IN_BAND,
             nvsp.build_rndis_packet(nvsp.CHANNEL_DATA, index, len(message)),

@@ -48,13 +48,18 @@ ROOMS: dict[str, str] = {
     "storvsp.guest": "the storage driver, for guests in Python",
     "storvsp.testing": "what every disk owes the controller",
     "storvsp.demo": "the storage half of a demo's guest",
+    "netvsp.wire": "NVSP and RNDIS as bytes",
+    "netvsp.frames": "Ethernet frames, their checksums, what is left to do for them",
+    "netvsp.endpoint": "the contract of an endpoint",
+    "netvsp.endpoints": "endpoints",
+    "netvsp": "the network adapter: handshake, RNDIS, frames both ways, plug-in",
     "vmbus.cli": "the command line",
     "vmbus": "public names, taken from anywhere below",
 }
 """From the ground up: a room may import those above it in this list, which are below it in the
 house."""
 
-PACKAGES = {"vmbus": ROOT, "storvsp": ROOT / "devices"}
+PACKAGES = {"vmbus": ROOT, "netvsp": ROOT / "devices", "storvsp": ROOT / "devices"}
 
 
 def is_below(name: str, prefix: str) -> bool:

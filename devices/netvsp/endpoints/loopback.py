@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from netvsp.endpoint import Endpoint, EndpointInfo, Offloads, Port
-from netvsp.frames import Frame
+from netvsp.frames.frame import Frame
 
 MAX_FRAMES = 1024
 """Frames on their way back; there is room for no more until some have arrived."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from netvsp.endpoint import Endpoint, EndpointInfo, Offloads
-from netvsp.frames import Frame
+from netvsp.frames.frame import Frame
 
 
 class NullEndpoint(Endpoint):

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from netvsp.checksum import checksum, fold, ones_sum, pseudo_header_sum, sum_pieces
-from netvsp.frames import (
+from netvsp.frames.checksum import checksum, fold, ones_sum, pseudo_header_sum, sum_pieces
+from netvsp.frames.frame import (
     DATA_VALID,
     ETHERNET_HEADER,
     ETHERTYPE_IPV4,

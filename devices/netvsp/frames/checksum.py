@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from netvsp.frames import Buffer
+from netvsp.frames.frame import Buffer
 
 
 def ones_sum(data: Buffer) -> int:

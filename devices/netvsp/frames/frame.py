@@ -2,7 +2,7 @@
 
 What can be left to somebody else (a checksum, the cutting of a large segment) is said as the
 ``virtio_net_hdr`` says it, since that is what TAP, vhost and packet sockets speak; RNDIS's way of
-saying it is translated at the device (:mod:`netvsp.offload`). Source:
+saying it is translated at the device (:mod:`netvsp.frames.offload`). Source:
 linux/include/uapi/linux/virtio_net.h; virtio 1.2, 5.1.6.
 """
 

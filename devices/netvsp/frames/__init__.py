@@ -1,0 +1,1 @@
+"""Ethernet frames, their checksums, and what is left to do for them."""
