@@ -33,7 +33,9 @@ MODULES = sorted(modules())
 
 # Nothing here waits, sleeps or logs: a test, a fuzzer or another event loop can drive it.
 SANS_IO = ("vmbus.errors", "vmbus.wire", "vmbus.memory", "vmbus.ring", "vmbus.gpadl",
-           "vmbus.engine", "vmbus.synic", "vmbus.watchers", "storvsp.wire")  # fmt: skip
+           "vmbus.engine", "vmbus.synic", "vmbus.watchers", "netvsp.wire",
+           "storvsp.wire")  # fmt: skip
+DEVICES = ("netvsp", "storvsp")
 WAITING = {
     "asyncio",
     "datetime",
@@ -57,6 +59,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "vmbus.attach.client.machine": {"trio"},
     "vmbus.cli": {"click", "rich", "trio"},
     "vmbus": {"trio"},
+    "netvsp": {"trio"},
     "storvsp": {"trio"},
 }
 
@@ -65,6 +68,13 @@ GUESTS = {
     "storvsp.guest": (
         "storvsp.guest",
         "storvsp.wire",
+        "vmbus.guest",
+        "vmbus.wire",
+        "vmbus.errors",
+    ),
+    "netvsp.guest": (
+        "netvsp.guest",
+        "netvsp.wire",
         "vmbus.guest",
         "vmbus.wire",
         "vmbus.errors",
@@ -142,7 +152,7 @@ def test_third_party_packages_are_those_that_the_room_may_have():
 def test_the_bus_never_imports_a_device():
     for name in MODULES:
         if is_below(name, "vmbus"):
-            assert not {each for each in imports(name) if each.startswith("storvsp")}, name
+            assert not {each for each in imports(name) if each.startswith(DEVICES)}, name
 
 
 def test_what_guests_share_has_no_word_of_a_device():
@@ -163,7 +173,7 @@ def test_the_guests_share_nothing_with_the_host_but_the_wire():
 
 def test_a_device_uses_no_private_names_of_the_bus():
     for name in MODULES:
-        if not is_below(name, "storvsp"):
+        if longest_prefix(name, DEVICES) is None:
             continue
         for node in import_statements(modules()[name]):
             if isinstance(node, ast.ImportFrom) and is_below(node.module or "", "vmbus"):

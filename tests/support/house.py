@@ -40,6 +40,7 @@ ROOMS: dict[str, str] = {
     "vmbus.supervisor": "guests in processes of their own",
     "vmbus.kvm": "the reference VMM",
     "storvsp.wire": "vstor as bytes",
+    "netvsp.wire": "NVSP and RNDIS as bytes",
     "storvsp.disk": "the contract of a disk",
     "storvsp.disks": "disk back-ends",
     "storvsp.scsi": "SCSI logical units",
@@ -48,13 +49,15 @@ ROOMS: dict[str, str] = {
     "storvsp.guest": "the storage driver, for guests in Python",
     "storvsp.testing": "what every disk owes the controller",
     "storvsp.demo": "the storage half of a demo's guest",
+    "netvsp": "the network adapter",
+    "netvsp.guest": "the network driver, for guests in Python",
     "vmbus.cli": "the command line",
     "vmbus": "public names, taken from anywhere below",
 }
 """From the ground up: a room may import those above it in this list, which are below it in the
 house."""
 
-PACKAGES = {"vmbus": ROOT, "storvsp": ROOT / "devices"}
+PACKAGES = {"vmbus": ROOT, "netvsp": ROOT / "devices", "storvsp": ROOT / "devices"}
 
 
 def is_below(name: str, prefix: str) -> bool:

@@ -105,7 +105,7 @@ class Driver:
             max_packet=self._max_packet,
             on_packet=self.packet_handler(offer),
         )
-        channel.on_removed = self._removed
+        channel.on_removed = self.removed
         self.channels.append(channel)
         return channel
 
@@ -187,7 +187,11 @@ class Driver:
         self._granted = 0
         self._broken = False
 
-    def _removed(self) -> None:
+    def removed(self) -> None:
+        """Take note that the host has taken an open channel away. Cannot block.
+
+        A driver that has more to do overrides it, and calls it.
+        """
         self._wake_all()
         if self.on_removed is not None:
             self.on_removed()
