@@ -269,7 +269,7 @@ class Nic:
             reply = rndis.build_status_reply(kind, number, status)
         elif kind == rndis.KEEPALIVE:
             reply = rndis.build_status_reply(kind, number, rndis.STATUS_SUCCESS)
-        self.log.append(f"{name} {oids.NAMES[oid]}" if oid is not None else name)
+        self.log.append(name if oid is None else f"{name} {oids.NAMES.get(oid, hex(oid))}")
         messages = self.replies.get(oid or kind, [reply])
         for each in filter(None, messages):
             # Tests write their replies without knowing the id, which is 0 in them.
