@@ -295,9 +295,9 @@ class Sender:
             return await self._post_frames(
                 [prepared], where, section=section, section_bytes=len(message)
             )
+        body, ranges = self._place(prepared.frame, pieces)
         head = self._pool.take(_HEADER_AT + len(prepared.head))
         head.write(_HEADER_AT, prepared.head)
-        body, ranges = self._place(prepared.frame, pieces)
         if self._habits.form is Form.RANGES:
             first = [head.range_at(_HEADER_AT, len(prepared.head))]
         else:
@@ -419,11 +419,14 @@ class Sender:
             # netvsc_send, cp_partial: only the header of the last one goes into the section.
             last = waiting.pop()
             data += last.head
-            if len(data) > self.section_size:
+            try:
+                if len(data) > self.section_size:
+                    raise ValueError("the last header does not fit into the section")
+                body, ranges = self._place(last.frame, None)
+            except ValueError:
                 self._give_section(section)
-                raise ValueError("the last header does not fit into the section")
+                raise
             self.buffer.write(section * self.section_size, data)
-            body, ranges = self._place(last.frame, None)
             statuses.append(
                 await self._post_frames(
                     [*batch, last],

@@ -57,15 +57,13 @@ async def test_the_answer_may_come_before_the_completion():
         channel = nic.host.channels[1]
 
         def late(channel, packet, answer=nic.packet):
-            sent = []
-            channel.send, send = (lambda *rest: sent.append(rest)), channel.send
+            channel.send, send = (lambda *rest: completions.append(rest)), channel.send
             try:
                 answer(channel, packet)
             finally:
                 channel.send = send
-            late.sent += sent
 
-        late.sent = []
+        completions: list[tuple[int, bytes, int]] = []
         nic.host.on_packet = late
         nic.objects[OID] = b"x"
         done = []
@@ -78,7 +76,7 @@ async def test_the_answer_may_come_before_the_completion():
             await settle()
             assert done == []
             nic.host.on_packet = nic.packet
-            for rest in late.sent:
+            for rest in completions:
                 channel.send(*rest)
         assert done == [b"x"]
 

@@ -36,7 +36,7 @@ def table(entries=TABLE, *, count=16, offset=40, gap=28):
 
 async def test_the_link_goes_down_and_up():
     async with plugged() as (adapter, nic):
-        heard = []
+        heard: list[Event] = []
         adapter.events.on_event = heard.append
         assert adapter.link
         nic.indicate(rndis.STATUS_MEDIA_DISCONNECT)

@@ -14,7 +14,18 @@ from netvsp.guest.receiving import Receiver
 from netvsp.wire import ndis, nvsp, oids, ppi, rndis
 from tests.support.fake_nic_host import SUB_ALLOCATION, frame_message, plugged
 from tests.support.patience import until
-from vmbus.guest import DPDK, FREEBSD, LINUX_5_10, LINUX_6_1, MACOS, OPENBSD, UEFI, GuestPanic
+from vmbus.guest import (
+    DPDK,
+    FREEBSD,
+    LINUX_5_10,
+    LINUX_6_1,
+    MACOS,
+    OPENBSD,
+    UEFI,
+    GuestPanic,
+    Incoming,
+)
+from vmbus.wire.packets import TRANSFER_PAGES
 
 FRAME = bytes(range(60))
 SECTIONS = 64
@@ -260,7 +271,7 @@ async def test_a_packet_without_a_receive_buffer():
 
     receiver = Receiver(HABITS["linux-6.1"], panic, Counters(), {}, lambda message, channel: None)
     with pytest.raises(GuestPanic, match="without a receive buffer"):
-        receiver.packet(0, None)
+        receiver.packet(0, Incoming(TRANSFER_PAGES, 0, 0, 16, bytes(16)))
 
 
 async def test_a_packet_of_an_unknown_kind():
