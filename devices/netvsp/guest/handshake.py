@@ -360,8 +360,6 @@ class Handshake(Driver):
     def _limit(self) -> int:
         """Return how many channels the driver would use."""
         wanted = self._start_options[0]
-        if self.habits.max_channels == 1:
-            return 1
         if wanted is None:
             return min(self.guest.machine.vp_count, self.habits.max_channels)
         return wanted + 1

@@ -355,6 +355,49 @@ async def test_an_adapter_that_is_taken_away():
             await adapter.close()
 
 
+async def test_who_waits_for_a_section_is_told_of_the_end():
+    async with plugged(UEFI) as (adapter, nic):
+        nic.holding = True
+
+        async def send():
+            with pytest.raises(trio.ClosedResourceError):
+                await adapter.send(FRAME)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(9):
+                nursery.start_soon(send)
+            await settle()
+            assert len(nic.packets) == 8
+            await adapter.close()
+
+
+async def test_an_adapter_that_is_taken_away_while_it_is_closed():
+    async with plugged() as (adapter, nic):
+        nic.host.channels[1].serving = False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(adapter.close)
+            await settle()
+            nic.host.rescind(1)
+        with pytest.raises(trio.BrokenResourceError):
+            await adapter.keepalive()
+
+
+async def test_an_adapter_that_is_taken_away_while_it_completes():
+    async with plugged() as (adapter, nic):
+        await adapter.up()
+        await settle()
+        nic.completions.clear()
+        nic.host.channels[1].serving = False
+        while adapter.receiver.outstanding < 3:
+            nic.frame(FRAME)
+            await settle()
+        nic.host.rescind(1)
+        await settle()
+        assert nic.completions == []
+        with trio.fail_after(60):
+            await adapter.close()
+
+
 # -- attach ----------------------------------------------------------------------------------------
 
 

@@ -54,6 +54,12 @@ BSD_STEPS = [
     "QUERY GEN_MEDIA_CONNECT_STATUS",
 ]
 HVN_STEPS = ["INITIALIZE", "SET TCP_OFFLOAD_PARAMETERS", "QUERY E802_3_PERMANENT_ADDRESS"]
+TCP_FRAME = (
+    bytes(12)
+    + struct.pack(">HBBHIBBH8x", 0x0800, 0x45, 0, 1040, 0, 64, 6, 0)
+    + struct.pack(">HHIIBBHHH", 1, 2, 0, 0, 0x50, 0x10, 0, 0, 0)
+    + bytes(1000)
+)
 BEGIN = ["INIT", "SEND_NDIS_CONFIG", "SEND_NDIS_VERSION", "SEND_RECEIVE_BUFFER", "SEND_SEND_BUFFER"]
 ORDERS = {
     "linux-6.1": BEGIN + LINUX_STEPS,
@@ -256,9 +262,14 @@ async def test_linux_does_without_many_things(oid):
         assert adapter.scaling_table == () or oid != oids.GEN_RECEIVE_SCALE_PARAMETERS
 
 
-async def test_freebsd_does_without_offloads():
-    async with plugged(FREEBSD, prepare=refuse(oids.TCP_OFFLOAD_PARAMETERS)) as (adapter, _nic):
-        assert adapter.sender.offloads == ndis.OffloadParameters()
+@pytest.mark.parametrize(
+    "oid", [oids.TCP_OFFLOAD_PARAMETERS, oids.TCP_OFFLOAD_HARDWARE_CAPABILITIES]
+)
+async def test_freebsd_does_without_offloads(oid):
+    async with plugged(FREEBSD, prepare=refuse(oid)) as (adapter, _nic):
+        assert ndis.OFFLOAD_ENABLED not in dataclasses.astuple(adapter.sender.offloads)
+        with pytest.raises(ValueError, match="not been asked to cut segments"):
+            await adapter.send(TCP_FRAME, segment=500)
 
 
 async def test_what_the_device_says_is_kept():
