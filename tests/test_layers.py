@@ -35,6 +35,7 @@ MODULES = sorted(modules())
 SANS_IO = ("vmbus.errors", "vmbus.wire", "vmbus.memory", "vmbus.ring", "vmbus.gpadl",
            "vmbus.engine", "vmbus.synic", "vmbus.watchers", "netvsp.wire", "netvsp.frames",
            "storvsp.wire")  # fmt: skip
+DEVICES = ("netvsp", "storvsp")
 WAITING = {
     "asyncio",
     "datetime",
@@ -67,6 +68,13 @@ GUESTS = {
     "storvsp.guest": (
         "storvsp.guest",
         "storvsp.wire",
+        "vmbus.guest",
+        "vmbus.wire",
+        "vmbus.errors",
+    ),
+    "netvsp.guest": (
+        "netvsp.guest",
+        "netvsp.wire",
         "vmbus.guest",
         "vmbus.wire",
         "vmbus.errors",
@@ -144,7 +152,7 @@ def test_third_party_packages_are_those_that_the_room_may_have():
 def test_the_bus_never_imports_a_device():
     for name in MODULES:
         if is_below(name, "vmbus"):
-            assert not {each for each in imports(name) if each.startswith("storvsp")}, name
+            assert not {each for each in imports(name) if each.startswith(DEVICES)}, name
 
 
 def test_what_guests_share_has_no_word_of_a_device():
@@ -165,7 +173,7 @@ def test_the_guests_share_nothing_with_the_host_but_the_wire():
 
 def test_a_device_uses_no_private_names_of_the_bus():
     for name in MODULES:
-        if not is_below(name, "storvsp"):
+        if longest_prefix(name, DEVICES) is None:
             continue
         for node in import_statements(modules()[name]):
             if isinstance(node, ast.ImportFrom) and is_below(node.module or "", "vmbus"):

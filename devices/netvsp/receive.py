@@ -77,6 +77,8 @@ class Receiver:
         self, control: Control, config: AdapterConfig, link: Link, statistics: Direction
     ) -> None:
         self.buffer: ReceiveBuffer | None = None
+        self.buffer_id = nvsp.RECEIVE_BUFFER_ID
+        """What the driver calls it; OpenBSD and UEFI have numbers of their own."""
         self.channels: dict[int, Channel] = {}
         """Open ones by number; 0 is the primary."""
         self.tags_beside = False
@@ -242,7 +244,7 @@ class Receiver:
             if number < len(stored) and len(some) + len(stored[number]) <= MAX_RANGES:
                 continue
             indexes = [offset // size for _length, offset in some]
-            channel.send_packet(_packet(some, indexes[0], message))
+            channel.send_packet(_packet(self.buffer_id, some, indexes[0], message))
             self._outstanding[indexes[0]] = channel, indexes
             some = []
         channel.try_flush()
@@ -322,7 +324,7 @@ def _summed(frame: Frame) -> Frame:
     return fill_checksum(plain)
 
 
-def _packet(ranges: Sequence[tuple[int, int]], transaction_id: int, message: bytes) -> bytes:
+def _packet(buffer_id: int, ranges: Ranges, transaction_id: int, message: bytes) -> bytes:
     """Build a transfer-page packet."""
     count = len(ranges)
     offset = RANGES_OFFSET + 8 * count
@@ -335,7 +337,7 @@ def _packet(ranges: Sequence[tuple[int, int]], transaction_id: int, message: byt
                 FLAG_COMPLETION_REQUESTED,
                 transaction_id,
             ),
-            TRANSFER_PAGES_HEADER.pack(nvsp.RECEIVE_BUFFER_ID, 0, 0, count),
+            TRANSFER_PAGES_HEADER.pack(buffer_id, 0, 0, count),
             *[_RANGE.pack(*each) for each in ranges],
             message,
         )

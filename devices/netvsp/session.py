@@ -302,8 +302,6 @@ class Session:
         try:
             self._expect_agreed("SEND_RECEIVE_BUFFER")
             handle, number = nvsp.parse_buffer_untrusted(payload)
-            if number != nvsp.RECEIVE_BUFFER_ID:
-                raise GuestProtocolError(f"receive buffer {number:#x}", field="id")
             if self.receiver.buffer is not None and not self.receiver.buffer.gone:
                 raise GuestProtocolError("a second receive buffer", field="gpadl_handle")
             size = part_size(self.control.mtu)
@@ -322,7 +320,7 @@ class Session:
             self._complain(channel, packet, str(error))
             return nvsp.build_receive_buffer_complete(nvsp.FAILURE)
         self.receiver.forget()
-        self.receiver.buffer = buffer
+        self.receiver.buffer, self.receiver.buffer_id = buffer, number
         self.stage = Stage.READY
         return nvsp.build_receive_buffer_complete(nvsp.SUCCESS, buffer.part_size, buffer.count)
 

@@ -38,8 +38,16 @@ class Buffer:
 
         Cannot block.
         """
-        numbers = self._page_numbers[: 8 * page_count(offset, length)]
-        return _ONE_RANGE + RANGE.pack(length, offset) + numbers
+        return _ONE_RANGE + self.range_at(offset, length)
+
+    def range_at(self, offset: int, length: int) -> bytes:
+        """Return the GPA range of ``length`` bytes from ``offset`` on, wherever that is.
+
+        It may be one of several in a packet, and empty. Cannot block.
+        """
+        page, inside = divmod(offset, PAGE_SIZE)
+        end = page + page_count(inside, length)
+        return RANGE.pack(length, inside) + self._page_numbers[8 * page : 8 * end]
 
     def read(self, offset: int, length: int) -> bytes:
         """Copy ``length`` bytes out of the pages, from ``offset`` on. Cannot block."""

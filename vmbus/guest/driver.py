@@ -20,7 +20,7 @@ freebsd/sys/dev/hyperv/vmbus/vmbus_chan.c (``vmbus_subchan_get``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import trio
 
@@ -71,6 +71,8 @@ class Driver:
         self._contiguous = contiguous
         self._max_packet = max_packet
         self._on_packet = on_packet
+        self._granted = 0
+        """Sub-channels that the device has granted."""
         self._next = 0
         self._room = trio.lowlevel.ParkingLot()
         self._promised = 0
@@ -101,19 +103,29 @@ class Driver:
             ring_pages=self.ring_pages,
             contiguous=self._contiguous,
             max_packet=self._max_packet,
-            on_packet=self._on_packet,
+            on_packet=self.packet_handler(offer),
         )
-        channel.on_removed = self._removed
+        channel.on_removed = self.removed
         self.channels.append(channel)
         return channel
 
-    async def open_sub_channels(self, count: int) -> None:
+    def packet_handler(self, offer: OfferChannel) -> Callable[[Incoming], None] | None:
+        """Return what handles the packets of one channel that are no completions.
+
+        It is asked before the channel is opened. A driver that has to know which channel a packet
+        came from overrides it; here it is the same for all of them. Cannot block.
+        """
+        return self._on_packet
+
+    async def open_sub_channels(self, count: int, *, only: Container[int] | None = None) -> None:
         """Open the sub-channels that the host offers, now that the device has granted them.
 
         A checkpoint. It waits for the offers as long as it takes.
 
         Args:
             count: How many the device has granted.
+            only: Numbers of those to open, as in a guest where opening the others fails; None:
+                all of them.
 
         Raises:
             HostRefusedError: The host refuses a GPADL or an opening.
@@ -123,27 +135,26 @@ class Driver:
         offers = await self.guest.connection.wait_offers(
             self._is_sub_channel, count, primary=self.offer
         )
-        self._no_more_than(count)
+        self._granted = count
+        self.check_sub_channels()
         for index, offer in enumerate(offers, 1):
             if offer.class_id != self.offer.class_id or offer.subchannel_index != index:
                 self.guest.panic(f"sub-channel {offer.subchannel_index} where {index} was due")
-            await self._open(offer)
+            if only is None or index in only:
+                await self._open(offer)
         self.check_sub_channels()
 
     def check_sub_channels(self) -> None:
-        """See that the host has offered as many sub-channels as were asked for, no more.
+        """See that the host has offered no more sub-channels than the device has granted.
 
         Cannot block.
 
         Raises:
-            GuestPanic: It has not.
+            GuestPanic: It has.
         """
-        self._no_more_than(len(self.channels) - 1)
-
-    def _no_more_than(self, count: int) -> None:
         offers = [o for o in self.guest.connection.offers.values() if self._is_sub_channel(o)]
-        if len(offers) > count:
-            self.guest.panic(f"{len(offers)} sub-channels offered, {count} wanted")
+        if len(offers) > self._granted:
+            self.guest.panic(f"{len(offers)} sub-channels offered, {self._granted} wanted")
 
     def _is_sub_channel(self, offer: OfferChannel) -> bool:
         return offer.instance_id == self.offer.instance_id and offer.subchannel_index > 0
@@ -162,7 +173,25 @@ class Driver:
             await self.guest.connection.close_channel(channel)
         self._wake_all()
 
-    def _removed(self) -> None:
+    async def reset(self) -> None:
+        """Be as before :meth:`open`, for a driver that closes its device and opens it again.
+
+        Waits until the host has taken the offers of the sub-channels back, which it does when the
+        primary channel closes. A checkpoint.
+        """
+        await trio.lowlevel.checkpoint()
+        offers = self.guest.connection.offers
+        for relid in [each.relid for each in offers.values() if self._is_sub_channel(each)]:
+            await self.guest.connection.wait_gone(relid)
+        self.channels.clear()
+        self._granted = 0
+        self._broken = False
+
+    def removed(self) -> None:
+        """Take note that the host has taken an open channel away. Cannot block.
+
+        A driver that has more to do overrides it, and calls it.
+        """
         self._wake_all()
         if self.on_removed is not None:
             self.on_removed()

@@ -29,8 +29,10 @@ class Guest:
         self.personality = personality
         self.ram = Ram(machine, seed=seed)
         self.processors = Processors(machine, personality, self.ram, self.panic)
+        self.start_soon = nursery.start_soon
+        """Starts a task that lives as long as the guest; what it raises crashes the guest."""
         self.connection = Connection(
-            personality, self.ram, self.processors, self.panic, nursery.start_soon
+            personality, self.ram, self.processors, self.panic, self.start_soon
         )
 
     def __repr__(self) -> str:

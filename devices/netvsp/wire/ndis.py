@@ -299,26 +299,38 @@ def parse_rss_capabilities_untrusted(data: bytes) -> RssCapabilities:
 
 
 def build_rss_parameters(
-    *, flags: int, hash_information: int, table: tuple[int, ...], key: bytes
+    *,
+    flags: int,
+    hash_information: int,
+    table: tuple[int, ...],
+    key: bytes,
+    key_first: bool = False,
 ) -> bytes:
-    """Return the object, with its table and key behind it. Cannot block."""
+    """Return the object, with its table and key behind it. Cannot block.
+
+    Args:
+        flags: ``RSS_*``.
+        hash_information: ``HASH_*``.
+        table: Channels, up to 128.
+        key: 40 bytes.
+        key_first: As FreeBSD has it: the key before the table, and a size that is that of all
+            (hn_rndis_conf_rss). Else it is that of the fixed part, and the table comes first.
+    """
     fixed = _RSS_PARAMETERS_SIZE
-    return (
-        _RSS_PARAMETERS.pack(
-            OBJECT_RSS_PARAMETERS,
-            2,
-            fixed,
-            flags,
-            0,
-            hash_information,
-            4 * len(table),
-            fixed,
-            len(key),
-            fixed + 4 * len(table),
-        ).ljust(fixed, b"\0")
-        + struct.pack(f"<{len(table)}I", *table)
-        + key
-    )
+    whole = fixed + 4 * len(table) + len(key)
+    entries = struct.pack(f"<{len(table)}I", *table)
+    return _RSS_PARAMETERS.pack(
+        OBJECT_RSS_PARAMETERS,
+        2,
+        whole if key_first else fixed,
+        flags,
+        0,
+        hash_information,
+        len(entries),
+        fixed + len(key) if key_first else fixed,
+        len(key),
+        fixed if key_first else fixed + len(entries),
+    ).ljust(fixed, b"\0") + (key + entries if key_first else entries + key)
 
 
 def parse_rss_parameters_untrusted(data: bytes) -> RssParameters:

@@ -1,12 +1,15 @@
 """NVSP: what a network driver and the device say to each other in the packets of a channel.
 
-A message is its type, u32, and a union behind it. Drivers send it whole, 28 bytes up to version 6,
-40 from 6.1 on (``struct nvsp_message``), and copy as much of an answer without looking; so the
-answers of the handshake are 40 bytes, zero-filled. Linux drops what is shorter than the longest
-answer with a lower type number, because its checks fall through (netvsc_send_completion).
+A message is its type, u32, and a union behind it. Drivers send it whole: 28 bytes macOS, 32 UEFI
+and the BSDs, 40 Linux and DPDK. How long an answer may be depends on who reads it. Linux drops one
+with less than 28 bytes, because its checks fall through (netvsc_send_completion); UEFI has room for
+as much as it has sent, 32 bytes, and gives the device up if there is more
+(EmclSynchronousPacketCompletion); DPDK wants 40 bytes of the answer to SUBCHANNEL, which UEFI never
+asks for (hn_nvs_execute). So answers of the handshake have 32 bytes, that one 40, zero-filled.
 
 Sources: linux/drivers/net/hyperv/hyperv_net.h (``nvsp_*``) and netvsc.c;
-freebsd/sys/dev/hyperv/netvsc/if_hnreg.h; openbsd/sys/dev/pv/if_hvnreg.h.
+freebsd/sys/dev/hyperv/netvsc/if_hnreg.h; openbsd/sys/dev/pv/if_hvnreg.h; dpdk/drivers/net/netvsc/
+hn_nvs.h; mu_msvm/MsvmPkg/NetvscDxe/nvspprotocol.h.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from typing import NamedTuple
 from vmbus.errors import GuestProtocolError
 
 MESSAGE_SIZE = 40
-"""Bytes of an answer in the handshake."""
+"""Bytes of the longest message: of those that a driver of version 6 sends."""
+ANSWER_SIZE = 32
+"""Bytes of an answer in the handshake; that to SUBCHANNEL has :data:`MESSAGE_SIZE`."""
 
 # Versions.
 VERSION_1 = 0x00002
@@ -98,7 +103,10 @@ NO_SECTION = 0xFFFFFFFF
 """The message is not in the send buffer."""
 
 RECEIVE_BUFFER_ID = 0xCAFE
-"""What every driver calls its receive buffer."""
+"""What most drivers call their receive buffer, and want to read in every packet that uses it.
+
+OpenBSD and NetBSD call it 0x2409, UEFI 0x1981: it is the driver that gives the number.
+"""
 
 # Capabilities of a guest, SEND_NDIS_CONFIG.
 CAPABILITY_VMQ = 1 << 0
@@ -296,7 +304,7 @@ def build_init_complete(version: int, status: int) -> bytes:
         status: :data:`SUCCESS`, or why not.
     """
     # Most of a chain of MDLs that a guest may send; nobody looks at it.
-    return _message(INIT_COMPLETE, version, 34, status)
+    return _message(INIT_COMPLETE, version, 34, status, size=ANSWER_SIZE)
 
 
 def build_ndis_version(major: int, minor: int) -> bytes:
@@ -327,12 +335,13 @@ def build_receive_buffer_complete(status: int, size: int = 0, count: int = 0) ->
         size: Bytes of a sub-allocation.
         count: How many there are, from byte 0 of the buffer on.
     """
-    return _message(SEND_RECEIVE_BUFFER_COMPLETE, status, 1, 0, size, count, size * count)
+    words = (status, 1, 0, size, count, size * count)
+    return _message(SEND_RECEIVE_BUFFER_COMPLETE, *words, size=ANSWER_SIZE)
 
 
 def build_send_buffer_complete(status: int, section_size: int = 0) -> bytes:
     """Return the answer to SEND_SEND_BUFFER; ``section_size`` in bytes. Cannot block."""
-    return _message(SEND_SEND_BUFFER_COMPLETE, status, section_size)
+    return _message(SEND_SEND_BUFFER_COMPLETE, status, section_size, size=ANSWER_SIZE)
 
 
 def build_rndis_packet(
@@ -378,8 +387,8 @@ def build_send_table(channels: tuple[int, ...]) -> bytes:
     return header + struct.pack(f"<{SEND_TABLE_ENTRIES}I", *channels)
 
 
-def _message(kind: int, *words: int) -> bytes:
-    return struct.pack(f"<I{len(words)}I", kind, *words).ljust(MESSAGE_SIZE, b"\0")
+def _message(kind: int, *words: int, size: int = MESSAGE_SIZE) -> bytes:
+    return struct.pack(f"<I{len(words)}I", kind, *words).ljust(size, b"\0")
 
 
 assert _RECEIVE_BUFFER_COMPLETE.size == 28

@@ -36,6 +36,15 @@ def test_a_header_names_the_pages_that_hold_the_data(contiguous):
     assert len(buffer.header(0, 4 * 4096)) == 16 + 4 * 8
 
 
+def test_a_range_may_begin_on_any_page_and_be_empty():
+    buffer = BufferPool(Ram(Machine(pages=64)), contiguous=False).take(4 * 4096)
+    numbers = struct.unpack("<4Q", buffer.range_at(0, 4 * 4096)[8:])
+    assert len(set(numbers)) == 4
+    assert buffer.range_at(2 * 4096 + 100, 4096) == struct.pack("<II2Q", 4096, 100, *numbers[2:])
+    assert buffer.range_at(4096, 0) == struct.pack("<II", 0, 0)
+    assert buffer.range_at(4096 + 8, 0) == struct.pack("<IIQ", 0, 8, numbers[1])
+
+
 def test_a_buffer_that_the_ram_has_no_room_for_is_refused_and_costs_nothing():
     ram = Ram(Machine(pages=8))
     pool = BufferPool(ram, contiguous=False)

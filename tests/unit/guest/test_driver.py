@@ -106,6 +106,49 @@ async def test_packets_that_are_no_completions_come_to_the_driver_from_every_cha
         assert [packet.payload.rstrip(b"\0") for packet in got] == [b"notice 1", b"notice 10"]
 
 
+async def test_a_driver_may_have_the_packets_of_each_channel_apart():
+    got = []
+
+    class Sorting(EchoDriver):
+        def packet_handler(self, offer):
+            return lambda packet: got.append((offer.subchannel_index, packet.payload))
+
+    machine = Machine()
+    machine.host.offers = [offer(1)]
+    async with boot(machine, LINUX_6_1) as guest:
+        (found,) = await guest.connection.connect()
+        driver = Sorting(guest, found, ring_pages=2, queue_depth=1)
+        await driver.open()
+        machine.host.offer_sub_channels(found, 1)
+        await driver.open_sub_channels(1)
+        for relid in (10, 1):
+            machine.host.channels[relid].send(6, bytes(8))
+        await settle()
+    assert sorted(got) == [(0, bytes(8)), (1, bytes(8))]
+
+
+async def test_only_some_sub_channels_may_open_and_all_are_taken_back_at_the_end():
+    async with driven() as (driver, device):
+        device.offer(3)
+        await driver.open_sub_channels(3, only={1, 3})
+        assert [channel.relid for channel in driver.channels] == [1, 10, 12]
+        await driver.close()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(driver.reset)
+            for relid in (10, 11):
+                device.host.rescind(relid)
+            await settle()
+            assert driver.channels, "one offer is still there"
+            device.host.rescind(12)
+        assert not driver.channels
+        driver.check_sub_channels()
+        await driver.open()
+        assert await driver.echo(b"again...") == b"again..."
+        device.offer(1)
+        await driver.open_sub_channels(1)
+        assert len(driver.channels) == 2
+
+
 async def test_the_drivers_limit_of_a_packet_holds_on_every_channel():
     with pytest.raises(GuestPanic, match="room for 24"):
         async with driven(max_packet=24) as (driver, device):
