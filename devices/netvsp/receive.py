@@ -52,12 +52,12 @@ Ranges = list[tuple[int, int]]
 """Length and offset in the receive buffer of each part of a frame, in bytes."""
 
 
-def part_size(mtu: int) -> int:
-    """Return how long a sub-allocation has to be, in bytes. Cannot block.
+def part_size(max_frame: int) -> int:
+    """Return how long a sub-allocation has to be for such frames, in bytes. Cannot block.
 
     A power of two up to a page: then none of them is in two pages, whatever the guest's are.
     """
-    need = mtu + ETHERNET_HEADER + VLAN_TAG + ROOM
+    need = max_frame + VLAN_TAG + ROOM
     if need <= 4096:
         return 1 << (need - 1).bit_length()
     return (need + 4095) & ~4095

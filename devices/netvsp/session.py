@@ -19,7 +19,7 @@ import trio
 from netvsp.buffers import ReceiveBuffer, SendBuffer
 from netvsp.control import MAX_CONTROL, Control
 from netvsp.endpoint import Endpoint
-from netvsp.frames.frame import ETHERNET_HEADER, MIN_MTU, Frame
+from netvsp.frames.frame import ETHERNET_HEADER, Buffer, Frame
 from netvsp.link import AdapterConfig, Link
 from netvsp.receive import Receiver, part_size
 from netvsp.statistics import AdapterStatistics
@@ -36,6 +36,8 @@ SECTION_SIZE = 6144
 """Bytes of a section of the send buffer: what every host has, and drivers are made for."""
 MAX_BUFFER = 32 << 20
 """Bytes of a receive or send buffer."""
+DEFAULT_MTU = 1500
+"""Bytes of payload that there is always room for."""
 UNREADY_BATCH = 16
 """Packets of one turn until the handshake is over."""
 MIN_RECEIVE_PARTS = 64
@@ -95,6 +97,7 @@ class Session:
         self._told_up = link.up
         self._told_speed = link.speed
         self._table_sent = False
+        self._max_frame = link.max_frame
         self._life = Life(primary, self.serve_batch, opened=self._opened, closed=self._closed)
 
     async def run(self) -> None:
@@ -124,7 +127,7 @@ class Session:
             statistics=self._statistics.transmit,
         )
         sender.send_buffer = self._send_buffer
-        sender.max_frame = self.control.mtu + ETHERNET_HEADER
+        sender.max_frame = self._max_frame
         self.receiver.channels[index] = channel
         self._send_table()
 
@@ -178,12 +181,11 @@ class Session:
         if kind != nvsp.SEND_RNDIS_PACKET:
             self._message_untrusted(sender.channel, packet)
             return COST
-        if self.stage is not Stage.READY:
-            raise GuestProtocolError(
-                f"SEND_RNDIS_PACKET where {self.stage.value} is expected", field="msg_type"
-            )
+        # DPDK sends HALT when it has taken its buffers back (hn_detach).
+        self._expect_agreed("SEND_RNDIS_PACKET")
         pieces = sender.message_untrusted(packet, section, length)
-        if channel_type != nvsp.CHANNEL_DATA:
+        # UEFI says 2, which is neither frames nor control, for its frames (NetvscTransmit).
+        if channel_type != nvsp.CHANNEL_DATA and not _is_frame(pieces[0]):
             self._control_untrusted(sender, packet, pieces)
             return COST
         frames = sender.frames_untrusted(pieces)
@@ -195,9 +197,7 @@ class Session:
             batch.append((packet, []))
         return sum(map(len, frames)) + len(pieces) * 512
 
-    def _control_untrusted(
-        self, sender: Sender, packet: Packet, pieces: list[bytes | bytearray | memoryview]
-    ) -> None:
+    def _control_untrusted(self, sender: Sender, packet: Packet, pieces: list[Buffer]) -> None:
         if sender.channel is not self.primary:
             raise GuestProtocolError("a control message on a sub-channel", field="channel_type")
         if sum(map(len, pieces)) > MAX_CONTROL:
@@ -279,22 +279,27 @@ class Session:
         self._drop_receive_buffer()
         self._drop_send_buffer()
         self.control.reset()
-        self._set_mtu(min(1500, self._config.max_mtu))
+        mtu = min(DEFAULT_MTU, self._config.max_mtu)
+        self._set_mtu(mtu, mtu + ETHERNET_HEADER)
         self.capabilities = 0
         self.receiver.tags_beside = False
 
     def _configure(self, config: nvsp.NdisConfig) -> None:
-        mtu = config.mtu - ETHERNET_HEADER
+        # Linux counts the Ethernet header, FreeBSD does not (hn_nvs_conf_ndis); so the frames that
+        # there is room for are those of the longer reading. And nobody minds room for 1500 bytes.
+        most = self._config.max_mtu
         self._set_mtu(
-            mtu if MIN_MTU <= mtu <= self._config.max_mtu else min(1500, self._config.max_mtu)
+            min(max(config.mtu - ETHERNET_HEADER, DEFAULT_MTU), most),
+            min(max(config.mtu, DEFAULT_MTU), most) + ETHERNET_HEADER,
         )
         self.capabilities = config.capabilities
         self.receiver.tags_beside = bool(config.capabilities & nvsp.CAPABILITY_8021Q)
 
-    def _set_mtu(self, mtu: int) -> None:
+    def _set_mtu(self, mtu: int, max_frame: int) -> None:
         self.control.mtu = mtu
+        self._max_frame = max_frame
         for sender in self._senders.values():
-            sender.max_frame = mtu + ETHERNET_HEADER
+            sender.max_frame = max_frame
 
     # -- buffers ---------------------------------------------------------------------------------
 
@@ -304,7 +309,7 @@ class Session:
             handle, number = nvsp.parse_buffer_untrusted(payload)
             if self.receiver.buffer is not None and not self.receiver.buffer.gone:
                 raise GuestProtocolError("a second receive buffer", field="gpadl_handle")
-            size = part_size(self.control.mtu)
+            size = part_size(self._max_frame)
             lease = channel.lease_gpadl(handle)
             try:
                 pages = lease.gpadl.size
@@ -425,3 +430,11 @@ class Session:
     def _complain(self, channel: Channel, packet: Packet, text: str) -> None:
         self.refused += 1
         channel.complain(text, packet.transaction_id)
+
+
+def _is_frame(piece: Buffer) -> bool:
+    """Whether the first RNDIS message of a packet is a PACKET."""
+    return piece[:4] == _PACKET
+
+
+_PACKET = rndis.PACKET.to_bytes(4, "little")
