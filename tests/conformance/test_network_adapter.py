@@ -9,7 +9,7 @@ from netvsp.endpoints.loopback import LoopbackEndpoint
 from netvsp.frames.frame import Frame
 from netvsp.guest import HABITS, attach
 from netvsp.wire import nvsp
-from tests.support.network import MAC, PEER, Wire, network_adapter, plain_frame
+from tests.support.nics import MAC, PEER, Wire, network_adapter, plain_frame
 from tests.support.worlds import ALL, world
 from vmbus.guest import PERSONALITIES
 
