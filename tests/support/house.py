@@ -53,6 +53,7 @@ ROOMS: dict[str, str] = {
     "netvsp.endpoint": "the contract of an endpoint",
     "netvsp.endpoints": "endpoints",
     "netvsp": "the network adapter: handshake, RNDIS, frames both ways, plug-in",
+    "netvsp.testing": "what every endpoint owes the adapter",
     "vmbus.cli": "the command line",
     "vmbus": "public names, taken from anywhere below",
 }
