@@ -17,6 +17,10 @@ the guest slows down; it calls :meth:`Endpoint.wait_writable` before it tries ag
 :meth:`Port.wait_room`, or drop; an endpoint with several senders drops, so that one guest that
 does not read holds up nobody else.
 
+**Lives.** ``run`` is called once for each life of the adapter, and cancelled at its end; there are
+many. ``transmit`` may be called at any time, between two lives too. What was on its way to the
+guest in one life is not brought in the next: it was meant for a guest that is gone.
+
 **Offloads.** :attr:`EndpointInfo.offloads` says what it takes. The adapter does what is missing in
 software before it calls ``transmit``. What comes in by ``receive`` may have any offload; the
 adapter does what this guest cannot take.
@@ -28,7 +32,8 @@ a flow stays on its queue. Frames that come in are sorted by the guest's receive
 taken and dropped.
 
 **Errors.** ``run`` that raises, or returns, is the end of the endpoint: the adapter takes the link
-down and says why. Neither call raises.
+down and says why. Neither call raises. After its end, and after :meth:`Endpoint.aclose`, which may
+come while ``run`` is under way, an endpoint takes and drops all frames, and keeps nobody waiting.
 """
 
 from __future__ import annotations
@@ -52,7 +57,7 @@ class Offloads:
     tcp_segments: bool = False
     """It takes TCP segments of up to 64 KiB: GSO_TCPV4 and GSO_TCPV6. Implies ``checksum``."""
     udp_segments: bool = False
-    """It takes GSO_UDP. Implies ``checksum``."""
+    """It takes UDP segments: GSO_UDP. Implies ``checksum``."""
     vlan: bool = False
     """It takes frames with their tag beside their bytes."""
 
@@ -113,7 +118,10 @@ class Endpoint(abc.ABC):
         """
 
     async def wait_writable(self, queue: int) -> None:
-        """Wait until :meth:`transmit` may take more on a queue. Is a checkpoint."""
+        """Wait until :meth:`transmit` may take more on a queue. Is a checkpoint.
+
+        Several channels of a guest may share a queue, so several tasks may wait for one.
+        """
         await trio.lowlevel.checkpoint()
 
     async def run(self, port: Port) -> None:

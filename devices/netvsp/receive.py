@@ -132,8 +132,8 @@ class Receiver:
             done += 1
         for channel, stored in groups.items():
             self._send(channel, stored, _DATA)
-        if done < len(frames):
-            self._room = trio.Event()
+        if done < len(frames) and self._room.is_set():
+            self._room = trio.Event()  # those who wait already have the old one
         return done
 
     async def wait_room(self) -> None:

@@ -1,4 +1,7 @@
-"""``loopback:``: every frame comes back to its sender, its two addresses exchanged."""
+"""``loopback:``: every frame comes back to its sender, its two addresses exchanged.
+
+``loopback:[as-is]`` leaves the addresses alone: guests drop such frames, but promiscuous ones.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,16 @@ from typing import Any
 import trio
 
 from netvsp.endpoint import Endpoint, EndpointInfo, Offloads, Port
+from netvsp.endpoints.specs import EndpointSpec
 from netvsp.frames.frame import Frame
+from vmbus.plugins.options import Option
 
 MAX_FRAMES = 1024
 """Frames on their way back; there is room for no more until some have arrived."""
+TURN = 64
+"""Frames that are handed back before others have their turn."""
+
+OPTIONS = (Option("as-is", "leave the addresses alone"),)
 
 
 class LoopbackEndpoint(Endpoint):
@@ -33,11 +42,14 @@ class LoopbackEndpoint(Endpoint):
         self._frames: deque[Frame] = deque()
         self._arrived = trio.Event()
         self._room = trio.Event()
+        self._closed = False
         self._returned = 0
 
     def transmit(self, queue: int, frames: Sequence[Frame]) -> int:
         """See :meth:`netvsp.endpoint.Endpoint.transmit`."""
         del queue
+        if self._closed:
+            return len(frames)
         taken = min(len(frames), MAX_FRAMES - len(self._frames))
         for frame in frames[:taken]:
             own = frame.own()
@@ -45,8 +57,8 @@ class LoopbackEndpoint(Endpoint):
                 head = own.head
                 own = Frame(head[6:12] + head[:6] + head[12:], (), own.offload, own.tci, own.flow)
             self._frames.append(own)
-        if taken < len(frames):
-            self._room = trio.Event()
+        if taken < len(frames) and self._room.is_set():
+            self._room = trio.Event()  # those who wait already have the old one
         self._arrived.set()
         return taken
 
@@ -61,22 +73,43 @@ class LoopbackEndpoint(Endpoint):
     async def run(self, port: Port) -> None:
         """See :meth:`netvsp.endpoint.Endpoint.run`."""
         frames = self._frames
-        frames.clear()  # of an earlier life
-        self._room.set()
+        self._forget()  # what is of an earlier life
         while True:
             await self._arrived.wait()
-            await trio.lowlevel.checkpoint()
-            some = [frames[i] for i in range(min(len(frames), 64))]
+            await trio.lowlevel.checkpoint()  # others have their turn
+            some = [frames[i] for i in range(min(len(frames), TURN))]
             taken = port.receive(some)
             for _ in range(taken):
                 frames.popleft()
             self._returned += taken
-            self._room.set()
+            if taken:
+                self._room.set()
             if taken < len(some):
                 await port.wait_room()
             elif not frames:
                 self._arrived = trio.Event()
 
+    def _forget(self) -> None:
+        self._frames.clear()
+        self._arrived = trio.Event()
+        self._room.set()
+
     def snapshot(self) -> dict[str, Any]:
         """See :meth:`netvsp.endpoint.Endpoint.snapshot`."""
         return {"returned": self._returned, "waiting": len(self._frames)}
+
+    async def aclose(self) -> None:
+        """See :meth:`netvsp.endpoint.Endpoint.aclose`."""
+        self._closed = True
+        self._forget()
+        await trio.lowlevel.checkpoint()
+
+
+async def open_spec(spec: EndpointSpec) -> LoopbackEndpoint:
+    """Open ``loopback:[as-is]``."""
+    options = spec.reader()
+    as_is = options.flag("as-is")
+    options.finish()
+    spec.without_target()
+    await trio.lowlevel.checkpoint()
+    return LoopbackEndpoint(exchange=not as_is)

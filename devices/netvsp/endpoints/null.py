@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import trio
+
 from netvsp.endpoint import Endpoint, EndpointInfo, Offloads
+from netvsp.endpoints.specs import EndpointSpec
 from netvsp.frames.frame import Frame
 
 
@@ -33,3 +36,11 @@ class NullEndpoint(Endpoint):
     def snapshot(self) -> dict[str, Any]:
         """See :meth:`netvsp.endpoint.Endpoint.snapshot`."""
         return {"frames": self.frames}
+
+
+async def open_spec(spec: EndpointSpec) -> NullEndpoint:
+    """Open ``null:``."""
+    spec.reader().finish()
+    spec.without_target()
+    await trio.lowlevel.checkpoint()
+    return NullEndpoint()

@@ -1,0 +1,3 @@
+"""Scenery for tests of endpoints."""
+
+from tests.support.network import namespace as namespace
