@@ -18,7 +18,7 @@ from netvsp.wire import ndis, oids
 
 _CONNECTED, _DISCONNECTED = 0, 1
 _FULL_DUPLEX = 2
-_LINK_STATE = struct.Struct("<BBHIIQQII")
+_LINK_STATE = struct.Struct("<BBHII4xQQII")
 """NDIS_LINK_STATE: object header, connect state, duplex, speeds out and in, pause, negotiation."""
 _LARGEST_LIST = 4096
 """Multicast addresses; none is looked at."""
@@ -54,7 +54,7 @@ def _link_state(facts: Facts) -> bytes:
     speed = facts.link.speed
     return _LINK_STATE.pack(
         ndis.OBJECT_DEFAULT, 1, _LINK_STATE.size, 1 if facts.link.up else 2, _FULL_DUPLEX,
-        speed, speed, 1, 0,
+        speed, speed, 0, 0,
     )  # fmt: skip
 
 

@@ -80,16 +80,13 @@ class Scaling:
             head: From its destination address on, without a VLAN tag.
         """
         ethertype = head[12:14]
-        if ethertype == ETHERTYPE_IPV4:
-            # No fragment, and a header without options: the usual case needs no further look.
-            if head[14:15] == b"E" and head[23] == PROTOCOL_TCP and self._tcp_v4:
-                if not (head[20] & 0x3F or head[21]):
-                    return self._look_up(head[26:38])
-            elif self._tcp_v4 and len(head) > 34 and head[23] == PROTOCOL_TCP:
+        if ethertype == ETHERTYPE_IPV4 and len(head) >= 34:
+            # Parts of a packet do not all have ports.
+            if self._tcp_v4 and head[23] == PROTOCOL_TCP and not (head[20] & 0x3F or head[21]):
                 start = 14 + 4 * (head[14] & 0xF)
-                if not (head[20] & 0x3F or head[21]) and len(head) >= start + 4 >= 38:
+                if len(head) >= start + 4 >= 38:
                     return self._look_up(head[26:34] + head[start : start + 4])
-            if self._v4 and len(head) >= 34:
+            if self._v4:
                 return self._look_up(head[26:34])
         elif ethertype == ETHERTYPE_IPV6 and len(head) >= 54:
             if self._tcp_v6 and head[20] == PROTOCOL_TCP and len(head) >= 58:

@@ -137,9 +137,10 @@ class Frame:
 def _shifted(offload: Offload | None, count: int) -> Offload | None:
     if offload is None or not (offload.flags & NEEDS_CHECKSUM or offload.gso_type):
         return offload
+    start, length = offload.csum_start + count, offload.header_length
     return offload._replace(
-        csum_start=max(offload.csum_start + count, 0),
-        header_length=max(offload.header_length + count, 0) if offload.header_length else 0,
+        csum_start=min(max(start, 0), 0xFFFF),
+        header_length=min(max(length + count, 0), 0xFFFF) if length else 0,
     )
 
 

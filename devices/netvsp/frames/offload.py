@@ -49,6 +49,7 @@ _IPV4_HEADER = 20
 _IPV6_HEADER = 40
 _TCP_HEADER = 20
 _UDP_HEADER = 8
+_GSO_OF = {ETHERTYPE_IPV4: GSO_TCPV4, ETHERTYPE_IPV6: GSO_TCPV6}
 _CWR = 0x80
 
 
@@ -210,12 +211,18 @@ def segments(frame: Frame) -> list[Frame]:
         return [frame]
     data = frame.tobytes()
     start, end = offload.csum_start, offload.header_length
-    _ethertype, network = _network_header(data)
+    ethertype, network = _network_header(data)
     kind = offload.gso_type & ~GSO_ECN
-    least = _UDP_HEADER if kind == GSO_UDP else _TCP_HEADER
-    if start < network + _IPV4_HEADER or end > len(data) or end < start + least:
+    # The version in the header itself is not to be trusted: it would be cut with wrong offsets.
+    ipv6 = ethertype == ETHERTYPE_IPV6
+    if ethertype not in _GSO_OF or kind not in {GSO_UDP, _GSO_OF[ethertype]}:
         return [frame]
-    cut = _Cut(kind, network, start, offload.gso_size)
+    fixed = network + (_IPV6_HEADER if ipv6 else _IPV4_HEADER)
+    least = _UDP_HEADER if kind == GSO_UDP else _TCP_HEADER
+    longest = end + min(offload.gso_size, len(data) - end) - (fixed if ipv6 else network)
+    if start < fixed or end < start + least or end >= len(data) or longest > 0xFFFF:
+        return [frame]
+    cut = _Cut(kind, ipv6, network, start, offload.gso_size)
     pieces = []
     for number, position in enumerate(range(end, len(data), cut.size)):
         payload = data[position : position + cut.size]
@@ -237,6 +244,7 @@ class _Cut(NamedTuple):
     """How a segment is cut."""
 
     kind: int
+    ipv6: bool
     network: int
     """Where the IP header is."""
     start: int
@@ -247,9 +255,9 @@ class _Cut(NamedTuple):
 
 def _piece_headers(head: bytearray, cut: _Cut, number: int, payload: int, *, last: bool) -> None:
     """Make the headers of a piece out of those of the segment."""
-    kind, network, start, size = cut
+    kind, ipv6, network, start, size = cut
     length = len(head) - start + payload
-    if head[network] >> 4 == 6:
+    if ipv6:
         head[network + 4 : network + 6] = (len(head) - network - 40 + payload).to_bytes(2, "big")
         addresses = head[network + 8 : network + 40]
     else:

@@ -143,7 +143,6 @@ RNDIS_PACKET_COMPLETE = struct.Struct("<II")
 _DATA_PATH = struct.Struct("<4xI")
 _SUBCHANNEL = struct.Struct("<4xII")
 _SUBCHANNEL_COMPLETE = struct.Struct("<III")
-_VF_ASSOCIATION = struct.Struct("<III")
 _SEND_TABLE = struct.Struct("<III")
 _SEND_TABLE_OFFSET = MESSAGE_SIZE
 """Where the table begins, counted from the message. With version 6 and before, Linux takes it from
