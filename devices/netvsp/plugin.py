@@ -1,0 +1,142 @@
+"""The network adapter as a plug-in: made from specifications, operated by commands."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from netvsp.adapter import NetworkAdapter, parse_mac
+from netvsp.endpoints.specs import ENDPOINTS, EndpointSpec, open_endpoint
+from netvsp.frames.frame import format_mac
+from netvsp.link import AdapterConfig
+from vmbus.errors import ConfigError
+from vmbus.host.device import Device
+from vmbus.plugins.registry import Registry
+from vmbus.plugins.remarks import remarks
+from vmbus.plugins.specs import OptionReader, parse_number
+
+_PREFIX = bytes.fromhex("00155d")
+"""Of addresses made here: Microsoft's, by which Linux knows a Hyper-V adapter."""
+
+
+class NetworkPlugin:
+    """See :class:`vmbus.plugins.devices.DevicePlugin`."""
+
+    backends: Registry | None = ENDPOINTS
+    demo: str | None = None
+
+    async def from_specs(
+        self,
+        specs: Sequence[str],
+        *,
+        instance_id: UUID,
+        initiator: Hashable,
+        options: Mapping[str, Any],
+    ) -> NetworkAdapter:
+        """Make an adapter with an endpoint. Is a checkpoint.
+
+        Args:
+            specs: One, ``scheme:[options]target``; what of the options is the adapter's own is in
+                :attr:`EndpointSpec.reserved`.
+            instance_id: The offer's instance GUID.
+            initiator: Who the guest is; its address is made from that, so that it stays.
+            options: The same options as in the specification, where they come first.
+
+        Raises:
+            ConfigError: Not exactly one specification, or it cannot be honoured.
+        """
+        if len(specs) != 1:
+            raise ConfigError(f"a network adapter has one endpoint, not {len(specs)}")
+        spec, own = EndpointSpec.parse(specs[0]).split()
+        reader = OptionReader(specs[0], {**options, **own})
+        config = AdapterConfig(
+            max_queues=_or(reader.integer("channels"), 8),
+            max_mtu=_or(reader.integer("mtu"), AdapterConfig.max_mtu),
+            vlan=reader.integer("nic-vlan"),
+            trunk=_trunk(reader.text("nic-trunk")),
+            friendly_name=reader.text("name") or "",
+            allow_spoofing=reader.flag("spoof"),
+            allow_mac_change=reader.flag("mac-change"),
+            offloads=reader.choice("offloads", ("on", "off")) != "off",
+        )
+        address = reader.text("mac")
+        mac = parse_mac(address) if address else guest_mac(initiator, instance_id)
+        monitor = reader.flag("monitor")
+        reader.finish()
+        endpoint = await open_endpoint(spec)
+        try:
+            return NetworkAdapter(
+                endpoint,
+                mac=mac,
+                instance_id=instance_id,
+                config=config,
+                monitor=monitor,
+                source=str(spec),
+            )
+        except BaseException:
+            await endpoint.aclose()
+            raise
+
+    async def command(self, device: Device, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Carry out an operator's request on an adapter. Is a checkpoint.
+
+        ::
+
+            {"action": "link", "up": false}               -> {"link": "down"}
+            {"action": "mac", "mac": "00:15:5d:01:02:03"} -> {"mac": "00:15:5d:01:02:03"}
+            {"action": "stats"}                           -> {"transmit": ..., "receive": ...}
+
+        Raises:
+            ConfigError: The request is unknown, incomplete or cannot be honoured.
+        """
+        assert isinstance(device, NetworkAdapter)
+        with remarks() as warnings:
+            result = self._command(device, request)
+        return {**result, "warnings": warnings} if warnings else result
+
+    def _command(self, device: NetworkAdapter, request: Mapping[str, Any]) -> dict[str, Any]:
+        match request:
+            case {"action": "link", "up": bool(up)}:
+                device.set_link(up=up)
+                return {"link": "up" if device.link.up else "down"}
+            case {"action": "mac", "mac": str(text)}:
+                device.set_mac(parse_mac(text))
+                return {"mac": format_mac(device.mac)}
+            case {"action": "stats"}:
+                found = device.snapshot()
+                return {name: found[name] for name in ("transmit", "receive", "endpoint")}
+            case _:
+                raise ConfigError("a network adapter can: link (up), mac (mac), stats")
+
+
+PLUGIN = NetworkPlugin()
+"""What the entry point names."""
+
+
+def guest_mac(initiator: Hashable, instance_id: UUID) -> bytes:
+    """Return the address of a guest's adapter: always the same one, and another for each guest."""
+    digest = hashlib.sha256(f"{initiator}/{instance_id}".encode()).digest()
+    return _PREFIX + digest[:3]
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _trunk(text: str | None) -> frozenset[int] | None:
+    if text is None:
+        return None
+    found: set[int] = set()
+    for part in text.split("+"):
+        first, dash, last = part.partition("-")
+        try:
+            low = parse_number(first)
+            high = parse_number(last) if dash else low
+        except ConfigError:
+            low, high = 1, 0
+        if not 0 <= low <= high <= 4094:
+            raise ConfigError(f"nic-trunk: {part[:40]!r} is no VLAN and no range such as 20-29")
+        found |= set(range(low, high + 1))
+    return frozenset(found)
