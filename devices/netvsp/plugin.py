@@ -9,7 +9,7 @@ from uuid import UUID
 
 from netvsp.adapter import NetworkAdapter, parse_mac
 from netvsp.endpoints.specs import ENDPOINTS, EndpointSpec, open_endpoint
-from netvsp.frames.frame import format_mac
+from netvsp.frames.frame import MAX_MTU, format_mac
 from netvsp.link import AdapterConfig
 from vmbus.errors import ConfigError
 from vmbus.host.device import Device
@@ -53,7 +53,7 @@ class NetworkPlugin:
         reader = OptionReader(specs[0], {**options, **own})
         config = AdapterConfig(
             max_queues=_or(reader.integer("channels"), 8),
-            max_mtu=_or(reader.integer("mtu"), AdapterConfig.max_mtu),
+            max_mtu=_or(reader.integer("mtu"), MAX_MTU),
             vlan=reader.integer("nic-vlan"),
             trunk=_trunk(reader.text("nic-trunk")),
             friendly_name=reader.text("name") or "",
