@@ -25,6 +25,7 @@ from storvsp.shared.messages import (
 )
 from storvsp.shared.staging import Staging
 from vmbus.errors import PeerProtocolError
+from vmbus.workers import work_for
 
 logger = logging.getLogger("storvsp")
 
@@ -59,6 +60,7 @@ class Keeper:
             staging_fd: The staging area, sealed; owned.
             initiator: Who the guest is.
         """
+        work_for(initiator)
         visit = _Visit(self, Line(sock), Staging(staging_fd), initiator)
         # Its name may be that of a guest that is just leaving; the end of that one's commands is
         # not to be the end of this one's.
