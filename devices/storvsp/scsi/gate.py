@@ -18,7 +18,7 @@ from typing import Final
 
 import trio
 
-ENTER_AT_ONCE: Final = 32
+ENTER_AT_ONCE: Final = 16
 """Commands that have been let in and have not gone on yet."""
 
 

@@ -220,3 +220,24 @@ async def test_thousands_that_wait_do_not_all_go_on_in_one_turn_of_the_loop():
             await trio.testing.wait_all_tasks_blocked()
     assert work.total == 10 * ENTER_AT_ONCE
     assert work.most_in_turn <= ENTER_AT_ONCE
+
+
+async def test_what_has_waited_at_the_gate_does_not_wait_for_what_is_at_hand():
+    disk, unit = make_unit()
+    await run(unit, "00" * 6)
+    disk.pause = trio.Event()  # nothing that waits would come back
+    await unit.gate.acquire(exclusive=True)
+    async with trio.open_nursery() as nursery:
+        for cdb, keywords in (
+            ("28 00 00000003 00 0002 00", {"room": 1024}),
+            ("2a 00 00000003 00 0002 00", {"out": bytes(1024)}),
+        ):
+            command, _ = make_command(cdb, **keywords)
+            assert unit.try_execute(command) is None
+            nursery.start_soon(unit.execute, command)
+        await trio.testing.wait_all_tasks_blocked()
+        assert unit.busy
+        unit.gate.release(exclusive=True)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not unit.busy
+        disk.pause.set()
