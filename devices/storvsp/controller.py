@@ -178,13 +178,15 @@ class ScsiController:
         """
         return await self.units.eject(address, force=force)
 
-    def add_unit(self, unit: LogicalUnit, *, path: int = 0, target: int = 0, lun: int) -> Address:
+    def add_unit(
+        self, unit: LogicalUnit, *, path: int = 0, target: int = 0, lun: int, source: str = ""
+    ) -> Address:
         """Put any logical unit behind the controller, as :meth:`add_disk` does. Cannot block.
 
         Raises:
             ConfigError: The address is taken or does not exist.
         """
-        return self.units.add_unit(unit, path=path, target=target, lun=lun)
+        return self.units.add_unit(unit, path=path, target=target, lun=lun, source=source)
 
     async def remove_disk(self, address: Address) -> None:
         """Take a unit away; a running guest is told at once. Is a checkpoint.

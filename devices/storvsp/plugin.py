@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
@@ -14,9 +15,11 @@ from storvsp.units import Address, address_text
 from vmbus.errors import ConfigError
 from vmbus.host.device import Device
 from vmbus.plugins.registry import Registry
-from vmbus.plugins.remarks import remarks
+from vmbus.plugins.remarks import remark, remarks
 from vmbus.plugins.sharing import Line
 from vmbus.plugins.specs import OptionReader, parse_number, parse_size
+
+logger = logging.getLogger("storvsp")
 
 MIN_STAGING = 8 << 20
 """Bytes between a guest and the keeper of a disk that it shares."""
@@ -91,7 +94,10 @@ class ScsiPlugin:
 
     async def open_keeper(self, spec: str, *, identity: bytes) -> Keeper:
         """See :class:`vmbus.plugins.sharing.SharingPlugin`."""
-        return Keeper(await open_disk(DiskSpec.parse(spec).split()[0]), identity)
+        plain = DiskSpec.parse(spec).split()[0]
+        with remarks() as warnings:
+            disk = await open_disk(plain)
+        return Keeper(disk, identity, source=str(plain), warnings=warnings)
 
     async def command(self, device: Device, request: Mapping[str, Any]) -> dict[str, Any]:
         """Carry out an operator's request on a disk or a drive. Is a checkpoint.
@@ -185,9 +191,11 @@ async def add_shared(controller: ScsiController, text: str, line: Line) -> Addre
         await unit.known.wait()
         if not unit.info:
             raise ConfigError(f"{text}: its keeper is gone")
+        for warning in unit.info["warnings"]:
+            remark(logger, warning)
         if lun is None:
             lun = controller.units.free_lun(path, target)
-        return controller.add_unit(unit, path=path, target=target, lun=lun)
+        return controller.add_unit(unit, path=path, target=target, lun=lun, source=text)
     except BaseException:
         unit.close()
         raise

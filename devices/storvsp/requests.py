@@ -138,6 +138,8 @@ class Requests:
         packets: list[Packet],
         nursery: trio.Nursery,
         otherwise: Otherwise,
+        *,
+        parts: int = 1,
     ) -> int:
         """Answer a batch of packets of a session that is ready. Cannot block.
 
@@ -150,6 +152,8 @@ class Requests:
             nursery: Where commands go that have to wait for their disk.
             otherwise: Gets each packet that is not the common case. It returns False when the
                 session is not ready any more: what is behind that packet is not for here.
+            parts: Into how many parts the work of a turn is divided, because other channels of the
+                guest have as much to do.
 
         Returns:
             How many packets it has acted on.
@@ -161,7 +165,7 @@ class Requests:
         max_transfer = self._max_transfer
         moves = _MOVES
         done = 0
-        budget = TURN
+        budget = TURN // parts
         # Counted per unit, which seldom changes within a batch.
         current: LogicalUnit | None = None
         commands = read = written = 0

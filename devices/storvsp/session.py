@@ -166,7 +166,9 @@ class Session:
             How many; the rest is to come again.
         """
         if self.stage is Stage.READY:
-            return self.requests.serve_batch_untrusted(channel, packets, nursery, self.handle)
+            return self.requests.serve_batch_untrusted(
+                channel, packets, nursery, self.handle, parts=self._life.parts
+            )
         for packet in packets[:UNREADY_BATCH]:
             self.handle(channel, packet, nursery)
         return UNREADY_BATCH

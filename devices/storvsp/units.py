@@ -131,11 +131,13 @@ class Units:
         self._place(address, unit, source or (type(disk).__name__ if disk is not None else ""))
         return address
 
-    def add_unit(self, unit: LogicalUnit, *, path: int, target: int, lun: int) -> Address:
+    def add_unit(
+        self, unit: LogicalUnit, *, path: int, target: int, lun: int, source: str = ""
+    ) -> Address:
         """See :meth:`storvsp.controller.ScsiController.add_unit`."""
         address = (path, target, lun)
         self.check_free(address)
-        self._place(address, unit)
+        self._place(address, unit, source)
         return address
 
     def _place(self, address: Address, unit: LogicalUnit, source: str = "") -> None:
@@ -297,7 +299,8 @@ class Units:
         disk = self.disk(address)
         action = getattr(disk, "resize", None)
         if disk is None or (size is not None and action is None):
-            kind = type(disk or self.by_address[address]).__name__
+            kind = self.by_address[address].describe().get("shared") and "shared by guests"
+            kind = kind or type(disk or self.by_address[address]).__name__
             raise ConfigError(f"{address_text(address)} is {kind}, which cannot be resized")
         await disk.look_again()  # it may have become another size outside
         if size is not None and size < disk.info.size and not shrink:
@@ -314,9 +317,9 @@ class Units:
     def continue_disk(self, address: Address) -> bool:
         """See :meth:`storvsp.controller.ScsiController.continue_disk`."""
         unit = self.by_address.get(address)
-        if not isinstance(unit, DiskUnit):
+        if unit is None or isinstance(unit, CdromUnit):
             raise ConfigError(f"there is no disk at {address_text(address)}")
-        return unit.disk.go_on()
+        return isinstance(unit, DiskUnit) and unit.disk.go_on()
 
     def disk(self, address: Address) -> Disk | None:
         """Return the back-end at an address, or None."""

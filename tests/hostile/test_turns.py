@@ -34,7 +34,9 @@ from tests.support.storage_line import CHECK, Line, clear, line
 from tests.support.turns import Work, counting, watched
 from vmbus.gpadl import Gpadl
 from vmbus.host.buffer import TEARDOWNS_AT_ONCE, Leases
+from vmbus.host.serving import MOST_PARTS
 from vmbus.memory import GuestMemory, allocate_memory
+from vmbus.testing import channel_pair
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import build_range
 from vmbus.wire.packets import GPA_DIRECT, RANGES_HEADER
@@ -129,6 +131,24 @@ async def test_a_batch_is_given_up_after_the_work_of_a_turn():
         work = await serve(wire, verify, pages=1, count=60, **tasks)
         assert work.total == 60
         assert work.most_in_step <= TURN // TASK_COST
+
+
+async def test_a_channel_does_less_in_a_turn_beside_others_that_are_busy():
+    store = ScsiController()
+    store.add_disk(RamDisk(4 * MIB))
+    async with line(store) as wire:
+        await clear(wire)
+        assert store._session is not None
+        life = store._session._life
+        others = [channel_pair(ring_pages=2, data_pages=1)[0] for _ in range(7)]
+        for each in others:
+            life._is_busy(each, busy=True)
+        inquiry = bytes.fromhex("12 01 83 1000 00")
+        work = await serve(wire, inquiry, pages=1, count=60, owner=DiskUnit, name="try_execute")
+        assert work.total == 60
+        assert work.most_in_step <= TURN // LONG_COST // MOST_PARTS
+    for each in others:
+        each.close_doorbell()
 
 
 async def test_tasks_of_commands_that_wait_begin_in_several_turns():

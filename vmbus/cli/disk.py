@@ -268,6 +268,8 @@ def _state(disk: dict[str, Any]) -> str:
     """Say what a drive does with its medium, or why a disk keeps the guest waiting."""
     if disk.get("stopped"):
         return f"stopped: {disk['stopped']}"
+    if disk.get("lost"):
+        return "lost"
     if "tray" not in disk:
         return "-"
     words = [] if disk["size"] is not None else ["empty"]

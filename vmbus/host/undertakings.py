@@ -14,7 +14,7 @@ behind the device is dead. So
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 
 import trio
 
@@ -149,6 +149,11 @@ class Undertaking:
     def over(self) -> bool:
         """Whether it must not act any more, because the channel is over."""
         return not self._depth and self._all._over
+
+    @property
+    def whose(self) -> Hashable:
+        """What is the same for all of one channel, and for no others."""
+        return self._all
 
     async def wait_released(self) -> None:
         """Wait until it may act. A checkpoint if it has to.

@@ -45,6 +45,8 @@ MAX_GREETING = 16
 """Connections that have not said who they are; the oldest has to go when there are more."""
 QUERY_PATIENCE = 2.0
 """Seconds for a worker to describe its guest."""
+KILL_PATIENCE = 2.0
+"""Seconds for the killed to be gone; one that closes a VMM's FUSE file waits on."""
 STOP_PATIENCE = 8.0
 """Seconds for workers to say goodbye; longer than a handler has for its end."""
 
@@ -194,11 +196,8 @@ class Supervisor:
         self._past.append(pid)
         worker.status = status
         how = describe_status(status)
-        if (
-            how
-            and not (self._stopping or worker.evicted)
-            and (worker.peer is not None or worker.keeps)
-        ):
+        in_use = worker.peer is not None or worker.keeps is not None
+        if how and in_use and not (self._stopping or worker.evicted):
             _log.error("%s: its worker %s", worker.label, how)
             self.failed = self.failed or worker.attached
         self._ended.set()
@@ -291,23 +290,25 @@ class Supervisor:
     async def _stop(self) -> None:
         self._stopping = True
         self._making.cancel()
-        # What guests share is kept until the last one has let go of it.
-        keepers = set(self._keepers.values())
+        keepers = set(self._keepers.values())  # until the last guest has let go of them
         await self._end([each for each in self._workers.values() if each not in keepers])
         await self._end(list(self._workers.values()))
 
     async def _end(self, workers: list[Worker]) -> None:
         for worker in workers:
             worker.stop()
-        with trio.move_on_after(STOP_PATIENCE):
+        for worker in await self._left_after(STOP_PATIENCE, workers):
+            _log.warning("%s: did not end by itself", worker.label)
+            self.kill(worker.pid)
+        for worker in await self._left_after(KILL_PATIENCE, workers):
+            _log.error("%s: process %d cannot be killed", worker.label, worker.pid)
+            del self._workers[worker.pid]
+
+    async def _left_after(self, seconds: float, workers: list[Worker]) -> list[Worker]:
+        with trio.move_on_after(seconds):
             while any(each.pid in self._workers for each in workers):
                 await self._ended.wait()
-        for worker in workers:
-            if worker.pid in self._workers:
-                _log.warning("%s: did not end by itself", worker.label)
-                self.kill(worker.pid)
-        while any(each.pid in self._workers for each in workers):
-            await self._ended.wait()
+        return [each for each in workers if each.pid in self._workers]
 
     # -- what guests share -----------------------------------------------------------------------
 
@@ -479,8 +480,8 @@ class Supervisor:
 
 
 _UNKNOWN: dict[str, Any] = {
-    "version": None, "memory": 0, "paused": False, "faults": 0, "gpadls": 0,
-    "messages_waiting": 0, "monitor_polls": 0, "devices": [], "channels": [],
+    "version": None, "memory": 0, "paused": False, "faults": 0, "gpadls": 0, "messages_waiting": 0,
+    "monitor_polls": 0, "devices": [], "channels": [],
 }  # fmt: skip
 """A guest of which nothing is known now."""
 

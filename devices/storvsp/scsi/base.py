@@ -175,7 +175,7 @@ class DispatchUnit(LogicalUnit):
         with trio.CancelScope() as scope:
             self._running[scope] = command
             try:
-                async with Turn(self.gate, exclusive=exclusive):
+                async with Turn(self.gate, exclusive=exclusive, initiator=command.initiator):
                     await may_act()
                     return await work()
             finally:

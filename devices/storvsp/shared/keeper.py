@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import trio
 
 from storvsp.disk import Disk
-from storvsp.scsi import CdromUnit, Command, DiskUnit, Outcome
+from storvsp.scsi import CdromUnit, Command, DiskUnit, Outcome, cdb as op
 from storvsp.scsi.unit import TASK_ABORTED
 from storvsp.shared.messages import (
     MAX_COMMANDS,
+    MAX_WARNING,
+    MAX_WARNINGS,
     CommandRecord,
     DoneRecord,
     Kind,
@@ -25,8 +27,13 @@ from storvsp.shared.messages import (
 )
 from storvsp.shared.staging import Staging
 from vmbus.errors import PeerProtocolError
+from vmbus.watchers import Watchers
+from vmbus.workers import work_for
 
 logger = logging.getLogger("storvsp")
+
+_CHANGES = frozenset((op.START_STOP_UNIT, op.PREVENT_ALLOW_MEDIUM_REMOVAL))
+"""What changes what people see of a drive; of a disk, what has failed does."""
 
 
 class Keeper:
@@ -35,12 +42,22 @@ class Keeper:
     Args:
         disk: The back-end; owned.
         identity: What the unit is called if the disk has no identity of its own.
+        source: What people call the disk.
+        warnings: What they should know of it.
     """
 
-    def __init__(self, disk: Disk, identity: bytes) -> None:
+    def __init__(
+        self, disk: Disk, identity: bytes, *, source: str = "", warnings: Sequence[str] = ()
+    ) -> None:
         self.disk = disk
         kind = CdromUnit if disk.info.optical else DiskUnit
         self.unit = kind(disk, luns=tuple, identity=identity)
+        self.unit.name = f"shared disk ({source or type(disk).__name__})"
+        self._warnings = [_short(each) for each in warnings[:MAX_WARNINGS]]
+        self._told: dict[str, Any] = {}
+        self.watchers = Watchers()
+        """Called when :meth:`describe` says something else."""
+        disk.watch(self.look)
         self._visits: dict[Hashable, trio.Event] = {}
         """Guests with a line, and what is set at its end."""
 
@@ -48,8 +65,16 @@ class Keeper:
         """Return what guests' operators see of it."""
         info = self.disk.info
         return {
-            "size": info.size, "read_only": info.read_only, "kind": type(self.disk).__name__
+            "size": info.size, "read_only": info.read_only, "kind": type(self.disk).__name__,
+            "warnings": self._warnings, **self.unit.describe(),
         }  # fmt: skip
+
+    def look(self) -> None:
+        """Tell the guests if they see something else now. Cannot block."""
+        found = self.describe()
+        if found != self._told:
+            self._told = found
+            self.watchers.notify()
 
     async def serve(self, sock: socket.socket, staging_fd: int, initiator: Hashable) -> None:
         """Serve one guest until its line ends. Is a checkpoint.
@@ -59,6 +84,7 @@ class Keeper:
             staging_fd: The staging area, sealed; owned.
             initiator: Who the guest is.
         """
+        work_for(initiator)
         visit = _Visit(self, Line(sock), Staging(staging_fd), initiator)
         # Its name may be that of a guest that is just leaving; the end of that one's commands is
         # not to be the end of this one's.
@@ -91,6 +117,11 @@ class Keeper:
         await self.disk.aclose()
 
 
+def _short(text: str) -> str:
+    """Return a text that does not become much longer as JSON."""
+    return "".join(each if each.isprintable() else "?" for each in text[:MAX_WARNING])
+
+
 def _bad(text: str) -> PeerProtocolError:
     return PeerProtocolError(f"shared disk: {text}", errno=errno.EPROTO, fatal=True)
 
@@ -111,7 +142,7 @@ class _Visit:
         self._news = trio.Event()
 
     async def run(self) -> None:
-        unwatch = self._keeper.disk.watch(self._tell)
+        unwatch = self._keeper.watchers.add(self._tell)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._send_news)
@@ -144,6 +175,7 @@ class _Visit:
                     self._running[number][0].cancel()
             case (Kind.RESET, _):
                 unit.reset()
+                self._keeper.look()  # trays are unlocked
             case (Kind.WAIT, number):
                 self._check_room()
                 self._waits += 1
@@ -174,6 +206,8 @@ class _Visit:
                     outcome = found if found is not None else await self._unit.execute(command)
         finally:
             ended.set()
+        if outcome.status or record.cdb[0] in _CHANGES:
+            self._keeper.look()
         # Until it is said, it counts: a guest may ask and ask, and never read.
         await self._line.send(DoneRecord(record.number, outcome).encode())
         del self._running[record.number]

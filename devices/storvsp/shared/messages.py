@@ -81,7 +81,7 @@ def number_record(kind: Kind, number: int = 0) -> bytes:
 
 def info_record(info: dict[str, Any]) -> bytes:
     """Return a record that describes the unit."""
-    return bytes([Kind.INFO]) + json.dumps(info).encode()
+    return bytes([Kind.INFO]) + json.dumps(info, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def _bad(text: str) -> PeerProtocolError:
@@ -125,13 +125,27 @@ def decode_to_unit_untrusted(data: bytes) -> DoneRecord | tuple[Kind, int] | dic
             info = json.loads(data[1:])
         except (ValueError, RecursionError) as error:
             raise _bad("a description that is no JSON") from error
-        if isinstance(info, dict) and all(type(info.get(k)) is t for k, t in INFO.items()):
-            return info
+        if _is_info(info):
+            return {name: info[name] for name in (*INFO, *MORE_INFO) if name in info}
     raise _bad(f"a record of {len(data)} bytes")
 
 
-INFO: dict[str, type] = {"size": int, "read_only": bool, "kind": str}
+INFO: dict[str, type] = {"size": int, "read_only": bool, "kind": str, "warnings": list}
 """What a unit is described by."""
+MORE_INFO: dict[str, type] = {"stopped": str, "no_space": int, "tray": str, "locked": bool}
+"""What is said of disks only, or of drives."""
+MAX_WARNINGS = 3
+MAX_WARNING = 250
+"""Characters; all of them have to fit into a record."""
+
+
+def _is_info(info: object) -> bool:
+    return (
+        isinstance(info, dict)
+        and all(type(info.get(name)) is kind for name, kind in INFO.items())
+        and all(type(info[name]) is kind for name, kind in MORE_INFO.items() if name in info)
+        and all(isinstance(each, str) for each in info["warnings"])
+    )
 
 
 class Line:

@@ -284,7 +284,8 @@ class SharedUnit(LogicalUnit):
 
     def describe(self) -> dict[str, Any]:
         """See :meth:`LogicalUnit.describe`."""
-        return {**self.info, "source": self._source, "shared": True, "lost": self._lost}
+        found = {name: value for name, value in self.info.items() if name != "warnings"}
+        return {**found, "source": self._source, "shared": True, "lost": self._lost}
 
     def close(self) -> None:
         """See :meth:`LogicalUnit.close`: the end of the line aborts what it has brought."""

@@ -76,7 +76,7 @@ def test_what_was_said_is_heard(number, cdb, direction, length, status, sense):
     assert decode_to_keeper_untrusted(command.encode(), 4096) == command
     done = DoneRecord(number, Outcome(status, sense, length))
     assert decode_to_unit_untrusted(done.encode()) == done
-    info = {"size": number, "read_only": False, "kind": "RamDisk"}
+    info = {"size": number, "read_only": False, "kind": "RamDisk", "warnings": []}
     assert decode_to_unit_untrusted(info_record(info)) == info
     assert json.loads(info_record(info)[1:]) == info
 
