@@ -128,6 +128,7 @@ class Requests:
         self.inline = 0
         self.waited = 0
         self._under_way = Endings()
+        self._undertakings: dict[int, Undertaking] = {}
 
     def serve_batch_untrusted(
         self,
@@ -340,6 +341,7 @@ class Requests:
         )
         execution = _Execution(packet, srb, command, unit, undertaking, unit.aborts)
         number = self._under_way.begin()
+        self._undertakings[number] = undertaking
         nursery.start_soon(self._execute_slowly, channel, execution, number)
 
     async def _execute_slowly(self, channel: Channel, execution: _Execution, number: int) -> None:
@@ -354,6 +356,7 @@ class Requests:
                     outcome = await self._execute(execution)
         finally:
             execution.undertaking.end()
+            del self._undertakings[number]
             self._under_way.end(number)
         _count(unit, execution.command, outcome)
         self._finish(channel, execution.packet, execution.srb, outcome)
@@ -374,6 +377,11 @@ class Requests:
     def busy(self) -> bool:
         """Whether any command is under way."""
         return bool(self._under_way)
+
+    @property
+    def names(self) -> list[str]:
+        """What is under way, for people; the oldest first."""
+        return [each.name() for each in self._undertakings.values()]
 
     async def ended(self) -> None:
         """Wait until all commands that are under way now have ended. A checkpoint if any is."""

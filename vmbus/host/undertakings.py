@@ -14,7 +14,7 @@ behind the device is dead. So
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
@@ -22,6 +22,23 @@ CHANNEL_LOAD = 16 << 20
 """Bytes of host memory that undertakings of one channel may hold before it is read no more."""
 DEVICE_LOAD = 64 << 20
 """The same for all channels of a device together."""
+
+NAMED = 3
+"""Requests that are named when they do not come back; of more, how many there are."""
+
+
+def not_back(names: Sequence[str], seconds: float, otherwise: str = "a device") -> str:
+    """Say in a line what has not come back in time.
+
+    Args:
+        names: What it is, each.
+        seconds: How long it was waited for.
+        otherwise: What it is if there are no names.
+    """
+    text = "; ".join(names[:NAMED]) or otherwise
+    if len(names) > NAMED:
+        text += f" and {len(names) - NAMED} more"
+    return f"{text}: not back in {seconds:g} s"
 
 
 class Load:
