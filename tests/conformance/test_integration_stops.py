@@ -24,6 +24,7 @@ from storvsp.disks import linux
 from storvsp.disks.ram import RamDisk
 from storvsp.disks.raw import RawDisk, _close_late
 from tests.support.patience import PATIENCE, until
+from tests.support.shared import kept, visitor
 from tests.support.worlds import World, first_disk, read_10, world
 from vmbus.errors import ConfigError, NotBackError
 from vmbus.guest import LINUX_6_1
@@ -139,6 +140,31 @@ async def test_a_pause_does_not_wait_for_a_long_command_which_stands_still_and_g
             await turns()
             assert disk.reads == reads
             nursery.cancel_scope.cancel()
+
+
+async def test_a_pause_stops_a_long_command_of_a_shared_disk_where_it_is_kept():
+    disk = CountingDisk(1 << 40)
+    async with kept(disk) as keeper, visitor(keeper, "a") as unit:
+        made = make()
+        made.add_unit(unit, lun=0)
+        async with world(made) as there, there.boot(LINUX_6_1) as guest:
+            adapter, _ = await first_disk(guest, sub_channels=0)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(adapter.execute, VERIFY_1_TIB)
+                await until(lambda: disk.reads > 20)
+                answers: list[str] = []
+                await ask(there, PartitionPaused, answers)
+                assert answers == ["done"]
+                reads = disk.reads
+                await turns()
+                assert disk.reads == reads
+                there.bus._resume()
+                await until(lambda: disk.reads > reads + 20)
+                answers = []
+                await ask(there, PartitionReset, answers)
+                assert answers == ["done"], "it ends, and is not waited for"
+                assert not keeper.keeper.unit.busy
+                nursery.cancel_scope.cancel()
 
 
 async def test_a_pause_fails_in_time_and_names_what_does_not_come_back_and_the_guest_goes_on(
