@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Hashable
 from typing import Any
 from uuid import UUID, uuid4
@@ -158,6 +159,8 @@ class ScsiController:
 
         Raises:
             ConfigError: There is no drive, it has a medium, or the disk does not fit.
+            NotBackError: The old medium is not closed yet, as with :meth:`remove_disk`; the new one
+                is in.
         """
         return await self.units.insert(
             address, disk, replace=replace, force=force, owned=owned, source=source
@@ -175,6 +178,7 @@ class ScsiController:
 
         Raises:
             ConfigError: There is no drive, or nothing in it.
+            NotBackError: It is out, but not closed yet, as with :meth:`remove_disk`.
         """
         return await self.units.eject(address, force=force)
 
@@ -195,6 +199,9 @@ class ScsiController:
 
         Raises:
             ConfigError: There is nothing at ``address``.
+            NotBackError: The disk does not give back, within
+                :data:`storvsp.units.LET_GO_PATIENCE`, what it was handed. The guest has lost it all
+                the same; the command under way is answered, and the disk closed, when it does.
         """
         await self.units.remove(address)
 
@@ -259,7 +266,7 @@ class ScsiController:
         }
 
     async def aclose(self) -> None:
-        """See :meth:`vmbus.host.Device.aclose`."""
+        """See :meth:`vmbus.host.Device.aclose`. Waits for what is under way, however long."""
         self.units.closed = True
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self.units.released)
@@ -269,4 +276,4 @@ class ScsiController:
 
     async def _remove_if_there(self, address: Address) -> None:
         if address in self.units.by_address:  # else an operator was quicker
-            await self.units.remove(address)
+            await self.units.remove(address, patience=math.inf)

@@ -120,6 +120,7 @@ class ScsiPlugin:
 
         Raises:
             ConfigError: The request is unknown, incomplete or cannot be honoured.
+            NotBackError: A disk is taken away, but not closed yet.
         """
         assert isinstance(device, ScsiController)
         with remarks() as warnings:

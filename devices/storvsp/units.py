@@ -19,7 +19,8 @@ import trio
 from storvsp.disk import Disk
 from storvsp.scsi import CdromUnit, DiskUnit, LogicalUnit
 from storvsp.scsi.sense import REPORTED_LUNS_DATA_HAS_CHANGED
-from vmbus.errors import ConfigError
+from vmbus.errors import ConfigError, NotBackError
+from vmbus.host.undertakings import not_back
 
 logger = logging.getLogger("storvsp")
 
@@ -30,6 +31,9 @@ COUNTERS = ("commands", "bytes_read", "bytes_written", "errors")
 """What is counted for each unit; see :class:`storvsp.scsi.LogicalUnit`."""
 
 MAX_PATH, MAX_TARGET, MAX_LUN = 7, 1, 254
+
+LET_GO_PATIENCE = 10.0
+"""Seconds for a disk that is taken away to give back what it was handed, and to be closed."""
 
 
 def address_text(address: Address) -> str:
@@ -188,20 +192,31 @@ class Units:
         for unit in self:
             unit.detach(self.initiator)
 
-    async def remove(self, address: Address) -> None:
-        """See :meth:`storvsp.controller.ScsiController.remove_disk`."""
+    async def remove(self, address: Address, patience: float = LET_GO_PATIENCE) -> None:
+        """See :meth:`storvsp.controller.ScsiController.remove_disk`.
+
+        Args:
+            address: Path, target, LUN.
+            patience: Seconds to wait for a disk that does not give back what it was handed.
+        """
         unit = self.by_address.pop(address, None)
         if unit is None:
             raise ConfigError(f"nothing is at {address_text(address)}")
         unit.close()
         self._luns_changed(address)
-        await self._let_go(unit, self._media.pop(address, None))
+        await self._let_go(unit, self._media.pop(address, None), patience)
 
-    async def _let_go(self, unit: LogicalUnit, medium: _Medium | None) -> None:
+    async def _let_go(
+        self, unit: LogicalUnit, medium: _Medium | None, patience: float = LET_GO_PATIENCE
+    ) -> None:
         """Close a disk that a unit does not use any more, when nothing is under way.
 
         That is done by a task of its own: whoever asked for it may lose patience with commands that
-        do not end, and the disk must not stay open, and locked, for that.
+        do not end, and the disk must not stay open, and locked, for that. Nobody is told that it is
+        closed before it is: a worker thread may still write to the file, and to guest memory.
+
+        Raises:
+            NotBackError: It is not closed yet after ``patience`` seconds; it will be.
         """
         ended = trio.Event()
         errors: list[Exception] = []
@@ -225,9 +240,16 @@ class Units:
         self._releasing.add(ended)
         trio.lowlevel.spawn_system_task(release)
         try:
-            await ended.wait()
+            with trio.move_on_after(patience):
+                await ended.wait()
         finally:
             alone = not ended.is_set()
+        if alone:
+            what = unit.name or "a disk"
+            names = [f"{what}: {name}" for name in unit.under_way]
+            text = not_back(names, patience, f"{what}: closing it")
+            logger.error("%s; it was taken away, and is closed when it is back", text)
+            raise NotBackError(f"{text}; it is taken away, and closed when it is back")
         if errors:
             raise errors[0]
 

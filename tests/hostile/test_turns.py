@@ -18,8 +18,9 @@ from storvsp.disks.overlay import MARK_STEP, RUNS_AT_ONCE, OverlayDisk
 from storvsp.disks.ram import CHUNK, GROUP, RamDisk
 from storvsp.requests import COST, LONG_COST, PIECE_COST, TASK_COST, TURN, Requests
 from storvsp.scsi import DiskUnit, table
-from storvsp.scsi.base import ABORTS_AT_ONCE, COMMON
+from storvsp.scsi.base import COMMON
 from storvsp.scsi.modes import ModePages
+from storvsp.scsi.running import ABORTS_AT_ONCE
 from storvsp.scsi.table import make_table
 from storvsp.scsi.unit import TASK_ABORTED, Command, DataDirection
 from storvsp.wire import (

@@ -147,6 +147,8 @@ class Bus:
 
         Raises:
             ConfigError: There is no such device.
+            NotBackError: What it has begun does not come back, see
+                :meth:`vmbus.host.roster.Roster.remove`. It may be removed again.
         """
         await self._roster.remove(number)
 
@@ -303,6 +305,7 @@ class Bus:
         runner = self.runners.get(key)
         if runner is not None:
             runner.close()
+            self._stops.begin_close(runner)
         else:
             # The bus is ending and was quicker.
             self.engine.close_done(key)

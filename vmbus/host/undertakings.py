@@ -14,7 +14,7 @@ behind the device is dead. So
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 
 import trio
 
@@ -22,6 +22,23 @@ CHANNEL_LOAD = 16 << 20
 """Bytes of host memory that undertakings of one channel may hold before it is read no more."""
 DEVICE_LOAD = 64 << 20
 """The same for all channels of a device together."""
+
+NAMED = 3
+"""Requests that are named when they do not come back; of more, how many there are."""
+
+
+def not_back(names: Sequence[str], seconds: float, otherwise: str = "a device") -> str:
+    """Say in a line what has not come back in time.
+
+    Args:
+        names: What it is, each.
+        seconds: How long it was waited for.
+        otherwise: What it is if there are no names.
+    """
+    text = "; ".join(names[:NAMED]) or otherwise
+    if len(names) > NAMED:
+        text += f" and {len(names) - NAMED} more"
+    return f"{text}: not back in {seconds:g} s"
 
 
 class Load:
@@ -103,17 +120,26 @@ class Undertakings:
         """Let none that rests begin to act. Cannot block."""
         if self._held is None:
             self._held = trio.Event()
+            self._tell()
 
     def go_on(self) -> None:
         """Undo :meth:`hold`. Cannot block."""
         held, self._held = self._held, None
         if held is not None:
             held.set()
+            self._tell()
+
+    def _tell(self) -> None:
+        """Tell those that act, and want to know, that something else is wanted of them."""
+        for each in tuple(self._acting):
+            if each._told is not None:
+                each._told()
 
     def end(self) -> None:
         """The channel is over: none that rests will act any more. Cannot block."""
         self._over = True
         self.go_on()
+        self._tell()
         for scope in self._waits:
             scope.cancel()
 
@@ -130,13 +156,14 @@ class Undertaking:
         name: Says what it is, for people.
     """
 
-    __slots__ = ("_all", "_depth", "_weight", "name")
+    __slots__ = ("_all", "_depth", "_told", "_weight", "name")
 
     def __init__(self, all_of_them: Undertakings, weight: int, name: Callable[[], str]) -> None:
         self.name = name
         self._all = all_of_them
         self._weight = weight
         self._depth = 0
+        self._told: Callable[[], None] | None = None
         all_of_them.load.change(weight)
         all_of_them.resting += 1
 
@@ -154,6 +181,26 @@ class Undertaking:
     def whose(self) -> Hashable:
         """What is the same for all of one channel, and for no others."""
         return self._all
+
+    @property
+    def rest_wanted(self) -> bool:
+        """Whether a pause waits for it to come to rest, or will if it acts."""
+        return self._all._held is not None
+
+    @property
+    def end_wanted(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self._all._over
+
+    def heed(self, told: Callable[[], None] | None) -> None:
+        """Be told when, while it acts, what is wanted of it changes. Cannot block.
+
+        For one that can be interrupted in an action.
+
+        Args:
+            told: Called then; cannot block. None: nobody wants to know.
+        """
+        self._told = told
 
     async def wait_released(self) -> None:
         """Wait until it may act. A checkpoint if it has to.

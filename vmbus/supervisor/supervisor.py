@@ -470,6 +470,7 @@ class Supervisor:
 
         Raises:
             ConfigError: There is no such guest or device, or it cannot do that.
+            NotBackError: The disk does not give back what it was handed.
             OSError: The disk cannot.
         """
         worker = pick_guest(self._attached(), request.get("guest"))

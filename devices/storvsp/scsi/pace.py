@@ -34,6 +34,17 @@ class Pace(Protocol):
     def whose(self) -> Hashable:
         """Whose it is, where commands take turns; a channel."""
 
+    @property
+    def rest_wanted(self) -> bool:
+        """Whether it is to come to rest, if it can while it acts."""
+
+    @property
+    def end_wanted(self) -> bool:
+        """Whether it is to end, if it can while it acts."""
+
+    def heed(self, told: Callable[[], None] | None) -> None:
+        """Be told when, while it acts, one of these two changes."""
+
     async def wait_released(self) -> None:
         """Wait until it may act. A checkpoint if it has to. Raises trio.EndOfChannel."""
 
@@ -53,6 +64,11 @@ class _Free:
     held = False
     over = False
     whose = None
+    rest_wanted = False
+    end_wanted = False
+
+    def heed(self, told: Callable[[], None] | None) -> None:
+        """Nothing changes."""
 
     async def wait_released(self) -> None:
         """Nothing to wait for."""

@@ -167,6 +167,11 @@ class LogicalUnit(abc.ABC):
     def busy(self) -> bool:
         """Whether any command is in progress."""
 
+    @property
+    def under_way(self) -> list[str]:
+        """What the commands in progress are, for people; by default nothing is known of them."""
+        return []
+
     @abc.abstractmethod
     async def ended(self) -> None:
         """Wait until all commands that are in progress now have ended. A checkpoint if any is."""

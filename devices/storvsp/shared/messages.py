@@ -33,9 +33,14 @@ class Kind(enum.IntEnum):
     ATTENTION = 5
     INTRODUCE = 6
     DETACH = 7
+    HOLD = 8
+    """Let a command stand still. Answered once: with HELD, or with the command's own DONE."""
+    GO_ON = 9
+    """Let it go on. A HOLD that has no answer yet gets one."""
     DONE = 16
     WAITED = 17
     INFO = 18
+    HELD = 19
 
 
 _COMMAND = struct.Struct("<BBBxIIQ16s")
@@ -105,7 +110,7 @@ def decode_to_keeper_untrusted(data: bytes, staging: int) -> CommandRecord | tup
         if length > staging or offset > staging - length:
             raise _bad("a buffer beyond the staging area")
         return CommandRecord(number, cdb[:cdb_length], DataDirection(direction), length, offset)
-    if len(data) == _NUMBER.size and Kind.ABORT <= data[0] <= Kind.DETACH:
+    if len(data) == _NUMBER.size and Kind.ABORT <= data[0] <= Kind.GO_ON:
         kind, number = _NUMBER.unpack(data)
         return Kind(kind), number
     raise _bad(f"a record of {len(data)} bytes")
@@ -118,8 +123,9 @@ def decode_to_unit_untrusted(data: bytes) -> DoneRecord | tuple[Kind, int] | dic
         if sense_length > len(sense):
             raise _bad("sense data that is too long")
         return DoneRecord(number, Outcome(status, sense[:sense_length], transferred))
-    if len(data) == _NUMBER.size and data[0] == Kind.WAITED:
-        return Kind.WAITED, _NUMBER.unpack(data)[1]
+    if len(data) == _NUMBER.size and data[0] in {Kind.WAITED, Kind.HELD}:
+        kind, number = _NUMBER.unpack(data)
+        return Kind(kind), number
     if data[:1] == bytes([Kind.INFO]):
         try:
             info = json.loads(data[1:])
