@@ -205,7 +205,7 @@ class Supervisor:
         self._ended = trio.Event()
 
     def kill(self, pid: int) -> None:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         try:
             send_down(self._zygote, {"kill": pid})
         except BlockingIOError:
@@ -218,16 +218,16 @@ class Supervisor:
         self.kill(pid)
 
     def came(self) -> None:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         self.served += 1
 
     def left(self, worker: Worker) -> None:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         self.failed = self.failed or worker.failed
         self.faults += worker.faults
 
     def expect_end(self, worker: Worker) -> None:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         self._nursery.start_soon(self._to_the_end, partial(self._wait_for_end, worker))
 
     async def _wait_for_end(self, worker: Worker, _: object) -> None:
@@ -237,7 +237,7 @@ class Supervisor:
         self.kill(worker.pid)
 
     def full(self) -> str:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         limit = self.plan.limits.max_connections
         if sum(worker.name is not None for worker in self._workers.values()) < limit:
             return ""
@@ -312,7 +312,7 @@ class Supervisor:
     # -- what guests share -----------------------------------------------------------------------
 
     async def lines(self, guest: str) -> dict[SharedKey, Line]:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         made: dict[SharedKey, Line] = {}
         try:
             for key, staging in self._staging.items():
