@@ -13,6 +13,7 @@ from storvsp.shared import Keeper, SharedUnit
 from storvsp.units import Address, address_text
 from vmbus.errors import ConfigError
 from vmbus.host.device import Device
+from vmbus.plugins.options import Option
 from vmbus.plugins.registry import Registry
 from vmbus.plugins.remarks import remarks
 from vmbus.plugins.sharing import Line
@@ -21,6 +22,22 @@ from vmbus.plugins.specs import OptionReader, parse_number, parse_size
 MIN_STAGING = 8 << 20
 """Bytes between a guest and the keeper of a disk that it shares."""
 _NAME = "SCSI controller"
+
+OPTIONS = (
+    Option("max_subchannels", "channels beside the first one, 0 to 63", "N", "15"),
+    Option(
+        "max_transfer_bytes",
+        "largest transfer of one SCSI request, 64K to 128M in whole 4K",
+        "SIZE",
+        "2M",
+    ),
+    Option(
+        "monitor",
+        "ring it through the monitor page: slower, but OpenBSD needs it",
+        "on|off",
+        "off",
+    ),
+)
 
 
 class ScsiPlugin:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from vmbus.cli.completion import complete_file
 from vmbus.errors import ConfigError
 from vmbus.plugins import specs
 
@@ -59,6 +60,7 @@ def socket_option(function: F) -> F:
         "--socket",
         "socket_path",
         metavar="PATH",
+        shell_complete=complete_file,
         required=True,
         envvar="VMBUS_SOCKET",
         show_envvar=True,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmbus.attach.protocol.sockets import CONTROL_SUFFIX
-from vmbus.cli.completion import complete_spec
+from vmbus.cli.completion import complete_device, complete_file, complete_spec
 from vmbus.cli.logs import logging_to
 from vmbus.cli.params import parse_permissions, parse_size
 from vmbus.cli.serving import Settings, Socket, run
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     "sockets",
     multiple=True,
     metavar="[NAME=]PATH",
+    shell_complete=complete_file,
     help="Listen for VMMs on a new socket file; may be repeated. A guest that comes by a socket "
     "with a NAME has that name, whatever its VMM says.",
 )
 @click.option(
     "--control",
     metavar="PATH",
+    shell_complete=complete_file,
     help=f"Listen for operators on another one.  [default: PATH{CONTROL_SUFFIX} of the first "
     "--socket]",
 )
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     "devices",
     multiple=True,
     metavar="'NAME [OPTION=VALUE]... [SPEC]...'",
+    shell_complete=complete_device,
     help="Another device for each guest; one argument, split like a shell does.",
 )
 @click.option(
