@@ -28,7 +28,7 @@ from vmbus.attach.server.admission import Peer
 from vmbus.errors import AttachError, ConfigError
 from vmbus.log_budget import LogBudget
 from vmbus.plugins.sharing import Line, make_line
-from vmbus.server.devices import SharedKey
+from vmbus.server.devices import SharedKey, need_names
 from vmbus.server.guests import check_kind, pick_guest
 from vmbus.server.keepers import shared_backends
 from vmbus.server.process import resident_bytes
@@ -364,7 +364,7 @@ class Supervisor:
         Raises:
             OSError: The listener is broken.
         """
-        admission = admission or Names()
+        admission = admission or Names(anonymous=not need_names(self.plan.setups))
         if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             worker = await self._hand_over(listener, admission)
             await worker.gone.wait()
