@@ -48,6 +48,21 @@ one.
 """
 
 
+SEVERAL = """\
+## Several guests and one image
+
+| write | what it is | who keeps it whole |
+|---|---|---|
+| `raw:{guest}.img` | an image for each guest, none is shared | the lock on each |
+| `raw:[ro]base.img` | one image that all read | nobody can write it meanwhile |
+| `overlay:raw:base.img` | the same, and each guest has what it writes for itself | likewise |
+| `raw:[shared]cluster.img` | one disk that all guests of a server write, for cluster file systems: the server opens it once, and the guests keep each other away by its reservations | the guests |
+| `raw:[share]disk.img` | no sharing at all: the image is opened without a lock, and nothing keeps others away from it, guest or program | **nobody**, whoever writes it twice ruins it |
+
+`shared` is the controller's, for every kind of disk, and says what guests see: one disk. `share` is
+that of `raw` and `cd`, and says what this program leaves out: its lock. Take it where locks do not
+work (some network file systems), or where another program that has the image open only reads it."""  # noqa: E501  # tables
+
 CONTROLLER = """\
 The controller that the disks are behind. That of `--disk` is told by options of
 [`vmbus serve`](cli.md#vmbus-serve) (`--subchannels`, `--max-transfer`, `--monitor`); others say it
@@ -115,6 +130,7 @@ def make() -> str:
         ),
         "",
     ]
+    lines += [SEVERAL, ""]
     for name, module in modules.items():
         lines += section(name, module)
     return "\n".join([*lines, *controller()]).rstrip("\n") + "\n"
