@@ -150,7 +150,7 @@ class ScsiPlugin:
                     raise ConfigError("resize: size is a text such as 2G")
                 size = await device.resize_disk(
                     parse_address(text),
-                    parse_size(size) if size else None,
+                    parse_size(size) if size is not None else None,
                     shrink=_flag(request, "shrink"),
                 )
                 return {"size": size}

@@ -21,7 +21,7 @@ import click
 
 from vmbus.cli.completion import complete_device, complete_file, complete_spec
 from vmbus.cli.logs import logging_to
-from vmbus.cli.params import parse_size
+from vmbus.cli.params import Number, parse_size
 from vmbus.cli.program import EXIT_INTERRUPTED, EXIT_USAGE, Failure, UsageFailure
 from vmbus.errors import AttachError, ConfigError
 from vmbus.wire.versions import Version
@@ -76,9 +76,7 @@ itself emulated needs most of a minute to load the program."""
     metavar="SIZE",
     help="How much of it the guest has.",
 )
-@click.option(
-    "--cpus", type=click.IntRange(1, 254), default=1, show_default=True, help="Processors."
-)
+@click.option("--cpus", type=Number(1, 254), default=1, show_default=True, help="Processors.")
 @click.option(
     "--disk",
     "disks",

@@ -11,7 +11,7 @@ import click
 from vmbus.attach.protocol.sockets import CONTROL_SUFFIX
 from vmbus.cli.completion import complete_device, complete_file, complete_spec
 from vmbus.cli.logs import logging_to
-from vmbus.cli.params import parse_permissions, parse_size
+from vmbus.cli.params import Number, parse_permissions, parse_transfer
 from vmbus.cli.serving import Settings, Socket, run
 from vmbus.wire.versions import Version
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--fd",
-    type=click.IntRange(0),
+    type=Number(0),
     metavar="N",
     help="Use an inherited socket, listening or connected.",
 )
@@ -85,15 +85,15 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--subchannels",
-    type=click.IntRange(0, 63),
+    type=Number(0, 63),
     metavar="N",
     help="Channels that a guest may open beside the controller's first one.  [default: 15]",
 )
 @click.option(
     "--max-transfer",
-    type=parse_size,
+    type=parse_transfer,
     metavar="SIZE",
-    help="Largest transfer of one SCSI request.  [default: 2M]",
+    help="Largest transfer of one SCSI request, 64K to 128M.  [default: 2M]",
 )
 @click.option(
     "--monitor",
@@ -110,7 +110,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--max-vps",
-    type=click.IntRange(1, 2048),
+    type=Number(1, 2048),
     metavar="N",
     default=2048,
     show_default=True,
@@ -118,7 +118,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--poll",
-    type=click.IntRange(0, 1_000_000),
+    type=Number(0, 1_000_000),
     metavar="MICROSECONDS",
     help="Longest look for requests before sleeping; 0 sleeps at once; by default what is worth "
     "while on this machine, 200 or more.",
@@ -134,7 +134,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--max-guests",
-    type=click.IntRange(1, 4096),
+    type=Number(1, 4096),
     default=64,
     show_default=True,
     metavar="N",

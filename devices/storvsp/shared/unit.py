@@ -66,6 +66,8 @@ class SharedUnit(LogicalUnit):
         source: What people call the disk.
     """
 
+    why_fixed = "a disk that guests share, which keeps the size that the server was started with"
+
     def __init__(
         self,
         sock: socket.socket,
