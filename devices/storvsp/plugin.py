@@ -14,6 +14,7 @@ from storvsp.shared import Keeper, SharedUnit
 from storvsp.units import Address, address_text
 from vmbus.errors import ConfigError
 from vmbus.host.device import Device
+from vmbus.plugins.options import Option
 from vmbus.plugins.registry import Registry
 from vmbus.plugins.remarks import remark, remarks
 from vmbus.plugins.sharing import Line
@@ -24,6 +25,22 @@ logger = logging.getLogger("storvsp")
 MIN_STAGING = 8 << 20
 """Bytes between a guest and the keeper of a disk that it shares."""
 _NAME = "SCSI controller"
+
+OPTIONS = (
+    Option("max_subchannels", "channels beside the first one, 0 to 63", "N", "15"),
+    Option(
+        "max_transfer_bytes",
+        "largest transfer of one SCSI request, 64K to 128M in whole 4K",
+        "SIZE",
+        "2M",
+    ),
+    Option(
+        "monitor",
+        "ring it through the monitor page: slower, but OpenBSD needs it",
+        "on|off",
+        "off",
+    ),
+)
 
 
 class ScsiPlugin:
@@ -140,7 +157,7 @@ class ScsiPlugin:
                     raise ConfigError("resize: size is a text such as 2G")
                 size = await device.resize_disk(
                     parse_address(text),
-                    parse_size(size) if size else None,
+                    parse_size(size) if size is not None else None,
                     shrink=_flag(request, "shrink"),
                 )
                 return {"size": size}

@@ -318,12 +318,17 @@ class Units:
         """See :meth:`storvsp.controller.ScsiController.resize_disk`."""
         if address not in self.by_address:
             raise ConfigError(f"nothing is at {address_text(address)}")
+        if size is not None and size <= 0:
+            raise ConfigError(f"{size} bytes are no size of a disk")
         disk = self.disk(address)
+        if disk is None:
+            why = self.by_address[address].why_fixed
+            raise ConfigError(f"{address_text(address)} cannot be resized: it is {why}")
         action = getattr(disk, "resize", None)
-        if disk is None or (size is not None and action is None):
-            kind = self.by_address[address].describe().get("shared") and "shared by guests"
-            kind = kind or type(disk or self.by_address[address]).__name__
-            raise ConfigError(f"{address_text(address)} is {kind}, which cannot be resized")
+        if size is not None and action is None:
+            raise ConfigError(
+                f"{address_text(address)} cannot be resized: a {type(disk).__name__} keeps its size"
+            )
         await disk.look_again()  # it may have become another size outside
         if size is not None and size < disk.info.size and not shrink:
             raise ConfigError(

@@ -117,13 +117,13 @@ class Undertakings:
         return Undertaking(self, weight, name)
 
     def hold(self) -> None:
-        """Let none that rests begin to act. Cannot block."""
+        """Internal: let none that rests begin to act. Cannot block."""
         if self._held is None:
             self._held = trio.Event()
             self._tell()
 
     def go_on(self) -> None:
-        """Undo :meth:`hold`. Cannot block."""
+        """Internal: undo :meth:`hold`. Cannot block."""
         held, self._held = self._held, None
         if held is not None:
             held.set()
@@ -136,7 +136,7 @@ class Undertakings:
                 each._told()
 
     def end(self) -> None:
-        """The channel is over: none that rests will act any more. Cannot block."""
+        """Internal: the channel is over: none that rests will act any more. Cannot block."""
         self._over = True
         self.go_on()
         self._tell()

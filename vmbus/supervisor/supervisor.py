@@ -28,7 +28,7 @@ from vmbus.attach.server.admission import Peer
 from vmbus.errors import AttachError, ConfigError
 from vmbus.log_budget import LogBudget
 from vmbus.plugins.sharing import Line, make_line
-from vmbus.server.devices import SharedKey
+from vmbus.server.devices import SharedKey, need_names
 from vmbus.server.guests import check_kind, pick_guest
 from vmbus.server.keepers import shared_backends
 from vmbus.server.process import resident_bytes
@@ -204,7 +204,7 @@ class Supervisor:
         self._ended = trio.Event()
 
     def kill(self, pid: int) -> None:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         try:
             send_down(self._zygote, {"kill": pid})
         except BlockingIOError:
@@ -217,16 +217,16 @@ class Supervisor:
         self.kill(pid)
 
     def came(self) -> None:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         self.served += 1
 
     def left(self, worker: Worker) -> None:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         self.failed = self.failed or worker.failed
         self.faults += worker.faults
 
     def expect_end(self, worker: Worker) -> None:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         self._nursery.start_soon(self._to_the_end, partial(self._wait_for_end, worker))
 
     async def _wait_for_end(self, worker: Worker, _: object) -> None:
@@ -236,7 +236,7 @@ class Supervisor:
         self.kill(worker.pid)
 
     def full(self) -> str:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         limit = self.plan.limits.max_connections
         if sum(worker.name is not None for worker in self._workers.values()) < limit:
             return ""
@@ -313,7 +313,7 @@ class Supervisor:
     # -- what guests share -----------------------------------------------------------------------
 
     async def lines(self, guest: str) -> dict[SharedKey, Line]:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         made: dict[SharedKey, Line] = {}
         try:
             for key, staging in self._staging.items():
@@ -365,7 +365,7 @@ class Supervisor:
         Raises:
             OSError: The listener is broken.
         """
-        admission = admission or Names()
+        admission = admission or Names(anonymous=not need_names(self.plan.setups))
         if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             worker = await self._hand_over(listener, admission)
             await worker.gone.wait()

@@ -127,6 +127,9 @@ class LogicalUnit(abc.ABC):
     name = ""
     """What operators call it: where it is, and what is behind it."""
 
+    why_fixed = "no disk"
+    """What it is, for operators, if there is no back-end here that could become another size."""
+
     # What operators see of it; kept by who executes its commands.
     commands = 0
     """Commands that have ended, whatever their outcome."""

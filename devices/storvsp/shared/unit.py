@@ -107,6 +107,7 @@ class SharedUnit(LogicalUnit):
     """
 
     paced = True
+    why_fixed = "a disk that guests share, which keeps the size that the server was started with"
 
     def __init__(
         self,

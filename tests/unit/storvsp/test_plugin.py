@@ -157,9 +157,20 @@ async def test_a_disk_becomes_smaller_only_if_that_is_asked_for():
     ):
         await PLUGIN.command(controller, smaller)
     assert await PLUGIN.command(controller, {**smaller, "shrink": True}) == {"size": 1 << 20}
+    with pytest.raises(ConfigError, match=r"^0 bytes are no size of a disk"):
+        await PLUGIN.command(controller, {**smaller, "size": "0"})
+    with pytest.raises(ConfigError, match="'' is not a size"):
+        await PLUGIN.command(controller, {**smaller, "size": ""})
     for nonsense in ({"shrink": 1}, {"size": 5}, {"size": "1M", "shrink": "yes"}):
         with pytest.raises(ConfigError):
             await PLUGIN.command(controller, {"action": "resize", "address": "0", **nonsense})
+    await controller.aclose()
+
+
+async def test_what_has_no_size_to_change_says_what_it_is():
+    controller = await make("cd:")
+    with pytest.raises(ConfigError, match="0:0:0 cannot be resized: it is an empty drive"):
+        await PLUGIN.command(controller, {"action": "resize", "address": "0", "size": "1M"})
     await controller.aclose()
 
 
