@@ -14,9 +14,12 @@ behind the device is dead. So
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 
 import trio
+
+from vmbus.host.waking import WAKES_AT_ONCE, Waiting
 
 CHANNEL_LOAD = 16 << 20
 """Bytes of host memory that undertakings of one channel may hold before it is read no more."""
@@ -104,7 +107,8 @@ class Undertakings:
         self._settled = settled
         self._acting: dict[Undertaking, None] = {}
         self._waits: dict[trio.CancelScope, None] = {}
-        self._held: trio.Event | None = None
+        self._held = False
+        self._waiting = Waiting()
         self._over = False
 
     def begin(self, weight: int, name: Callable[[], str]) -> Undertaking:
@@ -118,15 +122,16 @@ class Undertakings:
 
     def hold(self) -> None:
         """Internal: let none that rests begin to act. Cannot block."""
-        if self._held is None:
-            self._held = trio.Event()
+        if not self._held and not self._over:
+            self._held = True
+            self._waiting.stop()
             self._tell()
 
     def go_on(self) -> None:
-        """Internal: undo :meth:`hold`. Cannot block."""
-        held, self._held = self._held, None
-        if held is not None:
-            held.set()
+        """Internal: undo :meth:`hold`: those that wait go on, some in each turn. Cannot block."""
+        if self._held:
+            self._held = False
+            self._waiting.wake()
             self._tell()
 
     def _tell(self) -> None:
@@ -138,10 +143,22 @@ class Undertakings:
     def end(self) -> None:
         """Internal: the channel is over: none that rests will act any more. Cannot block."""
         self._over = True
-        self.go_on()
+        self._held = False
+        self._waiting.wake()
         self._tell()
-        for scope in self._waits:
+        self._end_waits()
+        if self._waits:
+            trio.lowlevel.spawn_system_task(self._end_other_waits)
+
+    def _end_waits(self) -> None:
+        for scope in [*itertools.islice(self._waits, WAKES_AT_ONCE)]:
+            del self._waits[scope]
             scope.cancel()
+
+    async def _end_other_waits(self) -> None:
+        while self._waits:
+            await trio.lowlevel.checkpoint()
+            self._end_waits()
 
     @property
     def names(self) -> list[str]:
@@ -170,7 +187,7 @@ class Undertaking:
     @property
     def held(self) -> bool:
         """Whether it has to wait before it acts."""
-        return not self._depth and self._all._held is not None
+        return not self._depth and self._all._held
 
     @property
     def over(self) -> bool:
@@ -185,7 +202,7 @@ class Undertaking:
     @property
     def rest_wanted(self) -> bool:
         """Whether a pause waits for it to come to rest, or will if it acts."""
-        return self._all._held is not None
+        return self._all._held
 
     @property
     def end_wanted(self) -> bool:
@@ -208,8 +225,8 @@ class Undertaking:
         Raises:
             trio.EndOfChannel: It never may again.
         """
-        while self._all._held is not None and not self._all._over:
-            await self._all._held.wait()
+        while self._all._held and not self._all._over:
+            await self._all._waiting.wait()
         if self._all._over:
             raise trio.EndOfChannel
 
@@ -222,7 +239,7 @@ class Undertaking:
             trio.EndOfChannel: It must not act any more.
         """
         if not self._depth:
-            if self._all._held is not None or self._all._over:
+            if self._all._held or self._all._over:
                 await self.wait_released()
             self._all.resting -= 1
             self._all._acting[self] = None
@@ -254,7 +271,7 @@ class Undertaking:
                         scope.cancel()
                     await wait()
                 finally:
-                    del self._all._waits[scope]
+                    self._all._waits.pop(scope, None)
             if scope.cancelled_caught:
                 raise trio.EndOfChannel
             if depth:

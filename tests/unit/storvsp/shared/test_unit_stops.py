@@ -237,8 +237,6 @@ async def test_a_guest_that_plays_with_pauses_loses_its_line(what, caplog):
         await trio.testing.wait_all_tasks_blocked()
         disk.go.set()
         await turns(lambda: text in caplog.text)
-        assert (
-            f"hostile: shared disk: {'a command that is to stand ' * (what == 'twice')}{text}"
-            in (caplog.text)
-        )
+        assert "hostile: shared disk: " in caplog.text
+        assert text in caplog.text
         line.sock.close()
