@@ -1,15 +1,20 @@
 """Write docs/reference/api.md: the public names of the library, from their docstrings.
 
-Which modules those are is said by the table of short paths in docs/explanation/layers.md; which
-names, by each module's ``__all__``. A name that several have is described once, at its home.
+Which modules those are is said by two tables in docs/explanation/layers.md. Of the modules of short
+paths, all names of ``__all__`` are public; of the others, those that the table has. A name that
+several have is described once, at its home. Members whose docstring begins with "Internal:" are
+left out, and so is the constructor of what is "made by" somebody else.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import importlib
 import inspect
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +34,10 @@ LAYERS = ROOT / "docs/explanation/layers.md"
 WIDE = 1000
 """Characters: in a cell of a table, everything is one line."""
 SHORT_PATHS = "**Short paths**"
+PLACES = "**At their places**"
+INTERNAL = "Internal:"
+"""What a docstring begins with whose function is the library's own."""
+MADE_ELSEWHERE = re.compile(r"\bMade by\b")
 
 INTRODUCTION = """\
 # The library
@@ -37,18 +46,32 @@ INTRODUCTION = """\
 
 The public names, in the modules they are to be imported from; what is behind them may move. Here is
 how each is called and what it is. Who owns a buffer, what is raised, and whether a call is a
-checkpoint, stands in the docstrings: `help(vmbus.open_bus)`. Everything is typed, and
+checkpoint, stands in the docstrings: `help(vmbus.open_bus)`. Methods that are not here, though
+their names have no underscore, are the library's own: it calls them, and their docstrings begin
+with "Internal". Everything is typed, and
 [the rooms of the house](../explanation/layers.md) say where it belongs.
 """
 
 
+def rows(title: str) -> list[tuple[str, list[str]]]:
+    """Return the modules, and what is imported from each, of the table below a title."""
+    text = LAYERS.read_text().partition(title)[2].partition("\n\n")[2]
+    found = re.findall(r"`from ([\w.]+) import ([^`]+)`", text.partition("\n\n")[0])
+    assert found, f"no table below {title}"
+    return [(module, names.split(", ")) for module, names in found]
+
+
 def modules() -> list[str]:
-    """Return the modules of the table of short paths, in its order."""
-    text = LAYERS.read_text().partition(SHORT_PATHS)[2]
-    table = text.lstrip().partition("\n\n")[2].partition("\n\n")[0]
-    found = re.findall(r"`from ([\w.]+) import", table)
-    assert found, "no table of short paths"
-    return list(dict.fromkeys(found))
+    """Return the modules of both tables, in their order."""
+    return list(dict.fromkeys(module for module, _ in [*rows(SHORT_PATHS), *rows(PLACES)]))
+
+
+def names_of(module: str) -> list[tuple[str, object]]:
+    """Return the public names of a module."""
+    if module in dict(rows(SHORT_PATHS)):
+        return public_names(module)
+    found = importlib.import_module(module)
+    return [(name, getattr(found, name)) for name in dict(rows(PLACES))[module]]
 
 
 def cell(text: str) -> str:
@@ -62,6 +85,8 @@ def construction(name: str, cls: type) -> str:
         return f"{name}(Protocol)"
     if issubclass(cls, enum.Enum | BaseException):
         return f"{name}({', '.join(base.__name__ for base in cls.__bases__)})"
+    if MADE_ELSEWHERE.search(first_section(cls)):
+        return name
     return signature(name, cls)
 
 
@@ -73,7 +98,11 @@ def describe_class(name: str, cls: type) -> list[str]:
         lines += ["| attribute | type | |", "|---|---|---|"]
         lines += [f"| `{field}` | `{cell(of)}` | {cell(text)} |" for field, of, text in fields]
         lines += [""]
-    members = list(public_members(cls))
+    members = [
+        (member, value)
+        for member, value in public_members(cls)
+        if not summary(value).startswith(INTERNAL)
+    ]
     if members:
         lines += ["| member | |", "|---|---|"]
         for member, value in members:
@@ -98,7 +127,11 @@ def value(thing: object) -> str:
     if isinstance(thing, enum.Flag):
         return " | ".join(f"{type(thing).__name__}.{each.name}" for each in thing)
     text = repr(thing)
-    return f"{type(thing).__name__}()" if " at 0x" in text else text
+    if " at 0x" in text:
+        return f"{type(thing).__name__}()"
+    if dataclasses.is_dataclass(thing) or isinstance(thing, Mapping):
+        return f"{type(thing).__name__}(...)"  # its parts are said elsewhere
+    return text
 
 
 def make() -> str:
@@ -106,9 +139,9 @@ def make() -> str:
     lines = INTRODUCTION.split("\n")
     homes: dict[int, str] = {}
     for module in reversed(modules()):  # so that the first of them is the home
-        homes.update({id(thing): module for _, thing in public_names(module)})
+        homes.update({id(thing): module for _, thing in names_of(module)})
     for module in modules():
-        names = public_names(module)
+        names = names_of(module)
         own = [(name, thing) for name, thing in names if homes[id(thing)] == module]
         others = [(name, thing) for name, thing in names if homes[id(thing)] != module]
         lines += [f"## {module}", ""]

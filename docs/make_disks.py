@@ -1,7 +1,7 @@
 """Write docs/reference/disks.md: every disk back-end of this project, from what its module says.
 
-Options come from each module's ``OPTIONS``, the text from its docstring, the grammar from
-``vmbus/plugins/specs.py`` and what is the controller's from ``DiskSpec``.
+Options come from each module's ``OPTIONS``, the controller's too, the text from its docstring, the
+grammar from ``vmbus/plugins/specs.py`` and what the controller takes of a disk from ``DiskSpec``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from types import ModuleType
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "devices")]
 
-from storvsp.disks.specs import DISKS, DiskSpec  # noqa: E402  # needs the path above
+import storvsp  # noqa: E402  # needs the path above
+from storvsp.disks.specs import DISKS, DiskSpec  # noqa: E402
 from tests.support.docstrings import inline, markdown  # noqa: E402
 from vmbus.cli.devices import read_docstring  # noqa: E402
 from vmbus.plugins import specs  # noqa: E402
@@ -45,6 +46,27 @@ one.
 | back-end | what it is | for example |
 |---|---|---|
 """
+
+
+SEVERAL = """\
+## Several guests and one image
+
+| write | what it is | who keeps it whole |
+|---|---|---|
+| `raw:{guest}.img` | an image for each guest, none is shared | the lock on each |
+| `raw:[ro]base.img` | one image that all read | nobody can write it meanwhile |
+| `overlay:raw:base.img` | the same, and each guest has what it writes for itself | likewise |
+| `raw:[shared]cluster.img` | one disk that all guests of a server write, for cluster file systems: the server opens it once, and the guests keep each other away by its reservations | the guests |
+| `raw:[share]disk.img` | no sharing at all: the image is opened without a lock, and nothing keeps others away from it, guest or program | **nobody**, whoever writes it twice ruins it |
+
+`shared` is the controller's, for every kind of disk, and says what guests see: one disk. `share` is
+that of `raw` and `cd`, and says what this program leaves out: its lock. Take it where locks do not
+work (some network file systems), or where another program that has the image open only reads it."""  # noqa: E501  # tables
+
+CONTROLLER = """\
+The controller that the disks are behind. That of `--disk` is told by options of
+[`vmbus serve`](cli.md#vmbus-serve) (`--subchannels`, `--max-transfer`, `--monitor`); others say it
+themselves, before their disks: `--device 'storvsp monitor=on max_transfer_bytes=1M ram:64M'`."""
 
 
 def registered() -> dict[str, ModuleType]:
@@ -84,6 +106,11 @@ def section(name: str, module: ModuleType) -> list[str]:
     return [*lines, rest, ""]
 
 
+def controller() -> list[str]:
+    """Return what the controller itself can be told."""
+    return ["## storvsp", "", CONTROLLER, "", *option_table(list(read_options(storvsp)))]
+
+
 def make() -> str:
     """Return the whole page."""
     modules = registered()
@@ -103,9 +130,10 @@ def make() -> str:
         ),
         "",
     ]
+    lines += [SEVERAL, ""]
     for name, module in modules.items():
         lines += section(name, module)
-    return "\n".join(lines).rstrip("\n") + "\n"
+    return "\n".join([*lines, *controller()]).rstrip("\n") + "\n"
 
 
 if __name__ == "__main__":

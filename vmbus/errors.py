@@ -12,6 +12,7 @@
      +-- AttachError                 a vmbus-user connection could not be made or was lost
      +-- ConfigError (ValueError)    a specification, option or offer that cannot be honoured
      +-- DeviceError                 a device or back-end failed (devices derive their own)
+          +-- NotBackError           ... to give back what it was asked to let go of
 
 Beside these, the asynchronous layer raises trio's own ``trio.ClosedResourceError`` (you closed
 it), ``trio.BrokenResourceError`` (the other side is gone) and ``trio.BusyResourceError`` (two
@@ -102,6 +103,14 @@ class ConfigError(VMBusError, ValueError):
 
 class DeviceError(VMBusError):
     """A device or one of its back-ends failed; devices derive their own."""
+
+
+class NotBackError(DeviceError):
+    """What is under way has not come back in time, and may still touch memory and files.
+
+    The text names it. Whatever was asked for has not been done to the end; operators are told
+    ETIMEDOUT.
+    """
 
 
 @overload

@@ -148,7 +148,7 @@ class Session:
         """
         sender = self._senders[channel]
         done = 0
-        budget = TURN
+        budget = TURN // self._life.parts
         batch: list[tuple[Packet, list[Frame]]] = []
         for done, packet in enumerate(packets, 1):  # noqa: B007 - wanted behind the loop
             budget -= COST

@@ -7,6 +7,6 @@ from storvsp.disk import (
     DiskInfo as DiskInfo,
 )
 from storvsp.disks.specs import open_disk as open_disk
-from storvsp.plugin import PLUGIN as PLUGIN
+from storvsp.plugin import OPTIONS as OPTIONS, PLUGIN as PLUGIN
 
 __all__ = ["ScsiController", "Disk", "DiskError", "DiskInfo", "open_disk", "PLUGIN"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Hashable
 from typing import Any
 from uuid import UUID, uuid4
@@ -158,6 +159,8 @@ class ScsiController:
 
         Raises:
             ConfigError: There is no drive, it has a medium, or the disk does not fit.
+            NotBackError: The old medium is not closed yet, as with :meth:`remove_disk`; the new one
+                is in.
         """
         return await self.units.insert(
             address, disk, replace=replace, force=force, owned=owned, source=source
@@ -175,16 +178,19 @@ class ScsiController:
 
         Raises:
             ConfigError: There is no drive, or nothing in it.
+            NotBackError: It is out, but not closed yet, as with :meth:`remove_disk`.
         """
         return await self.units.eject(address, force=force)
 
-    def add_unit(self, unit: LogicalUnit, *, path: int = 0, target: int = 0, lun: int) -> Address:
+    def add_unit(
+        self, unit: LogicalUnit, *, path: int = 0, target: int = 0, lun: int, source: str = ""
+    ) -> Address:
         """Put any logical unit behind the controller, as :meth:`add_disk` does. Cannot block.
 
         Raises:
             ConfigError: The address is taken or does not exist.
         """
-        return self.units.add_unit(unit, path=path, target=target, lun=lun)
+        return self.units.add_unit(unit, path=path, target=target, lun=lun, source=source)
 
     async def remove_disk(self, address: Address) -> None:
         """Take a unit away; a running guest is told at once. Is a checkpoint.
@@ -193,6 +199,9 @@ class ScsiController:
 
         Raises:
             ConfigError: There is nothing at ``address``.
+            NotBackError: The disk does not give back, within
+                :data:`storvsp.units.LET_GO_PATIENCE`, what it was handed. The guest has lost it all
+                the same; the command under way is answered, and the disk closed, when it does.
         """
         await self.units.remove(address)
 
@@ -257,7 +266,7 @@ class ScsiController:
         }
 
     async def aclose(self) -> None:
-        """See :meth:`vmbus.host.Device.aclose`."""
+        """See :meth:`vmbus.host.Device.aclose`. Waits for what is under way, however long."""
         self.units.closed = True
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self.units.released)
@@ -267,4 +276,4 @@ class ScsiController:
 
     async def _remove_if_there(self, address: Address) -> None:
         if address in self.units.by_address:  # else an operator was quicker
-            await self.units.remove(address)
+            await self.units.remove(address, patience=math.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
@@ -13,14 +14,33 @@ from storvsp.shared import Keeper, SharedUnit
 from storvsp.units import Address, address_text
 from vmbus.errors import ConfigError
 from vmbus.host.device import Device
+from vmbus.plugins.options import Option
 from vmbus.plugins.registry import Registry
-from vmbus.plugins.remarks import remarks
+from vmbus.plugins.remarks import remark, remarks
 from vmbus.plugins.sharing import Line
 from vmbus.plugins.specs import OptionReader, parse_number, parse_size
+
+logger = logging.getLogger("storvsp")
 
 MIN_STAGING = 8 << 20
 """Bytes between a guest and the keeper of a disk that it shares."""
 _NAME = "SCSI controller"
+
+OPTIONS = (
+    Option("max_subchannels", "channels beside the first one, 0 to 63", "N", "15"),
+    Option(
+        "max_transfer_bytes",
+        "largest transfer of one SCSI request, 64K to 128M in whole 4K",
+        "SIZE",
+        "2M",
+    ),
+    Option(
+        "monitor",
+        "ring it through the monitor page: slower, but OpenBSD needs it",
+        "on|off",
+        "off",
+    ),
+)
 
 
 class ScsiPlugin:
@@ -91,7 +111,10 @@ class ScsiPlugin:
 
     async def open_keeper(self, spec: str, *, identity: bytes) -> Keeper:
         """See :class:`vmbus.plugins.sharing.SharingPlugin`."""
-        return Keeper(await open_disk(DiskSpec.parse(spec).split()[0]), identity)
+        plain = DiskSpec.parse(spec).split()[0]
+        with remarks() as warnings:
+            disk = await open_disk(plain)
+        return Keeper(disk, identity, source=str(plain), warnings=warnings)
 
     async def command(self, device: Device, request: Mapping[str, Any]) -> dict[str, Any]:
         """Carry out an operator's request on a disk or a drive. Is a checkpoint.
@@ -114,6 +137,7 @@ class ScsiPlugin:
 
         Raises:
             ConfigError: The request is unknown, incomplete or cannot be honoured.
+            NotBackError: A disk is taken away, but not closed yet.
         """
         assert isinstance(device, ScsiController)
         with remarks() as warnings:
@@ -133,7 +157,7 @@ class ScsiPlugin:
                     raise ConfigError("resize: size is a text such as 2G")
                 size = await device.resize_disk(
                     parse_address(text),
-                    parse_size(size) if size else None,
+                    parse_size(size) if size is not None else None,
                     shrink=_flag(request, "shrink"),
                 )
                 return {"size": size}
@@ -185,9 +209,11 @@ async def add_shared(controller: ScsiController, text: str, line: Line) -> Addre
         await unit.known.wait()
         if not unit.info:
             raise ConfigError(f"{text}: its keeper is gone")
+        for warning in unit.info["warnings"]:
+            remark(logger, warning)
         if lun is None:
             lun = controller.units.free_lun(path, target)
-        return controller.add_unit(unit, path=path, target=target, lun=lun)
+        return controller.add_unit(unit, path=path, target=target, lun=lun, source=text)
     except BaseException:
         unit.close()
         raise

@@ -10,10 +10,8 @@ turns out to be wrong, goes the long way, :meth:`Requests.execute`.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
-import itertools
 import struct
 from collections.abc import Callable
 
@@ -22,6 +20,7 @@ import trio
 from storvsp.scsi import Command, DataDirection, LogicalUnit, Outcome, absent_unit
 from storvsp.scsi.cdb import command_name
 from storvsp.scsi.pace import keep_pace, may_act
+from storvsp.scsi.running import Endings
 from storvsp.scsi.sense import UNIT_ATTENTION
 from storvsp.scsi.unit import TASK_ABORTED
 from storvsp.units import Units
@@ -128,9 +127,8 @@ class Requests:
         self.max_sense = SHORT_MAX_SENSE
         self.inline = 0
         self.waited = 0
-        self._under_way: dict[int, None] = {}  # by number, in order
-        self._numbers = itertools.count()
-        self._waiting: collections.deque[tuple[int, trio.Event]] = collections.deque()
+        self._under_way = Endings()
+        self._undertakings: dict[int, Undertaking] = {}
 
     def serve_batch_untrusted(
         self,
@@ -138,6 +136,8 @@ class Requests:
         packets: list[Packet],
         nursery: trio.Nursery,
         otherwise: Otherwise,
+        *,
+        parts: int = 1,
     ) -> int:
         """Answer a batch of packets of a session that is ready. Cannot block.
 
@@ -150,6 +150,8 @@ class Requests:
             nursery: Where commands go that have to wait for their disk.
             otherwise: Gets each packet that is not the common case. It returns False when the
                 session is not ready any more: what is behind that packet is not for here.
+            parts: Into how many parts the work of a turn is divided, because other channels of the
+                guest have as much to do.
 
         Returns:
             How many packets it has acted on.
@@ -161,7 +163,7 @@ class Requests:
         max_transfer = self._max_transfer
         moves = _MOVES
         done = 0
-        budget = TURN
+        budget = TURN // parts
         # Counted per unit, which seldom changes within a batch.
         current: LogicalUnit | None = None
         commands = read = written = 0
@@ -342,8 +344,8 @@ class Requests:
             lambda: f"{unit.name or 'a unit'}: {command_name(command.cdb)}",
         )
         execution = _Execution(packet, srb, command, unit, undertaking, unit.aborts)
-        number = next(self._numbers)
-        self._under_way[number] = None
+        number = self._under_way.begin()
+        self._undertakings[number] = undertaking
         nursery.start_soon(self._execute_slowly, channel, execution, number)
 
     async def _execute_slowly(self, channel: Channel, execution: _Execution, number: int) -> None:
@@ -358,8 +360,8 @@ class Requests:
                     outcome = await self._execute(execution)
         finally:
             execution.undertaking.end()
-            del self._under_way[number]
-            self._wake()
+            del self._undertakings[number]
+            self._under_way.end(number)
         _count(unit, execution.command, outcome)
         self._finish(channel, execution.packet, execution.srb, outcome)
         # Tasks that end in the same turn of the loop share one flush only by luck; the ring's
@@ -380,24 +382,14 @@ class Requests:
         """Whether any command is under way."""
         return bool(self._under_way)
 
+    @property
+    def names(self) -> list[str]:
+        """What is under way, for people; the oldest first."""
+        return [each.name() for each in self._undertakings.values()]
+
     async def ended(self) -> None:
         """Wait until all commands that are under way now have ended. A checkpoint if any is."""
-        if self._under_way:
-            last = next(self._numbers)
-            ended = trio.Event()
-            self._waiting.append((last, ended))
-            await ended.wait()
-
-    def _wake(self) -> None:
-        """Wake those who wait for commands that have all ended: the first ones, no others.
-
-        A guest can have thousands of commands and thousands of resets under way.
-        """
-        waiting = self._waiting
-        if waiting:
-            oldest = next(iter(self._under_way), None)
-            while waiting and (oldest is None or oldest > waiting[0][0]):
-                waiting.popleft()[1].set()
+        await self._under_way.ended()
 
     # -- answers ---------------------------------------------------------------------------------
 

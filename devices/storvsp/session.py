@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import logging
 
 import trio
 
@@ -55,13 +56,18 @@ from vmbus.errors import (
     STATUS_INVALID_PARAMETER,
     STATUS_REVISION_MISMATCH,
     STATUS_SUCCESS,
+    STATUS_UNSUCCESSFUL,
     ConfigError,
     GuestProtocolError,
 )
 from vmbus.host.channel import Channel
 from vmbus.host.serving import Life
+from vmbus.host.undertakings import not_back
+from vmbus.log_budget import LogBudget
 from vmbus.ring import Packet
 from vmbus.wire.packets import GPA_DIRECT, IN_BAND
+
+logger = logging.getLogger("storvsp")
 
 MAX_SUBCHANNELS = 63
 DEFAULT_MAX_TRANSFER = 2 << 20
@@ -98,6 +104,10 @@ class Limits:
 ALWAYS_TAKEN = 512 << 10
 """Bytes of one transfer that are taken whatever the guest has been told: FreeBSD's driver sends
 128 KiB and that of illumos 512 KiB without looking."""
+RESET_PATIENCE = 4.0
+"""Seconds for what a reset has aborted to end. Linux waits 5 s for the answer; without one it gives
+the requests up, and may use their pages for something else. With one, whatever it says, Linux waits
+for each request's own answer (linux/drivers/scsi/storvsc_drv.c: storvsc_host_reset_handler)."""
 UNREADY_BATCH = 16
 """Packets of one turn until the handshake is over."""
 
@@ -154,6 +164,7 @@ class Session:
         self._units = units
         self._limits = limits
         self._life = Life(primary, self.serve_batch)
+        self._late_resets = LogBudget()
 
     async def run(self) -> None:
         """Serve until the primary ends. Returns when no transfer touches guest memory any more."""
@@ -166,7 +177,9 @@ class Session:
             How many; the rest is to come again.
         """
         if self.stage is Stage.READY:
-            return self.requests.serve_batch_untrusted(channel, packets, nursery, self.handle)
+            return self.requests.serve_batch_untrusted(
+                channel, packets, nursery, self.handle, parts=self._life.parts
+            )
         for packet in packets[:UNREADY_BATCH]:
             self.handle(channel, packet, nursery)
         return UNREADY_BATCH
@@ -292,8 +305,8 @@ class Session:
     def _reset(self, packet: Packet, request: VstorPacket, nursery: trio.Nursery) -> None:
         """Abort all commands; the reset is answered when the last of them has ended.
 
-        Who has the answer may use the pages of all its requests for something else: Linux returns
-        from storvsc_host_reset_handler then.
+        Who has the answer may use the pages of all its requests for something else. One that does
+        not end in :data:`RESET_PATIENCE` makes the answer a failure.
         """
         for unit in self._units:
             unit.reset()
@@ -304,10 +317,18 @@ class Session:
             self._answer(self.primary, packet, request, STATUS_SUCCESS)
 
     async def _answer_reset(self, packet: Packet, request: VstorPacket) -> None:
-        await self.requests.ended()
-        for unit in self._units:
-            await unit.ended()
-        self._answer(self.primary, packet, request, STATUS_SUCCESS)
+        status = STATUS_UNSUCCESSFUL
+        with trio.move_on_after(RESET_PATIENCE):
+            await self.requests.ended()
+            for unit in self._units:
+                await unit.ended()
+            status = STATUS_SUCCESS
+        if status != STATUS_SUCCESS and self._late_resets.spend():
+            what = not_back(self.requests.names, RESET_PATIENCE, "a disk of another guest's")
+            logger.error(
+                "%s: %s%s", OPERATION_NAMES[request.operation], what, self._late_resets.left_out()
+            )
+        self._answer(self.primary, packet, request, status)
         await self.primary.flush()
 
     # -- answers ---------------------------------------------------------------------------------

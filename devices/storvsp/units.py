@@ -19,7 +19,8 @@ import trio
 from storvsp.disk import Disk
 from storvsp.scsi import CdromUnit, DiskUnit, LogicalUnit
 from storvsp.scsi.sense import REPORTED_LUNS_DATA_HAS_CHANGED
-from vmbus.errors import ConfigError
+from vmbus.errors import ConfigError, NotBackError
+from vmbus.host.undertakings import not_back
 
 logger = logging.getLogger("storvsp")
 
@@ -30,6 +31,9 @@ COUNTERS = ("commands", "bytes_read", "bytes_written", "errors")
 """What is counted for each unit; see :class:`storvsp.scsi.LogicalUnit`."""
 
 MAX_PATH, MAX_TARGET, MAX_LUN = 7, 1, 254
+
+LET_GO_PATIENCE = 10.0
+"""Seconds for a disk that is taken away to give back what it was handed, and to be closed."""
 
 
 def address_text(address: Address) -> str:
@@ -131,11 +135,13 @@ class Units:
         self._place(address, unit, source or (type(disk).__name__ if disk is not None else ""))
         return address
 
-    def add_unit(self, unit: LogicalUnit, *, path: int, target: int, lun: int) -> Address:
+    def add_unit(
+        self, unit: LogicalUnit, *, path: int, target: int, lun: int, source: str = ""
+    ) -> Address:
         """See :meth:`storvsp.controller.ScsiController.add_unit`."""
         address = (path, target, lun)
         self.check_free(address)
-        self._place(address, unit)
+        self._place(address, unit, source)
         return address
 
     def _place(self, address: Address, unit: LogicalUnit, source: str = "") -> None:
@@ -186,20 +192,31 @@ class Units:
         for unit in self:
             unit.detach(self.initiator)
 
-    async def remove(self, address: Address) -> None:
-        """See :meth:`storvsp.controller.ScsiController.remove_disk`."""
+    async def remove(self, address: Address, patience: float = LET_GO_PATIENCE) -> None:
+        """See :meth:`storvsp.controller.ScsiController.remove_disk`.
+
+        Args:
+            address: Path, target, LUN.
+            patience: Seconds to wait for a disk that does not give back what it was handed.
+        """
         unit = self.by_address.pop(address, None)
         if unit is None:
             raise ConfigError(f"nothing is at {address_text(address)}")
         unit.close()
         self._luns_changed(address)
-        await self._let_go(unit, self._media.pop(address, None))
+        await self._let_go(unit, self._media.pop(address, None), patience)
 
-    async def _let_go(self, unit: LogicalUnit, medium: _Medium | None) -> None:
+    async def _let_go(
+        self, unit: LogicalUnit, medium: _Medium | None, patience: float = LET_GO_PATIENCE
+    ) -> None:
         """Close a disk that a unit does not use any more, when nothing is under way.
 
         That is done by a task of its own: whoever asked for it may lose patience with commands that
-        do not end, and the disk must not stay open, and locked, for that.
+        do not end, and the disk must not stay open, and locked, for that. Nobody is told that it is
+        closed before it is: a worker thread may still write to the file, and to guest memory.
+
+        Raises:
+            NotBackError: It is not closed yet after ``patience`` seconds; it will be.
         """
         ended = trio.Event()
         errors: list[Exception] = []
@@ -223,9 +240,16 @@ class Units:
         self._releasing.add(ended)
         trio.lowlevel.spawn_system_task(release)
         try:
-            await ended.wait()
+            with trio.move_on_after(patience):
+                await ended.wait()
         finally:
             alone = not ended.is_set()
+        if alone:
+            what = unit.name or "a disk"
+            names = [f"{what}: {name}" for name in unit.under_way]
+            text = not_back(names, patience, f"{what}: closing it")
+            logger.error("%s; it was taken away, and is closed when it is back", text)
+            raise NotBackError(f"{text}; it is taken away, and closed when it is back")
         if errors:
             raise errors[0]
 
@@ -294,11 +318,17 @@ class Units:
         """See :meth:`storvsp.controller.ScsiController.resize_disk`."""
         if address not in self.by_address:
             raise ConfigError(f"nothing is at {address_text(address)}")
+        if size is not None and size <= 0:
+            raise ConfigError(f"{size} bytes are no size of a disk")
         disk = self.disk(address)
+        if disk is None:
+            why = self.by_address[address].why_fixed
+            raise ConfigError(f"{address_text(address)} cannot be resized: it is {why}")
         action = getattr(disk, "resize", None)
-        if disk is None or (size is not None and action is None):
-            kind = type(disk or self.by_address[address]).__name__
-            raise ConfigError(f"{address_text(address)} is {kind}, which cannot be resized")
+        if size is not None and action is None:
+            raise ConfigError(
+                f"{address_text(address)} cannot be resized: a {type(disk).__name__} keeps its size"
+            )
         await disk.look_again()  # it may have become another size outside
         if size is not None and size < disk.info.size and not shrink:
             raise ConfigError(
@@ -314,9 +344,9 @@ class Units:
     def continue_disk(self, address: Address) -> bool:
         """See :meth:`storvsp.controller.ScsiController.continue_disk`."""
         unit = self.by_address.get(address)
-        if not isinstance(unit, DiskUnit):
+        if unit is None or isinstance(unit, CdromUnit):
             raise ConfigError(f"there is no disk at {address_text(address)}")
-        return unit.disk.go_on()
+        return isinstance(unit, DiskUnit) and unit.disk.go_on()
 
     def disk(self, address: Address) -> Disk | None:
         """Return the back-end at an address, or None."""

@@ -10,17 +10,34 @@ import trio
 
 from vmbus.errors import ConfigError
 from vmbus.host import Channel, Device, Life, Offer
+from vmbus.plugins.options import Option
 from vmbus.plugins.registry import Registry
+from vmbus.plugins.specs import OptionReader
 from vmbus.ring import Packet
 
 CLASS_MIRROR = UUID("8a1f0d52-6f0e-4c42-9d4b-3c1f9a6f0c11")
 
 
-class MirrorDevice:
-    """Answers each request with its payload backwards."""
+OPTIONS = (
+    Option("delay", "how long an answer takes", "TIME", "0"),
+    Option("loud", "answer in capital letters", "on|off", "off"),
+)
+"""For ``vmbus devices``."""
 
-    def __init__(self, instance_id: UUID) -> None:
+
+class MirrorDevice:
+    """Answers each request with its payload backwards.
+
+    Args:
+        instance_id: The offer's instance GUID.
+        delay: Seconds that an answer takes.
+        loud: Answer in capital letters.
+    """
+
+    def __init__(self, instance_id: UUID, *, delay: float = 0.0, loud: bool = False) -> None:
         self._offer = Offer(class_id=CLASS_MIRROR, instance_id=instance_id)
+        self._delay = delay
+        self._loud = loud
         self.answered = 0
 
     @property
@@ -34,11 +51,22 @@ class MirrorDevice:
 
     def _serve(self, channel: Channel, packets: list[Packet], nursery: trio.Nursery) -> None:
         for packet in packets:
-            if packet.wants_completion:
-                channel.complete(packet.transaction_id, packet.payload[::-1])
-                self.answered += 1
-            else:
+            if not packet.wants_completion:
                 channel.complain("nothing to mirror it to", packet.transaction_id)
+            elif self._delay:
+                nursery.start_soon(self._answer_later, channel, packet)
+            else:
+                self._answer(channel, packet)
+
+    def _answer(self, channel: Channel, packet: Packet) -> None:
+        data = packet.payload[::-1]
+        channel.complete(packet.transaction_id, data.upper() if self._loud else data)
+        self.answered += 1
+
+    async def _answer_later(self, channel: Channel, packet: Packet) -> None:
+        await trio.sleep(self._delay)
+        self._answer(channel, packet)
+        await channel.flush()
 
     def snapshot(self) -> dict[str, Any]:
         """For ``vmbus top`` and other eyes."""
@@ -62,9 +90,13 @@ class MirrorDevice:
         options: Mapping[str, Any],
     ) -> MirrorDevice:
         """Make one for a guest of ``vmbus serve --device mirror``."""
-        if specs or options:
-            raise ConfigError("a mirror has no back-ends and no options")
-        return cls(instance_id)
+        reader = OptionReader("mirror", options)
+        delay = reader.duration("delay")  # seconds; 0.0 without it
+        loud = reader.flag("loud")  # on, off
+        reader.finish()  # nothing else is known
+        if specs:
+            raise ConfigError("a mirror has no back-ends")
+        return cls(instance_id, delay=delay, loud=loud)
 
     @classmethod
     async def command(cls, device: Device, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import uuid
 
 from vmbus.attach.client import Attachment, Done, Region
 from vmbus.attach.client.synic import AttachedSynic
+from vmbus.errors import AttachError
 from vmbus.memory import GuestMemory, create_memfd
 from vmbus.synic import Synic
 from vmbus.wire import messages as m, synic as wire
@@ -133,4 +134,9 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if len(sys.argv) != 2:
+        sys.exit("usage: python example_vmm.py SOCKET")
+    try:
+        main(sys.argv[1])
+    except AttachError as error:
+        sys.exit(str(error))

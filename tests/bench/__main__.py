@@ -1,14 +1,18 @@
-"""Run the benchmarks: ``python -m tests.bench [--json FILE] [--only WORD]``."""
+"""Run the benchmarks: ``python -m tests.bench [--json FILE] [--markdown PAGE] [--only WORD]``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import json
+import os
 import platform
 from pathlib import Path
 
+from tests.bench import harness
+from tests.bench.bench_storvsp import preadv_floor
 from tests.bench.harness import Figure
+from tests.bench.page import make_page
 
 MODULES = (
     "bench_ring",
@@ -17,58 +21,48 @@ MODULES = (
     "bench_memory",
     "bench_turns",
     "bench_guests",
+    "bench_channels",
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
-    parser.add_argument("--markdown", type=Path, help="write the table as a page of the docs")
+    parser.add_argument("--markdown", type=Path, help="make this page of the docs, or its part")
     parser.add_argument("--only", default="", help="only modules with this in their name")
+    parser.add_argument(
+        "--rounds", type=int, default=harness.ROUNDS, help="fewer are quicker, and say less"
+    )
     options = parser.parse_args()
-    figures: list[Figure] = []
+    harness.ROUNDS = options.rounds
+    figures: dict[str, list[Figure]] = {}
     for name in MODULES:
         if options.only in name:
             module = importlib.import_module(f"tests.bench.{name}")
+            figures[name] = []
             for figure in module.figures():
-                figures.append(figure)
+                figures[name].append(figure)
                 print(_line(figure), flush=True)
     if options.json:
         report = {
             "python": platform.python_version(),
             "machine": platform.machine(),
             "kernel": platform.release(),
-            "figures": [figure.as_dict() for figure in figures],
+            "figures": [figure.as_dict() for some in figures.values() for figure in some],
         }
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     if options.markdown:
-        options.markdown.write_text(_page(figures))
+        page = options.markdown
+        old = page.read_text() if page.exists() else ""
+        page.write_text(make_page(old, figures, _machine()))
 
 
-HEAD = """# Benchmarks
-
-Made by `make bench` (`python -m tests.bench --markdown docs/reference/benchmarks.md`): medians of
-several rounds on one otherwise idle core of a two-core x86-64 virtual machine, {python}. Absolute
-figures say as much about the machine as about the code, so each stands beside a *floor*, the least
-that any Python program would have to do for it, measured in the same run. Storage figures are the
-host's side alone, from a full ring to the interrupt: ring, vstor, SCSI, disk and back.
-
-| what | measured | floor | times the floor | target |
-|---|---|---|---|---|
-"""
-
-
-def _page(figures: list[Figure]) -> str:
-    rows = []
-    for figure in figures:
-        floor = f"{figure.floor_name}, {figure.floor:.2f} {figure.unit}" if figure.floor else ""
-        ratio = f"{figure.ratio:.1f}" if figure.ratio is not None else ""
-        target = f"at most {figure.target:g} {figure.unit}" if figure.target is not None else ""
-        rows.append(
-            f"| {figure.name} | {figure.value:.2f} {figure.unit} | {floor} | {ratio} | {target} |"
-        )
-    python = f"CPython {platform.python_version()}"
-    return HEAD.format(python=python) + "\n".join(rows) + "\n"
+def _machine() -> str:
+    """Say what the figures were measured on."""
+    return (
+        f"CPython {platform.python_version()}, {platform.machine()}, {os.cpu_count()} processors; "
+        f"a bare `preadv` of 4 KiB: {preadv_floor() / 1000:.2f} us."
+    )
 
 
 def _line(figure: Figure) -> str:

@@ -14,9 +14,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import trio
+import trio.testing
 
 from storvsp import ScsiController
 from storvsp.disk import Disk
+from storvsp.disks.delay import DelayDisk
 from storvsp.disks.overlay import OverlayDisk
 from storvsp.disks.ram import RamDisk
 from storvsp.disks.specs import open_disk
@@ -258,6 +260,22 @@ async def unmap_lists(turns: Turns) -> None:
         await _command(turns, disk, cdb, out=parameters, count=128)
 
 
+async def reset(turns: Turns) -> None:
+    """A reset while 2000 commands wait."""
+    unit = DiskUnit(DelayDisk(RamDisk(MIB), read=1000), luns=lambda: [0])
+    cdb = struct.pack(">BBIBHB", 0x28, 0, 0, 0, 1, 0)
+    async with trio.open_nursery() as nursery:
+        for _ in range(2000):
+            data = [memoryview(bytearray(512))]
+            command = Command(cdb, data, 512, DataDirection.READ, "guest")
+            assert unit.try_execute(command) is None
+            nursery.start_soon(unit.execute, command)
+        await trio.testing.wait_all_tasks_blocked()
+        with watched(turns):
+            unit.reset()
+            await unit.ended()
+
+
 CASES: dict[str, Callable[[Turns], Awaitable[None]]] = {
     "16 channels: lists of 65 000 pages": page_lists,
     "16 channels: scattered reads of 2 MiB": longest_reads,
@@ -274,4 +292,5 @@ CASES: dict[str, Callable[[Turns], Awaitable[None]]] = {
     "UNMAP of 1 GiB, RAM disk": unmaps_of_ram,
     "FORMAT UNIT of 1 GiB, RAM disk": format_of_ram,
     "128 UNMAPs of 256 sectors, raw file": unmap_lists,
+    "reset of 2000 commands that wait": reset,
 }

@@ -39,17 +39,16 @@ class Figure:
         return {**dataclasses.asdict(self), "ratio": self.ratio}
 
 
-def median_ns(run: Callable[[int], None], count: int, rounds: int = ROUNDS) -> float:
+def median_ns(run: Callable[[int], None], count: int) -> float:
     """Return the median over rounds of the nanoseconds that one of ``count`` operations takes.
 
     Args:
         run: Does the operation as many times as it is told.
-        count: Operations per round.
-        rounds: Rounds, after one that is not counted.
+        count: Operations per round; there is one in the beginning that is not counted.
     """
     run(max(1, count // 10))
     times = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         gc.collect()
         start = time.perf_counter_ns()
         run(count)

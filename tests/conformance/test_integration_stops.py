@@ -24,8 +24,9 @@ from storvsp.disks import linux
 from storvsp.disks.ram import RamDisk
 from storvsp.disks.raw import RawDisk, _close_late
 from tests.support.patience import PATIENCE, until
+from tests.support.shared import kept, visitor
 from tests.support.worlds import World, first_disk, read_10, world
-from vmbus.errors import ConfigError
+from vmbus.errors import ConfigError, NotBackError
 from vmbus.guest import LINUX_6_1
 from vmbus.host import BusConfig
 from vmbus.partition.events import Once, PartitionPaused, PartitionReset
@@ -36,12 +37,14 @@ VERIFY_1_TIB = struct.pack(">BBQIBB", 0x8F, 0, 0, 0x7FFFFFFF, 0, 0)
 
 
 class CountingDisk(RamDisk):
-    """Counts its reads, and lets others run."""
+    """Counts its reads, and lets others run; each takes ``slow`` seconds."""
 
     reads = 0
+    slow = 0.0
 
     async def readv(self, offset: int, buffers: Buffers) -> None:
         self.reads += 1
+        await trio.sleep(self.slow)
         await super().readv(offset, buffers)
 
 
@@ -53,6 +56,7 @@ class HungDisk(RamDisk):
         self.go = threading.Event()
         self.pool = shared_pool()
         self.begun = 0
+        self.closed = False
 
     @contextlib.contextmanager
     def let_go_at_the_end(self) -> Iterator[None]:
@@ -76,6 +80,7 @@ class HungDisk(RamDisk):
     async def aclose(self) -> None:
         await self.pool.aclose()
         await super().aclose()
+        self.closed = True
 
 
 async def turns(count: int = 200) -> None:
@@ -106,6 +111,12 @@ async def settled(adapter, lun: int = 0) -> None:
         await adapter.execute(bytes(6), lun=lun)
 
 
+async def lose(adapter, cdb: bytes) -> None:
+    """Have a command under way that the end of its channel ends."""
+    with pytest.raises(trio.BrokenResourceError):
+        await adapter.execute(cdb, read=512 if cdb[0] == 0x28 else 0)
+
+
 async def test_a_pause_does_not_wait_for_a_long_command_which_stands_still_and_goes_on():
     disk = CountingDisk(1 << 40)
     async with world(make(disk)) as there, there.boot(LINUX_6_1) as guest:
@@ -129,6 +140,31 @@ async def test_a_pause_does_not_wait_for_a_long_command_which_stands_still_and_g
             await turns()
             assert disk.reads == reads
             nursery.cancel_scope.cancel()
+
+
+async def test_a_pause_stops_a_long_command_of_a_shared_disk_where_it_is_kept():
+    disk = CountingDisk(1 << 40)
+    async with kept(disk) as keeper, visitor(keeper, "a") as unit:
+        made = make()
+        made.add_unit(unit, lun=0)
+        async with world(made) as there, there.boot(LINUX_6_1) as guest:
+            adapter, _ = await first_disk(guest, sub_channels=0)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(adapter.execute, VERIFY_1_TIB)
+                await until(lambda: disk.reads > 20)
+                answers: list[str] = []
+                await ask(there, PartitionPaused, answers)
+                assert answers == ["done"]
+                reads = disk.reads
+                await turns()
+                assert disk.reads == reads
+                there.bus._resume()
+                await until(lambda: disk.reads > reads + 20)
+                answers = []
+                await ask(there, PartitionReset, answers)
+                assert answers == ["done"], "it ends, and is not waited for"
+                assert not keeper.keeper.unit.busy
+                nursery.cancel_scope.cancel()
 
 
 async def test_a_pause_fails_in_time_and_names_what_does_not_come_back_and_the_guest_goes_on(
@@ -256,3 +292,115 @@ async def test_a_file_that_cannot_be_closed_late_is_a_line_in_the_log(caplog):
     os.close(fd)
     _close_late(fd)
     assert "could not be closed: " in caplog.text
+
+
+async def test_a_removed_disk_that_hangs_is_named_in_time_and_closed_when_it_is_back(
+    autojump_clock, caplog
+):
+    disk = HungDisk(1 << 20)
+    store = make(RamDisk(1 << 20), disk)
+    with disk.let_go_at_the_end():
+        async with world(store) as there, there.boot(LINUX_6_1) as guest:
+            adapter, _ = await first_disk(guest, sub_channels=0)
+            await settled(adapter, 1)
+            results = []
+
+            async def read() -> None:
+                results.append(await adapter.execute(read_10(0, 1), read=512, lun=1))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                await until(lambda: disk.begun)
+                begun = trio.current_time()
+                late = "disk 0:0:1 (HungDisk): READ(10): not back in 10 s"
+                with pytest.raises(NotBackError) as caught:
+                    await store.remove_disk((0, 0, 1))
+                assert str(caught.value).startswith(late + "; it is taken away, and closed when")
+                assert late in caplog.text
+                assert trio.current_time() - begun == pytest.approx(10, abs=0.5)
+                assert not disk.closed
+                assert not results, "its thread may write to the guest's memory still"
+                assert [each["address"] for each in store.snapshot()["units"]] == ["0:0:0"]
+                await settled(adapter)
+                assert (await adapter.execute(read_10(0, 1), read=512, lun=0)).good
+                disk.go.set()
+                await until(lambda: disk.closed)
+            assert results[0].data == b"x" * 512, "it has its own outcome"
+            assert store.units.disk((0, 0, 1)) is None
+
+
+async def test_a_controller_whose_disk_hangs_stays_and_serves_on_and_can_be_removed_later(
+    autojump_clock, caplog
+):
+    disk = HungDisk(1 << 20)
+    with disk.let_go_at_the_end():
+        async with (
+            world(make(RamDisk(1 << 40), disk)) as there,
+            there.boot(LINUX_6_1) as guest,
+        ):
+            adapter, _ = await first_disk(guest, sub_channels=0)
+            await settled(adapter, 1)
+            results = []
+
+            async def read() -> None:
+                results.append(await adapter.execute(read_10(0, 1), read=512, lun=1))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                await until(lambda: disk.begun)
+                for _ in range(2):
+                    late = "disk 0:0:1 (HungDisk): READ(10): not back in 10 s"
+                    with pytest.raises(NotBackError) as caught:
+                        await there.bus.remove_device(1)
+                    assert str(caught.value) == late
+                    assert late in caplog.text
+                    assert list(there.bus.devices) == [1]
+                    assert (await adapter.execute(read_10(0, 1), read=512, lun=0)).good
+                assert not results
+                assert not disk.closed
+                disk.go.set()
+                await until(lambda: results)
+            assert results[0].data == b"x" * 512, "the guest has its answer before the removal"
+            await there.bus.remove_device(1)
+            assert disk.closed
+            assert there.bus.devices == {}
+            await guest.connection.wait_gone(adapter.offer.relid)
+
+
+async def test_a_long_command_does_not_keep_a_controller_on_the_bus(autojump_clock):
+    disk = CountingDisk(1 << 40)
+    async with world(make(disk)) as there, there.boot(LINUX_6_1) as guest:
+        adapter, _ = await first_disk(guest, sub_channels=0)
+        disk.slow = 0.1  # with a loop that is never idle, this clock stands still
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lose, adapter, VERIFY_1_TIB)
+            await until(lambda: disk.reads > 20)
+            await there.bus.remove_device(1)
+            assert there.bus.devices == {}
+
+
+async def test_a_guest_that_closes_its_channel_hears_of_the_end_when_it_is_one_and_the_log_before(
+    autojump_clock, caplog
+):
+    disk = HungDisk(1 << 20)
+    with disk.let_go_at_the_end():
+        async with world(make(disk)) as there, there.boot(LINUX_6_1) as guest:
+            adapter, _ = await first_disk(guest, sub_channels=0)
+            await settled(adapter)
+            gone = trio.Event()
+
+            async def unload() -> None:
+                await guest.connection.unload()
+                gone.set()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(lose, adapter, read_10(0, 1))
+                await until(lambda: disk.begun)
+                async with trio.open_nursery() as unloading:
+                    unloading.start_soon(unload)
+                    late = "disk 0:0:0 (HungDisk): READ(10): not back in 10 s"
+                    await until(lambda: f"waits for the end of a channel: {late}" in caplog.text)
+                    assert not gone.is_set()
+                    disk.go.set()
+                    await until(gone.is_set)
+                nursery.cancel_scope.cancel()

@@ -14,6 +14,7 @@ import trio
 from tests.support.cli import child_environment
 from tests.support.house import ROOT
 from tests.support.patience import PATIENCE
+from vmbus.cli.serve import parse_device
 from vmbus.errors import ConfigError
 from vmbus.guest.kernel import boot
 from vmbus.guest.personality import LINUX_6_1
@@ -57,7 +58,30 @@ async def test_a_guest_gets_its_bytes_back_reversed(example):
     machine.close()
 
 
+async def test_the_options_that_the_page_shows_are_those_of_the_example(example):
+    page = (HOWTO / "write-a-device.md").read_text()
+    (text,) = set(re.findall(r"--device '(mirror \S+ \S+)'", page))
+    setup = parse_device(text)
+    assert {option.name for option in example.OPTIONS} == set(setup.options)
+    device = await example.MirrorDevice.from_specs(
+        setup.specs, instance_id=INSTANCE, initiator=None, options=setup.options
+    )
+    machine = SoftMachine(((0, 4 << 20),))
+    with trio.fail_after(PATIENCE), LoopbackTransport(machine.synic) as transport:
+        async with open_bus(transport, [device]), boot(machine, LINUX_6_1) as guest:
+            (offer,) = await guest.connection.connect()
+            channel = await guest.connection.open_channel(offer, ring_pages=4)
+            assert (await channel.request(b"backward")).payload == b"DRAWKCAB"
+            await guest.connection.unload()
+    machine.close()
+    await check_device(lambda: example.MirrorDevice(INSTANCE, delay=0.001, loud=True))
+
+
 async def test_the_example_refuses_what_it_cannot_do(example):
+    with pytest.raises(ConfigError, match=r"unknown option 'colour'; .*known: delay and loud"):
+        await example.MirrorDevice.from_specs(
+            [], instance_id=INSTANCE, initiator=0, options={"colour": "red"}
+        )
     with pytest.raises(ConfigError, match="no back-ends"):
         await example.MirrorDevice.from_specs(["x"], instance_id=INSTANCE, initiator=0, options={})
     with pytest.raises(ConfigError, match="nothing but mirror"):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 import runpy
+from uuid import UUID
 
 import pytest
 
+import storvsp
+from storvsp import PLUGIN
 from storvsp.disks.specs import DISKS, DiskSpec
 from tests.support.house import ROOT
 from vmbus.plugins.options import read_options
@@ -15,6 +18,7 @@ from vmbus.plugins.specs import OptionReader
 
 MAKER = runpy.run_path(str(ROOT / "docs/make_disks.py"))
 MODULES = MAKER["registered"]()
+CONTROLLER = "storvsp"
 PAGE: str = MAKER["PAGE"].read_text()
 
 
@@ -29,10 +33,13 @@ async def accepted(scheme: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         raise KnownError(*reader._known)
 
     monkeypatch.setattr(OptionReader, "finish", finish)
-    opener = DISKS.load(scheme)
-    assert callable(opener)
     with pytest.raises(KnownError) as caught:
-        await opener(DiskSpec(scheme, {}, "target"))
+        if scheme == CONTROLLER:
+            await PLUGIN.from_specs([], instance_id=UUID(int=1), initiator=None, options={})
+        else:
+            opener = DISKS.load(scheme)
+            assert callable(opener)
+            await opener(DiskSpec(scheme, {}, "target"))
     return list(caught.value.args)
 
 
@@ -41,13 +48,13 @@ def test_the_page_is_up_to_date():
 
 
 def test_every_back_end_of_this_project_is_there():
-    assert re.findall(r"^## (\w+)$", PAGE, re.MULTILINE) == list(MODULES)
+    assert re.findall(r"^## (\w+)$", PAGE, re.MULTILINE) == [*MODULES, CONTROLLER]
     assert set(MODULES) <= set(DISKS.names())
 
 
-@pytest.mark.parametrize("scheme", MODULES)
+@pytest.mark.parametrize("scheme", [*MODULES, CONTROLLER])
 async def test_the_options_described_are_those_accepted(scheme, monkeypatch):
-    described = [option.name for option in read_options(MODULES[scheme])]
+    described = [option.name for option in read_options(MODULES.get(scheme, storvsp))]
     assert sorted(described) == sorted(await accepted(scheme, monkeypatch))
     section = PAGE.partition(f"\n## {scheme}\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)(?:=.*?)?` \|", section, re.MULTILINE)

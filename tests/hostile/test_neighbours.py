@@ -2,7 +2,7 @@
 
 Each test has a real server with a process per guest. While the attack is under way, which its
 rounds tell, the victim's requests complete, operators are answered, and the supervisor stays as it
-was. (A file system of the attacker's own needs a mount; a socket that lingers stands for it.)
+was.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import trio
 
-from tests.support.attackers import WORST, Attack, guest_process
+from tests.support.attackers import WORST, Attack, guest_process, silent_file
+from tests.support.fuse import FLUSH, silent_file_system
 from tests.support.house import ROOT
 from tests.support.patience import LOOK, PATIENCE, until, until_in_thread
 from tests.unit.supervisor.test_supervisor import guest_on
@@ -116,15 +117,43 @@ async def test_a_guest_is_served_beside(who, tmp_path):
         assert (tmp_path / "log").stat().st_size < MIB
 
 
-async def test_a_guest_is_served_beside_one_that_wants_all(tmp_path):
+async def test_a_guest_is_served_beside_a_vmm_with_memory_of_a_file_system_that_never_answers(
+    tmp_path,
+):
+    with (
+        silent_file_system(tmp_path / "fuse") as (system, file),
+        serving(tmp_path) as server,  # which ends although some of its workers cannot
+    ):
+        async with victim(server) as disk:
+            step = partial(silent_file, str(file))
+            with Attack(server.path, step).under_way() as attack:
+                for seed in range(ROUNDS):
+                    await until(partial(attack.is_beyond, attack.rounds))
+                    await served(disk, server, seed)
+                # To let go of it, a worker asks it, and waits; before that it has not been asked.
+                await until(lambda: system.waiting)
+            assert set(system.waiting) == {FLUSH}
+            await served(disk, server, 1)
+
+
+@pytest.mark.parametrize("how", ["greedy", "lists"])
+async def test_a_guest_is_served_beside_one_that_wants_all(how, tmp_path):
     with serving(tmp_path) as server:
         async with victim(server) as disk:
-            with guest_process(server.path, "greedy", "greedy") as greedy:
-                assert greedy.stdout is not None
-                await trio.to_thread.run_sync(greedy.stdout.readline)
+            with guest_process(server.path, "other", how) as other:
+                assert other.stdout is not None
+                await trio.to_thread.run_sync(other.stdout.readline)
+                before = await packets(server)
                 for seed in range(ROUNDS):
                     await served(disk, server, seed)
-                assert (await server.guest("greedy"))["answers"]
+                while await packets(server) < before + 32:
+                    await served(disk, server, 0)
+                assert (await server.guest("other"))["answers"]
+
+
+async def packets(server: Server) -> int:
+    """How many packets the other guest has sent."""
+    return sum(each["packets_in"] for each in (await server.guest("other"))["channels"])
 
 
 async def test_a_guest_is_served_beside_one_whose_eventfds_block(tmp_path):

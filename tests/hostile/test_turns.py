@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import struct
 
+import pytest
 import trio
 
 from storvsp import ScsiController
-from storvsp.disk import EXTENTS_AT_ONCE
+from storvsp.disk import EXTENTS_AT_ONCE, NoSpaceError
 from storvsp.disks import overlay, ram
 from storvsp.disks.delay import DelayDisk
 from storvsp.disks.overlay import MARK_STEP, RUNS_AT_ONCE, OverlayDisk
 from storvsp.disks.ram import CHUNK, GROUP, RamDisk
 from storvsp.requests import COST, LONG_COST, PIECE_COST, TASK_COST, TURN, Requests
 from storvsp.scsi import DiskUnit, table
-from storvsp.scsi.base import ABORTS_AT_ONCE, COMMON
+from storvsp.scsi.base import COMMON
 from storvsp.scsi.modes import ModePages
+from storvsp.scsi.running import ABORTS_AT_ONCE
 from storvsp.scsi.table import make_table
 from storvsp.scsi.unit import TASK_ABORTED, Command, DataDirection
 from storvsp.wire import (
@@ -34,7 +36,10 @@ from tests.support.storage_line import CHECK, Line, clear, line
 from tests.support.turns import Work, counting, watched
 from vmbus.gpadl import Gpadl
 from vmbus.host.buffer import TEARDOWNS_AT_ONCE, Leases
+from vmbus.host.serving import MOST_PARTS
+from vmbus.host.waking import WAKES_AT_ONCE
 from vmbus.memory import GuestMemory, allocate_memory
+from vmbus.testing import channel_pair
 from vmbus.wire import messages as m
 from vmbus.wire.gpa import build_range
 from vmbus.wire.packets import GPA_DIRECT, RANGES_HEADER
@@ -129,6 +134,24 @@ async def test_a_batch_is_given_up_after_the_work_of_a_turn():
         work = await serve(wire, verify, pages=1, count=60, **tasks)
         assert work.total == 60
         assert work.most_in_step <= TURN // TASK_COST
+
+
+async def test_a_channel_does_less_in_a_turn_beside_others_that_are_busy():
+    store = ScsiController()
+    store.add_disk(RamDisk(4 * MIB))
+    async with line(store) as wire:
+        await clear(wire)
+        assert store._session is not None
+        life = store._session._life
+        others = [channel_pair(ring_pages=2, data_pages=1)[0] for _ in range(7)]
+        for each in others:
+            life._is_busy(each, busy=True)
+        inquiry = bytes.fromhex("12 01 83 1000 00")
+        work = await serve(wire, inquiry, pages=1, count=60, owner=DiskUnit, name="try_execute")
+        assert work.total == 60
+        assert work.most_in_step <= TURN // LONG_COST // MOST_PARTS
+    for each in others:
+        each.close_doorbell()
 
 
 async def test_tasks_of_commands_that_wait_begin_in_several_turns():
@@ -383,6 +406,51 @@ async def test_a_reset_of_many_commands():
     assert outcomes == [TASK_ABORTED] * 5 * ABORTS_AT_ONCE
     assert ended.total == 5 * ABORTS_AT_ONCE
     assert ended.most_in_turn <= ABORTS_AT_ONCE
+
+
+class Full(RamDisk):
+    """Has no room until it is made; no write is quick."""
+
+    full = True
+
+    def try_writev(self, offset, buffers, *, fua=False) -> bool:
+        return False
+
+    async def writev(self, offset, buffers, *, fua=False) -> None:
+        if self.full:
+            raise NoSpaceError("full")
+        await super().writev(offset, buffers, fua=fua)
+
+
+@pytest.mark.parametrize("reason", ["pause", "no room"])
+async def test_commands_that_stood_still_go_on_in_several_turns(reason):
+    store = ScsiController()
+    disk = Full(MIB)
+    place = store.add_disk(disk, stop_when_full=True)
+    async with line(store) as wire:
+        await clear(wire)
+        assert store._session is not None
+        channel = store._session.primary
+        if reason == "pause":
+            channel.undertakings.hold()
+            disk.full = False
+        count = 6 * WAKES_AT_ONCE
+        with counting(Full, "writev") as writes:
+            for _ in range(count):
+                wire.start(struct.pack(">BBIBHB", 0x2A, 0, 0, 0, 1, 0), write=bytes(512))
+            await trio.testing.wait_all_tasks_blocked()
+            begun = writes.total
+            assert (begun == 0) is (reason == "pause")
+            disk.full = False
+            writes.most_in_turn = 0
+            if reason == "pause":
+                channel.undertakings.go_on()
+            else:
+                assert store.continue_disk(place)
+            answers = await wire.replies()
+        assert writes.total - begun == count == len(answers)
+        assert writes.most_in_turn <= WAKES_AT_ONCE
+    await store.aclose()
 
 
 async def test_commands_that_fail_are_weighed():

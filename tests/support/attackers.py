@@ -177,6 +177,18 @@ def noise(attack: Attack) -> None:
             send(sock, Number.HELLO, payload)
 
 
+def silent_file(path: str, attack: Attack) -> None:
+    """A file where memory should be, of a file system that does not answer the server."""
+    sock = attack.connect()
+    fd = os.open(path, os.O_RDWR)
+    try:
+        send(sock, Number.HELLO, HELLO.encode())
+        send(sock, Number.VM_INFO, INFO.encode())
+        send(sock, Number.SET_MEM_TABLE, TABLE.encode(), [fd])
+    finally:
+        os.close(fd)
+
+
 WORST: dict[str, Callable[[Attack], None]] = {
     "a VMM whose sockets linger": lingering,
     "a VMM with strange descriptors": strange,
@@ -191,12 +203,16 @@ WORST: dict[str, Callable[[Attack], None]] = {
 
 
 GUEST = """
-import os, sys
+import dataclasses, os, sys
 import trio
 from storvsp.guest import attach, scan
+from storvsp.guest.habits import LINUX
+from storvsp.wire import DATA_IN, build_srb
 from vmbus.attach.client.machine import attach_machine
 from vmbus.guest import LINUX_6_1, boot
 from vmbus.partition.soft_machine import SoftMachine
+from vmbus.wire.gpa import build_range
+from vmbus.wire.packets import GPA_DIRECT
 
 path, name, what = sys.argv[1:]
 made, make = [], os.eventfd
@@ -217,16 +233,32 @@ async def greedy(disk):
     while True:
         await disk.read(0, 2048)
 
+async def lists(channel):
+    # 65 000 pages, no two of them neighbours, for 2 MiB and for more than there may be; the command
+    # moves none of it, since some of the pages are this guest's own.
+    pfns = [2 * index % 16000 for index in range(65_000)]
+    size = 65_000 * 4096
+    header = bytes(4) + (1).to_bytes(4, "little") + build_range(size, 0, pfns)
+    while True:
+        for length in (2 << 20, size):
+            srb = build_srb(bytes(6), data_in=DATA_IN, transfer_length=length)
+            await channel.request(srb, kind=GPA_DIRECT, header=header)
+
 async def main():
-    machine = SoftMachine([(0, 64 << 20)])
+    machine = SoftMachine([(0, 128 << 20)])
     async with attach_machine(machine, path, name=name), boot(machine, LINUX_6_1) as guest:
         (offer, *_) = await guest.connection.connect()
-        disks = await scan(await attach(guest, offer, sub_channels=15))
+        habits = dataclasses.replace(LINUX, ring_pages=270) if what == "lists" else LINUX
+        adapter = await attach(guest, offer, habits=habits, sub_channels=15)
+        disks = await scan(adapter)
         print("ready", flush=True)
         async with trio.open_nursery() as nursery:
             if what == "full":
                 fill()
-            for _ in range(0 if what == "idle" else 64):
+            if what == "lists":
+                for channel in adapter.channels:
+                    nursery.start_soon(lists, channel)
+            for _ in range(64 if what in ("greedy", "full") else 0):
                 nursery.start_soon(greedy, disks[0])
             await trio.sleep_forever()
 
@@ -236,8 +268,8 @@ trio.run(main)
 
 @contextlib.contextmanager
 def guest_process(path: str, name: str, what: str) -> Iterator[subprocess.Popen[str]]:
-    """A guest in a process of its own: ``greedy``, ``idle``, or with eventfds
-    that are ``full`` and wait."""
+    """A guest in a process of its own: ``greedy``, ``idle``, with the longest ``lists`` of pages on
+    16 channels, or with eventfds that are ``full`` and wait."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'devices'}"}
     with subprocess.Popen(
         [sys.executable, "-c", GUEST, path, name, what],

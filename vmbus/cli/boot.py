@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vmbus.cli.completion import complete_spec
+from vmbus.cli.completion import complete_device, complete_file, complete_spec
 from vmbus.cli.logs import logging_to
-from vmbus.cli.params import parse_size
+from vmbus.cli.params import Number, parse_size
 from vmbus.cli.program import EXIT_INTERRUPTED, EXIT_USAGE, Failure, UsageFailure
 from vmbus.errors import AttachError, ConfigError
 from vmbus.wire.versions import Version
@@ -51,8 +51,16 @@ itself emulated needs most of a minute to load the program."""
     "      --append 'console=ttyS0 root=/dev/sda1'\n"
     "  vmbus boot --kernel vmlinuz --socket /run/vmbus.sock --cpus 4 --memory 4G"
 )
-@click.option("--kernel", required=True, metavar="BZIMAGE", help="The Linux kernel.")
-@click.option("--initrd", metavar="FILE", help="The initial RAM disk.")
+@click.option(
+    "--kernel",
+    required=True,
+    metavar="BZIMAGE",
+    shell_complete=complete_file,
+    help="The Linux kernel.",
+)
+@click.option(
+    "--initrd", metavar="FILE", shell_complete=complete_file, help="The initial RAM disk."
+)
 @click.option(
     "--append",
     default=DEFAULT_APPEND,
@@ -68,9 +76,7 @@ itself emulated needs most of a minute to load the program."""
     metavar="SIZE",
     help="How much of it the guest has.",
 )
-@click.option(
-    "--cpus", type=click.IntRange(1, 254), default=1, show_default=True, help="Processors."
-)
+@click.option("--cpus", type=Number(1, 254), default=1, show_default=True, help="Processors.")
 @click.option(
     "--disk",
     "disks",
@@ -84,12 +90,14 @@ itself emulated needs most of a minute to load the program."""
     "devices",
     multiple=True,
     metavar="'NAME [OPTION=VALUE]... [SPEC]...'",
+    shell_complete=complete_device,
     help="Another device, as for vmbus serve.",
 )
 @click.option(
     "--socket",
     "socket_path",
     metavar="PATH",
+    shell_complete=complete_file,
     help="Attach to this server instead of starting one.",
 )
 @click.option("--name", default="guest", show_default=True, help="What the server calls the guest.")

@@ -16,6 +16,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -199,6 +200,10 @@ def check_descriptors(soft: int, hard: int) -> Check:
 def check_plugins() -> Check:
     """Whether all plug-ins can be imported."""
     plugins = find_plugins()
+    counted = ", ".join(
+        f"{count} {kind if kind == 'device' else f'{kind} back-end'}{'s' * (count != 1)}"
+        for kind, count in Counter(plugin.kind for plugin in plugins).items()
+    )
     broken = [f"{plugin.kind} {plugin.name}" for plugin in plugins if plugin.error is not None]
     if broken:
         outcome, advice = Outcome.LIMITED, f"see vmbus devices for {', '.join(broken)}"
@@ -211,10 +216,10 @@ def check_plugins() -> Check:
         outcome, advice = Outcome.OK, ""
     return Check(
         group=SERVING,
-        name="device plug-ins",
+        name="plug-ins",
         outcome=outcome,
         needed=True,
-        found=f"{len(plugins)} installed, {len(broken)} broken",
+        found=f"{counted or 'none'}, {len(broken)} broken",
         advice=advice,
     )
 

@@ -37,10 +37,8 @@ def _ask(path: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
                 "have a socket of their own: --control of vmbus serve, or the path of its first "
                 f"--socket with {CONTROL_SUFFIX} behind it"
             ) from error
-        # "COMMAND: EINVAL: the text", of which the last part is for people.
-        text = str(error).split(": ", 2)[-1]
         kind = UsageFailure if error.errno == errno.EINVAL else Failure
-        raise kind(text) from error
+        raise kind(error.text) from error
     except AttachError as error:
         cause = error.__cause__
         if isinstance(cause, FileNotFoundError | ConnectionRefusedError):

@@ -1,6 +1,7 @@
-"""What a shell offers to complete, beside commands and options: specifications of disks.
+"""What a shell offers to complete beside commands and options: disks, devices and files.
 
-click makes the shells' side of it; see ``docs/reference/cli.md``.
+click makes the shells' side of it (bash: :mod:`vmbus.cli.bash_completion`); see
+``docs/reference/cli.md``.
 """
 
 from __future__ import annotations
@@ -45,16 +46,70 @@ def complete_spec(
     return []
 
 
+def complete_device(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Return what the words of a device, ``NAME [OPTION=VALUE]... [SPEC]...``, could be.
+
+    A name that is the only one is offered with what can follow it, too: a shell would close the
+    quotes behind what it takes for complete.
+    """
+    from vmbus.errors import ConfigError
+    from vmbus.plugins.devices import DEVICES
+
+    before, space, word = incomplete.rpartition(" ")
+    try:
+        if space:
+            name = before.split(" ", 1)[0]
+            found = _device_words(ctx, param, name, word)
+            return [CompletionItem(f"{before} {text}") for text in found]
+        names = [name for name in DEVICES.names() if name.startswith(word)]
+        if len(names) == 1:
+            names += [f"{names[0]} {text}" for text in _device_words(ctx, param, names[0], "")]
+    except ConfigError:
+        return []
+    return [CompletionItem(name) for name in names]
+
+
+def _device_words(ctx: click.Context, param: click.Parameter, name: str, word: str) -> list[str]:
+    """Return options of a device, and specifications if it has disks. Raises ConfigError."""
+    from vmbus.plugins.devices import DEVICES, load_device
+    from vmbus.plugins.options import read_options
+
+    plugin = load_device(name)
+    found: list[str] = []
+    for option in read_options(DEVICES.module(name)):
+        choices = option.value.split("|") if "|" in option.value else [""]
+        found += [f"{option.name}={choice}" for choice in choices]
+    found = [text for text in found if text.startswith(word)]
+    if plugin.backends is not None and plugin.backends.noun == "disk":
+        found += [item.value for item in complete_spec(ctx, param, word)]
+    return found
+
+
+def complete_file(
+    _ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Have the shell itself complete the name of a file."""
+    return [CompletionItem(incomplete, type="file")]
+
+
 def _files(start: str) -> list[str]:
-    """Return the names that begin so; those of directories end with a slash."""
+    """Return the names that begin so; those of directories end with a slash.
+
+    A lone directory is followed by what is in it.
+    """
     folder, _, name = start.rpartition("/")
     place = f"{folder}/" if start.startswith("/") or folder else ""
     try:
         with os.scandir(place or ".") as entries:
-            return sorted(
+            found = sorted(
                 f"{place}{entry.name}{'/' if entry.is_dir() else ''}"
                 for entry in entries
                 if entry.name.startswith(name) and (name or not entry.name.startswith("."))
             )
     except OSError:
         return []
+    if len(found) == 1 and found[0].endswith("/"):
+        found += _files(found[0])
+    return found

@@ -29,9 +29,10 @@ import trio
 from vmbus.attach.client import operator
 from vmbus.cli.completion import complete_spec
 from vmbus.cli.demo_report import Event, Images, Report, size_option
+from vmbus.cli.demo_room import check_machine
 from vmbus.cli.demo_view import Line, View, make_view, show, summarize
 from vmbus.cli.output import print_json
-from vmbus.cli.params import json_option, parse_size, seconds_type
+from vmbus.cli.params import Number, json_option, parse_size, seconds_type
 from vmbus.cli.program import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, UsageFailure
 from vmbus.errors import AttachError, ConfigError
 from vmbus.guest.personality import PERSONALITIES
@@ -84,13 +85,13 @@ class Settings:
 )
 @click.option(
     "--channels",
-    type=click.IntRange(1, 16),
+    type=Number(1, 16),
     default=4,
     show_default=True,
     help="Channels to the controller, and VPs of the guest.",
 )
 @click.option(
-    "--depth", type=click.IntRange(1, 1024), default=32, show_default=True,
+    "--depth", type=Number(1, 1024), default=32, show_default=True,
     help="Requests in flight.",
 )  # fmt: skip
 @click.option(
@@ -128,6 +129,7 @@ def command(
     """
     if size < MIN_SIZE or size % 4096:
         raise click.BadParameter("at least 1M, in whole 4K", param_hint="--size")
+    check_machine(size)
     settings = Settings(
         guest=guest, disks=disks, channels=channels, depth=depth, seconds=seconds, size=size
     )

@@ -22,6 +22,8 @@ from vmbus.plugins.devices import DEVICES, backend_registries
 from vmbus.plugins.options import Option, read_options
 from vmbus.plugins.registry import Entry
 
+_USAGE = {"device": "--device 'NAME OPTION=VALUE'"}
+_USAGE_OF_SPECS = "scheme:[option,option=value]target"
 _LITERAL = re.compile(r"``(.+?)``")
 
 
@@ -115,16 +117,16 @@ def command(*, as_json: bool) -> None:
             for plugin in plugins
         ],
     )
-    described = [(plugin, option) for plugin in plugins for option in plugin.options]
-    if described:
-        click.echo("\nTheir options, as in scheme:[option,option=value]target:\n")
-        print_table(
-            ("of", "option", "without it", "what it does"),
-            [
-                (plugin.name, option.usage, option.default or "-", option.meaning)
-                for plugin, option in described
-            ],
-        )
+    for kind in dict.fromkeys(plugin.kind for plugin in plugins):
+        rows = [
+            (plugin.name, option.usage, option.default or "-", option.meaning)
+            for plugin in plugins
+            for option in plugin.options
+            if plugin.kind == kind
+        ]
+        if rows:
+            click.echo(f"\nOptions of {kind}s, as in {_USAGE.get(kind, _USAGE_OF_SPECS)}:\n")
+            print_table(("of", "option", "without it", "what it does"), rows)
     for plugin in plugins:
         if plugin.error is not None:
             click.echo(f"\n{plugin.kind} {plugin.name} ({plugin.value}) is broken:")

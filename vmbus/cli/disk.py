@@ -9,7 +9,7 @@ import click
 from vmbus.cli.client import ask_guests, pick_guest, send_command
 from vmbus.cli.completion import complete_spec
 from vmbus.cli.output import print_json, print_table, safe, size_text
-from vmbus.cli.params import F, json_option, socket_option
+from vmbus.cli.params import F, Number, json_option, socket_option
 
 _ACCESS = {True: "read only", False: "read, write", None: "-"}
 _UNCHANGED = "the guest has locked the tray and has been asked to let go; --force does not ask"
@@ -29,7 +29,7 @@ def controller_option(function: F) -> F:
     """Add ``--controller``."""
     return click.option(
         "--controller",
-        type=click.IntRange(0),
+        type=Number(0),
         default=0,
         show_default=True,
         metavar="N",
@@ -268,6 +268,8 @@ def _state(disk: dict[str, Any]) -> str:
     """Say what a drive does with its medium, or why a disk keeps the guest waiting."""
     if disk.get("stopped"):
         return f"stopped: {disk['stopped']}"
+    if disk.get("lost"):
+        return "lost"
     if "tray" not in disk:
         return "-"
     words = [] if disk["size"] is not None else ["empty"]

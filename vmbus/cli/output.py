@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from vmbus.cli.wrapping import lay_out
+
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 STYLES = {"ok": "green", "limited": "yellow", "missing": "red", "broken": "red"}
 """Words that stand out in tables."""
@@ -68,15 +69,28 @@ def print_json(value: object) -> None:
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table: by rich on a terminal, else as aligned columns of any width."""
+    """Print a table: as wide as the terminal, or as aligned columns of any width into a pipe."""
     lines = [tuple(map(safe, row)) for row in rows]
     if on_terminal():
-        console().print(make_table(headers, lines))
+        for line in lay_out(headers, lines, console().width, _painter(headers)):
+            click.echo(line)
         return
     widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
-    for line in (tuple(headers), *lines):
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+    for each in (tuple(headers), *lines):
+        cells = (cell.ljust(width) for cell, width in zip(each, widths, strict=True))
         click.echo("  ".join(cells).rstrip())
+
+
+def _painter(headers: Sequence[str]) -> Callable[[str, str], str]:
+    """Return what gives pieces of cells their style."""
+    wanted = styled()
+
+    def paint(cell: str, piece: str) -> str:
+        if not wanted or not (cell in headers or cell in STYLES):
+            return piece
+        return click.style(piece, bold=cell in headers or None, fg=STYLES.get(cell))
+
+    return paint
 
 
 def console() -> Console:
@@ -85,16 +99,3 @@ def console() -> Console:
 
     # Without a colour system there are no styles at all.
     return Console(highlight=False, markup=False, color_system="auto" if styled() else None)
-
-
-def make_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Make rich's table of plain cells; those that are a word of :data:`STYLES` get its colour."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for header in headers:
-        table.add_column(header, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
-    return table

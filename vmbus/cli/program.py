@@ -11,9 +11,10 @@ import importlib
 from typing import cast
 
 import click
-from click.shell_completion import CompletionItem
+from click.shell_completion import CompletionItem, add_completion_class
 
 from vmbus import __version__
+from vmbus.cli.bash_completion import SpecComplete
 from vmbus.errors import AttachError, ConfigError, ProtocolError, VMBusError, leaves
 from vmbus.streams import OutputError
 
@@ -27,6 +28,8 @@ COMMANDS = {
     "doctor": "Show what this machine can do, and what to do about the rest.",
 }
 """Names, each also the name of a module here, and their lines in ``vmbus --help``."""
+
+add_completion_class(SpecComplete)  # instead of click's own for bash
 
 EPILOG = (
     "Exit codes: 0 done; 1 it could not be done; 2 the command line is wrong; 3 a guest or a peer "

@@ -182,7 +182,7 @@ def _disk_view(device: dict[str, Any], unit: dict[str, Any], rates: dict[str, fl
         source=unit["source"],
         size=unit["size"],
         errors=unit.get("errors", 0),
-        stopped=str(unit.get("stopped") or ""),
+        stopped=str(unit.get("stopped") or ("its keeper is gone" if unit.get("lost") else "")),
         rates=rates,
     )
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmbus.attach.protocol.sockets import CONTROL_SUFFIX
-from vmbus.cli.completion import complete_spec
+from vmbus.cli.completion import complete_device, complete_file, complete_spec
 from vmbus.cli.logs import logging_to
-from vmbus.cli.params import parse_permissions, parse_size
+from vmbus.cli.params import Number, parse_permissions, parse_transfer
 from vmbus.cli.serving import Settings, Socket, run
 from vmbus.wire.versions import Version
 
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     "sockets",
     multiple=True,
     metavar="[NAME=]PATH",
+    shell_complete=complete_file,
     help="Listen for VMMs on a new socket file; may be repeated. A guest that comes by a socket "
     "with a NAME has that name, whatever its VMM says.",
 )
 @click.option(
     "--control",
     metavar="PATH",
+    shell_complete=complete_file,
     help=f"Listen for operators on another one.  [default: PATH{CONTROL_SUFFIX} of the first "
     "--socket]",
 )
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--fd",
-    type=click.IntRange(0),
+    type=Number(0),
     metavar="N",
     help="Use an inherited socket, listening or connected.",
 )
@@ -78,19 +80,20 @@ if TYPE_CHECKING:
     "devices",
     multiple=True,
     metavar="'NAME [OPTION=VALUE]... [SPEC]...'",
+    shell_complete=complete_device,
     help="Another device for each guest; one argument, split like a shell does.",
 )
 @click.option(
     "--subchannels",
-    type=click.IntRange(0, 63),
+    type=Number(0, 63),
     metavar="N",
     help="Channels that a guest may open beside the controller's first one.  [default: 15]",
 )
 @click.option(
     "--max-transfer",
-    type=parse_size,
+    type=parse_transfer,
     metavar="SIZE",
-    help="Largest transfer of one SCSI request.  [default: 2M]",
+    help="Largest transfer of one SCSI request, 64K to 128M.  [default: 2M]",
 )
 @click.option(
     "--monitor",
@@ -107,7 +110,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--max-vps",
-    type=click.IntRange(1, 2048),
+    type=Number(1, 2048),
     metavar="N",
     default=2048,
     show_default=True,
@@ -115,7 +118,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--poll",
-    type=click.IntRange(0, 1_000_000),
+    type=Number(0, 1_000_000),
     metavar="MICROSECONDS",
     help="Longest look for requests before sleeping; 0 sleeps at once; by default what is worth "
     "while on this machine, 200 or more.",
@@ -131,7 +134,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--max-guests",
-    type=click.IntRange(1, 4096),
+    type=Number(1, 4096),
     default=64,
     show_default=True,
     metavar="N",

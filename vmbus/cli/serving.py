@@ -279,6 +279,7 @@ async def run(settings: Settings) -> int:
     from vmbus.host import BusConfig
     from vmbus.host.lookout import longest_worth_while
     from vmbus.server import GuestServer, raise_descriptor_limit
+    from vmbus.server.devices import need_names
 
     confine(settings)
     longest = settings.poll
@@ -308,7 +309,12 @@ async def run(settings: Settings) -> int:
                         )
                     async with trio.open_nursery() as serving:
                         for sock, name, words in vmms:
-                            admission = Names(roll, identity=settings.identity, given=name)
+                            admission = Names(
+                                roll,
+                                identity=settings.identity,
+                                given=name,
+                                anonymous=not need_names(settings.setups),
+                            )
                             serving.start_soon(
                                 _until_done,
                                 functools.partial(

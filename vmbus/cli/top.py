@@ -14,7 +14,7 @@ import click
 from vmbus.cli.client import ask_guests
 from vmbus.cli.columns import fit
 from vmbus.cli.output import on_terminal, print_json
-from vmbus.cli.params import json_option, seconds_type, socket_option
+from vmbus.cli.params import Number, json_option, seconds_type, socket_option
 from vmbus.cli.rates import Sample, ServerView, compare
 from vmbus.cli.screen import Quit, open_screen
 from vmbus.cli.top_view import plain_lines, table_lines
@@ -30,7 +30,7 @@ from vmbus.cli.top_view import plain_lines, table_lines
     metavar="SECONDS",
     help="Time between looks; rates are averages over it.",
 )
-@click.option("--count", type=click.IntRange(1), metavar="N", help="Stop after N looks.")
+@click.option("--count", type=Number(1), metavar="N", help="Stop after N looks.")
 @click.option("--once", is_flag=True, help="Stop after one look.")
 @json_option
 def command(

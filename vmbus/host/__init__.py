@@ -6,6 +6,7 @@
 `runner`               one open channel's task: rings made, device run, everything given back
 `channel`              an open channel, as a device uses it
 `undertakings`         requests that take their time: weighed, held while paused, named
+`waking`               tasks that wait for the same, woken some at a time
 `stops`                pauses, resets and the end of a bus, each within its bound
 `device`               what a device is to the bus
 `serving`              :class:`Life`: the loop that serves the channels of a device

@@ -147,6 +147,8 @@ class Bus:
 
         Raises:
             ConfigError: There is no such device.
+            NotBackError: What it has begun does not come back, see
+                :meth:`vmbus.host.roster.Roster.remove`. It may be removed again.
         """
         await self._roster.remove(number)
 
@@ -225,7 +227,7 @@ class Bus:
     # -- events of the engine --------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Carry out whatever the engine has to say. Cannot block. Called after every input."""
+        """Internal: carry out what the engine has to say, after every input. Cannot block."""
         if self._pumping:
             # What an event has led to comes after the events that are there already.
             return
@@ -303,6 +305,7 @@ class Bus:
         runner = self.runners.get(key)
         if runner is not None:
             runner.close()
+            self._stops.begin_close(runner)
         else:
             # The bus is ending and was quicker.
             self.engine.close_done(key)
@@ -327,13 +330,13 @@ class Bus:
         self.pump()
 
     def channel_failed(self, event: events.ChannelOpen, reason: str) -> None:
-        """A device gave its channel up: rescind it, so that the guest knows. Cannot block."""
+        """Internal: a device gave its channel up; rescind it to tell the guest. Cannot block."""
         self.report_fault(reason, event.relid)
         self._roster.failed(event.primary_key)
         self.pump()
 
     def report_fault(self, text: str, relid: int | None) -> None:
-        """Count and log what a guest did wrong. Cannot block."""
+        """Internal: count and log what a guest did wrong. Cannot block."""
         self.faults += 1
         self.observers.fault(relid, text)
         if self._fault_log.spend():
@@ -344,7 +347,7 @@ class Bus:
     # -- tasks -----------------------------------------------------------------------------------
 
     async def run_incoming(self) -> None:
-        """Take what the partition does, until it is gone."""
+        """Internal: take what the partition does, until it is gone."""
         async for event in self.transport.incoming():
             match event:
                 case PostedMessage():
@@ -409,16 +412,16 @@ class Bus:
         self._take_posts()
 
     async def need_shared_doorbell(self) -> None:
-        """See :meth:`vmbus.host.services.Services.need_shared_doorbell`."""
+        """Internal: see :meth:`vmbus.host.services.Services.need_shared_doorbell`."""
         await self._shared_doorbell.open(self.nursery)
 
     async def wait_running(self) -> None:
-        """Wait while the partition is paused. A checkpoint if it is."""
+        """Internal: wait while the partition is paused. A checkpoint if it is."""
         while self.paused:
             await self._running.wait()
 
     async def aclose(self) -> None:
-        """End all channels and close all devices. For :func:`open_bus`. Is a checkpoint.
+        """Internal: end all channels and close all devices. For :func:`open_bus`. Is a checkpoint.
 
         What worker threads have begun and does not come back is given up after a while.
         """
@@ -431,7 +434,7 @@ class Bus:
         return [each.channel for each in self.runners.values() if each.channel is not None]
 
     def gpadl(self, key: int, handle: int) -> Gpadl:
-        """Return a GPADL of channel ``key``. Raises GuestProtocolError if there is none."""
+        """Internal: return a GPADL of channel ``key``, or raise GuestProtocolError."""
         found = self.engine.gpadl(key, handle)
         if found is None:
             raise GuestProtocolError(f"GPADL {handle:#x} does not exist", field="gpadl")

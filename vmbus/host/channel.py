@@ -367,7 +367,7 @@ class Channel(OutgoingHalf):
     # What follows is for the bus.
 
     def end(self) -> None:
-        """The channel is over: wake the device. Idempotent. Cannot block."""
+        """Internal: the channel is over: wake the device. Idempotent. Cannot block."""
         if self._ended:
             return
         self._ended = True
@@ -383,11 +383,11 @@ class Channel(OutgoingHalf):
         self.poke()
 
     def poke(self) -> None:
-        """Make the device look at its ring. Cannot block."""
+        """Internal: make the device look at its ring. Cannot block."""
         self._bell.ring()
 
     def deliver_subchannel(self, channel: Channel) -> None:
-        """Hand an opened sub-channel to the device. Cannot block."""
+        """Internal: hand an opened sub-channel to the device. Cannot block."""
         try:
             self._subchannels_out.send_nowait(channel)
         except (trio.WouldBlock, trio.ClosedResourceError):
@@ -395,28 +395,28 @@ class Channel(OutgoingHalf):
             channel._released.set()
 
     async def wait_released(self) -> None:
-        """Wait until the device is done with the channel. Is a checkpoint."""
+        """Internal: wait until the device is done with the channel. Is a checkpoint."""
         await self._released.wait()
 
     def retarget(self, vp: int) -> None:
-        """Interrupt another VP from now on. Cannot block."""
+        """Internal: interrupt another VP from now on. Cannot block."""
         self.target_vp = vp
         self._call.retarget(vp)
 
     def hold(self) -> None:
-        """Hand out no more packets. Cannot block."""
+        """Internal: hand out no more packets. Cannot block."""
         if self._gate is None:
             self._gate = trio.Event()
             self._room.set()
 
     def stand_still(self) -> None:
-        """Hand out no more packets, and let no undertaking begin to act. Cannot block."""
+        """Internal: hand out no more packets, and let no undertaking begin to act. Cannot block."""
         self.hold()
         self._still = True
         self.undertakings.hold()
 
     async def pause(self) -> None:
-        """Stand still, wait for what is under way, then write no more. A checkpoint.
+        """Internal: stand still, wait for what is under way, then write no more. A checkpoint.
 
         Undertakings at rest are not waited for. What is queued for a ring that has no room stays
         queued.
@@ -427,7 +427,7 @@ class Channel(OutgoingHalf):
             self._frozen = True
 
     async def drain(self) -> None:
-        """Hand out no more packets, wait for those handed out and their answers. A checkpoint.
+        """Internal: hand out nothing more, wait for what was and its answers. A checkpoint.
 
         Packets of a batch that were put back count as handed out.
 
@@ -455,7 +455,7 @@ class Channel(OutgoingHalf):
         return gate
 
     def resume(self) -> None:
-        """Undo :meth:`pause`. Cannot block."""
+        """Internal: undo :meth:`pause`. Cannot block."""
         self._frozen = self._still = False
         self.undertakings.go_on()
         if self._gate is not None:
@@ -464,12 +464,12 @@ class Channel(OutgoingHalf):
         self.poke()
 
     def release_rings(self) -> None:
-        """Give up the views of both rings. Cannot block."""
+        """Internal: give up the views of both rings. Cannot block."""
         self._reader.ring.release()
         self._writer.ring.release()
 
     def close_doorbell(self) -> None:
-        """Close the doorbell if it is the channel's own. Idempotent. Cannot block."""
+        """Internal: close the doorbell if it is the channel's own. Idempotent. Cannot block."""
         self._bell.close()
 
     def snapshot(self) -> dict[str, Any]:

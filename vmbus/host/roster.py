@@ -10,16 +10,28 @@ from uuid import UUID
 
 import trio
 
-from vmbus.errors import BudgetError, ConfigError
+from vmbus.errors import BudgetError, ConfigError, NotBackError
 from vmbus.host.device import Device, Saveable
 from vmbus.host.runner import ChannelRunner
 from vmbus.host.services import Services
+from vmbus.host.stops import names_of
+from vmbus.host.undertakings import not_back
 from vmbus.wire.guids import class_name
 
 _log = logging.getLogger("vmbus.bus")
 
 MAX_FAULTY_LIVES = 3
 """A device whose channel died this often on one connection is not offered again before the next."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Removal:
+    """A device on its way off the bus."""
+
+    over: trio.Event = dataclasses.field(default_factory=trio.Event)
+    """Set when the device is closed, or stays."""
+    failed: str = ""
+    """Why it stays."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -31,8 +43,8 @@ class Entry:
     """What the host program calls it, for good."""
     key: int
     """What the engine calls its present offer."""
-    removed: trio.Event | None = None
-    """Set when it is closed; None unless it has to go."""
+    removal: Removal | None = None
+    """None unless it has to go."""
     faulty_lives: int = 0
     offered: bool = True
 
@@ -70,7 +82,7 @@ class Roster:
         """Offer a device; return its number. Raises ConfigError, BudgetError."""
         instance = device.offer.instance_id
         if any(
-            not entry.offered and entry.removed is None and entry.instance == instance
+            not entry.offered and entry.removal is None and entry.instance == instance
             for entry in self
         ):
             # The engine does not know of those that wait for the guest's next life.
@@ -82,27 +94,80 @@ class Roster:
         return entry.number
 
     async def remove(self, number: int) -> None:
-        """Rescind a device, wait for it to end, close it. Raises ConfigError. A checkpoint."""
+        """Rescind a device, wait for it to end, close it. A checkpoint.
+
+        A request that is not at rest after ``close_grace`` and ``pause_grace`` is one of a back-end
+        that does not give back what it was handed. The device stays then, and serves on: a guest
+        that is told of a removal waits for the answers that it has not got, and never gets them.
+        A device that does not end after the guest has been told has ``close_grace`` and
+        ``fence_grace`` more, and goes on being removed after that.
+
+        Raises:
+            ConfigError: There is no such device.
+            NotBackError: It stays, or is not closed yet; the text says what does not come back.
+        """
         entry = self._entries.get(number)
         if entry is None:
             raise ConfigError(f"there is no device {number} on this bus")
-        if entry.removed is None:
-            entry.removed = trio.Event()
+        removal = entry.removal
+        if removal is None:
+            removal = entry.removal = Removal()
             # In a task of its own: a caller that loses patience must not leave it half removed.
-            self._bus.nursery.start_soon(self._remove, entry)
-        await entry.removed.wait()
+            self._bus.nursery.start_soon(self._remove, entry, removal)
+        config = self._bus.config
+        seconds = 2 * config.close_grace + config.pause_grace + config.fence_grace
+        with trio.move_on_after(seconds):
+            await removal.over.wait()
+        if removal.failed:
+            raise NotBackError(removal.failed)
+        if not removal.over.is_set():
+            raise NotBackError(self._late(entry, seconds))
 
-    async def _remove(self, entry: Entry) -> None:
+    async def _remove(self, entry: Entry, removal: Removal) -> None:
         # Linux drops completions of a rescinded channel but waits for them all the same, so what
         # is in flight is answered before the guest hears of the removal.
-        with trio.move_on_after(self._bus.config.close_grace):
+        config = self._bus.config
+        with trio.move_on_after(config.close_grace):
             for runner in self._runners_of(entry):
                 await runner.drain()
+        if not await self._at_rest(entry):
+            removal.failed = self._late(entry, config.close_grace + config.pause_grace)
+            self._keep(entry)
+            removal.over.set()
+            return
         self._bus.engine.revoke(entry.key)
         self._bus.pump()
         for runner in self._runners_of(entry):
             await runner.finished.wait()
         await self._close(entry)
+
+    async def _at_rest(self, entry: Entry) -> bool:
+        """Let requests that take their time stand still. A checkpoint if one does not yet.
+
+        Returns:
+            Whether none touches guest memory any more.
+        """
+        if names_of(self._runners_of(entry)):
+            with trio.move_on_after(self._bus.config.pause_grace):
+                for runner in self._runners_of(entry):
+                    await runner.pause()
+        return not names_of(self._runners_of(entry))
+
+    def _keep(self, entry: Entry) -> None:
+        """Go on with a device that could not be removed."""
+        entry.removal = None
+        if not entry.offered:  # its guest has left meanwhile
+            self._offer_again(entry)
+        if not self._bus.paused:
+            for runner in self._runners_of(entry):
+                runner.resume()
+
+    def _late(self, entry: Entry, seconds: float) -> str:
+        """Say what does not let a device be removed; also in the log."""
+        text = not_back(names_of(self._runners_of(entry)), seconds)
+        if self._bus.failure_log.spend():
+            _log.error("%s: removing %s: %s", self._name, entry.instance, text)
+        return text
 
     def _runners_of(self, entry: Entry) -> list[ChannelRunner]:
         runners = self._runners.values()
@@ -111,7 +176,7 @@ class Roster:
     def failed(self, key: int) -> None:
         """A device gave its channel up: rescind it, so that the guest knows. Cannot block."""
         entry = self._owners.get(key)
-        if entry is not None and entry.removed is None:
+        if entry is not None and entry.removal is None:
             entry.faulty_lives += 1
             self._bus.engine.revoke(key)
 
@@ -126,14 +191,14 @@ class Roster:
         if entry is None:
             return
         entry.offered = False
-        if entry.removed is None and not unwanted and entry.faulty_lives < MAX_FAULTY_LIVES:
+        if entry.removal is None and not unwanted and entry.faulty_lives < MAX_FAULTY_LIVES:
             self._offer_again(entry)
 
     def disconnected(self) -> None:
         """The guest has left the bus: the next one gets all devices. Cannot block."""
         for entry in self:
             entry.faulty_lives = 0
-            if not entry.offered and entry.removed is None:
+            if not entry.offered and entry.removal is None:
                 self._offer_again(entry)
 
     def _offer_again(self, entry: Entry) -> None:
@@ -188,8 +253,8 @@ class Roster:
         self._entries.pop(entry.number, None)
         self._owners.pop(entry.key, None)
         await self.close_device(entry.device)
-        if entry.removed is not None:
-            entry.removed.set()
+        if entry.removal is not None:
+            entry.removal.over.set()
 
     async def close_device(self, device: Device) -> None:
         """Close a device, whether it is here or not; a failure is logged. Is a checkpoint."""

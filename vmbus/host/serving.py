@@ -10,6 +10,9 @@ only what to do with a batch::
 A request that has to wait gets a task in the nursery that comes with its batch; the life of a
 channel ends when those tasks have. It is one of the channel's undertakings meanwhile
 (:mod:`vmbus.host.undertakings`).
+
+Channels of one guest take turns in one loop, and one that has a single request waits for what the
+others do in theirs. So the more of them have their rings full, the less each does in a turn.
 """
 
 from __future__ import annotations
@@ -30,6 +33,13 @@ tasks in the nursery that will, and flush. Cannot block. Returns how many it has
 one, if it has done enough for one turn of the loop; the rest comes again when others have had
 theirs. None: all."""
 
+BATCH = 256
+"""Packets that a channel is given in a turn, if no other one of the device has more than it gets.
+"""
+MOST_PARTS = 4
+"""Into how many parts a turn is divided at most: what a batch costs beside its packets is shared by
+the fewer, the smaller it is."""
+
 
 class Life:
     """Serves the primary channel of a device, and every sub-channel that the guest opens.
@@ -39,6 +49,10 @@ class Life:
         serve_batch: What to do with packets.
         opened: Called with each channel before its first batch; cannot block.
         closed: Called with each when it has ended, before its rings are given up; cannot block.
+
+    Attributes:
+        parts: By how much each channel is to do less in a turn than if it was the only one that
+            has more to do than a turn is for.
     """
 
     def __init__(
@@ -55,6 +69,9 @@ class Life:
         self._closed = closed
         self._nursery: trio.Nursery | None = None
         self._load = Load(DEVICE_LOAD)
+        self._busy: set[Channel] = set()
+        """Channels that had more to do, when they were last served, than a turn was for."""
+        self.parts = 1
 
     async def run(self) -> None:
         """Serve until the primary ends. Is a checkpoint.
@@ -111,16 +128,26 @@ class Life:
         finally:  # a guest can open and close a sub-channel for ever
             self._closed(channel)
             channel.undertakings.load.part_of(None)
+            self._is_busy(channel, busy=False)
+
+    def _is_busy(self, channel: Channel, *, busy: bool) -> None:
+        if busy is not (channel in self._busy):
+            (self._busy.add if busy else self._busy.discard)(channel)
+            self.parts = min(max(len(self._busy), 1), MOST_PARTS)
 
     async def _serve_batches(self, channel: Channel) -> None:
         async with trio.open_nursery() as nursery:
             try:
                 while True:
-                    packets = await channel.receive_batch()
+                    most = BATCH // self.parts
+                    packets = await channel.receive_batch(most)
                     done = self._serve_batch(channel, packets, nursery)
+                    busy = len(packets) >= most
                     if done is not None and done < len(packets):
                         # A batch is bounded in packets, and a packet may mean a lot of work.
                         channel.put_back(packets[done:])
+                        busy = True
+                    self._is_busy(channel, busy=busy)
                     if not channel.try_flush():
                         await channel.flush()
             except trio.EndOfChannel:

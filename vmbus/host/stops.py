@@ -10,19 +10,27 @@ files that it uses until it ends.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import trio
 
 from vmbus.host.runner import ChannelRunner
 from vmbus.host.services import Services
+from vmbus.host.undertakings import not_back
 from vmbus.partition.events import PartitionPaused
 from vmbus.workers import abandon
 
 _log = logging.getLogger("vmbus.bus")
 
-NAMED = 3
-"""Requests that are named when they do not come back; of more, how many there are."""
+
+def names_of(runners: Iterable[ChannelRunner]) -> list[str]:
+    """Return what is touching guest memory, for people, on all of some channels."""
+    return [
+        name
+        for runner in runners
+        if runner.channel is not None
+        for name in runner.channel.undertakings.names
+    ]
 
 
 class Stops:
@@ -108,18 +116,27 @@ class Stops:
             for runner in tuple(self._runners.values()):
                 await runner.finished.wait()
 
-    def _late(self, action: str, seconds: float) -> str:
+    def begin_close(self, runner: ChannelRunner) -> None:
+        """See to it that a channel that a guest closes, and that does not end, is known of.
+
+        Cannot block. The guest is not told that its pages are free before they are, and no message
+        could tell it anything else; so it waits, and the log says for what.
+        """
+        self._bus.nursery.start_soon(self._watch_close, runner)
+
+    async def _watch_close(self, runner: ChannelRunner) -> None:
+        seconds = self._longest_end
+        with trio.move_on_after(seconds):
+            await runner.finished.wait()
+        if not runner.finished.is_set():
+            self._late("the guest waits for the end of a channel", seconds, [runner])
+
+    def _late(
+        self, action: str, seconds: float, runners: Iterable[ChannelRunner] | None = None
+    ) -> str:
         """Say what has not ended in time; also in the log."""
-        names = [
-            name
-            for runner in self._runners.values()
-            if runner.channel is not None
-            for name in runner.channel.undertakings.names
-        ]
-        text = "; ".join(names[:NAMED]) or "a device"
-        if len(names) > NAMED:
-            text += f" and {len(names) - NAMED} more"
-        text += f": not back in {seconds:g} s"
+        names = names_of(self._runners.values() if runners is None else runners)
+        text = not_back(names, seconds)
         if self._bus.failure_log.spend():
             _log.error("%s: %s: %s", self._bus.transport.name, action, text)
         return text

@@ -14,14 +14,34 @@ behind the device is dead. So
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import itertools
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 
 import trio
+
+from vmbus.host.waking import WAKES_AT_ONCE, Waiting
 
 CHANNEL_LOAD = 16 << 20
 """Bytes of host memory that undertakings of one channel may hold before it is read no more."""
 DEVICE_LOAD = 64 << 20
 """The same for all channels of a device together."""
+
+NAMED = 3
+"""Requests that are named when they do not come back; of more, how many there are."""
+
+
+def not_back(names: Sequence[str], seconds: float, otherwise: str = "a device") -> str:
+    """Say in a line what has not come back in time.
+
+    Args:
+        names: What it is, each.
+        seconds: How long it was waited for.
+        otherwise: What it is if there are no names.
+    """
+    text = "; ".join(names[:NAMED]) or otherwise
+    if len(names) > NAMED:
+        text += f" and {len(names) - NAMED} more"
+    return f"{text}: not back in {seconds:g} s"
 
 
 class Load:
@@ -87,7 +107,8 @@ class Undertakings:
         self._settled = settled
         self._acting: dict[Undertaking, None] = {}
         self._waits: dict[trio.CancelScope, None] = {}
-        self._held: trio.Event | None = None
+        self._held = False
+        self._waiting = Waiting()
         self._over = False
 
     def begin(self, weight: int, name: Callable[[], str]) -> Undertaking:
@@ -100,22 +121,44 @@ class Undertakings:
         return Undertaking(self, weight, name)
 
     def hold(self) -> None:
-        """Let none that rests begin to act. Cannot block."""
-        if self._held is None:
-            self._held = trio.Event()
+        """Internal: let none that rests begin to act. Cannot block."""
+        if not self._held and not self._over:
+            self._held = True
+            self._waiting.stop()
+            self._tell()
 
     def go_on(self) -> None:
-        """Undo :meth:`hold`. Cannot block."""
-        held, self._held = self._held, None
-        if held is not None:
-            held.set()
+        """Internal: undo :meth:`hold`: those that wait go on, some in each turn. Cannot block."""
+        if self._held:
+            self._held = False
+            self._waiting.wake()
+            self._tell()
+
+    def _tell(self) -> None:
+        """Tell those that act, and want to know, that something else is wanted of them."""
+        for each in tuple(self._acting):
+            if each._told is not None:
+                each._told()
 
     def end(self) -> None:
-        """The channel is over: none that rests will act any more. Cannot block."""
+        """Internal: the channel is over: none that rests will act any more. Cannot block."""
         self._over = True
-        self.go_on()
-        for scope in self._waits:
+        self._held = False
+        self._waiting.wake()
+        self._tell()
+        self._end_waits()
+        if self._waits:
+            trio.lowlevel.spawn_system_task(self._end_other_waits)
+
+    def _end_waits(self) -> None:
+        for scope in [*itertools.islice(self._waits, WAKES_AT_ONCE)]:
+            del self._waits[scope]
             scope.cancel()
+
+    async def _end_other_waits(self) -> None:
+        while self._waits:
+            await trio.lowlevel.checkpoint()
+            self._end_waits()
 
     @property
     def names(self) -> list[str]:
@@ -130,25 +173,51 @@ class Undertaking:
         name: Says what it is, for people.
     """
 
-    __slots__ = ("_all", "_depth", "_weight", "name")
+    __slots__ = ("_all", "_depth", "_told", "_weight", "name")
 
     def __init__(self, all_of_them: Undertakings, weight: int, name: Callable[[], str]) -> None:
         self.name = name
         self._all = all_of_them
         self._weight = weight
         self._depth = 0
+        self._told: Callable[[], None] | None = None
         all_of_them.load.change(weight)
         all_of_them.resting += 1
 
     @property
     def held(self) -> bool:
         """Whether it has to wait before it acts."""
-        return not self._depth and self._all._held is not None
+        return not self._depth and self._all._held
 
     @property
     def over(self) -> bool:
         """Whether it must not act any more, because the channel is over."""
         return not self._depth and self._all._over
+
+    @property
+    def whose(self) -> Hashable:
+        """What is the same for all of one channel, and for no others."""
+        return self._all
+
+    @property
+    def rest_wanted(self) -> bool:
+        """Whether a pause waits for it to come to rest, or will if it acts."""
+        return self._all._held
+
+    @property
+    def end_wanted(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self._all._over
+
+    def heed(self, told: Callable[[], None] | None) -> None:
+        """Be told when, while it acts, what is wanted of it changes. Cannot block.
+
+        For one that can be interrupted in an action.
+
+        Args:
+            told: Called then; cannot block. None: nobody wants to know.
+        """
+        self._told = told
 
     async def wait_released(self) -> None:
         """Wait until it may act. A checkpoint if it has to.
@@ -156,8 +225,8 @@ class Undertaking:
         Raises:
             trio.EndOfChannel: It never may again.
         """
-        while self._all._held is not None and not self._all._over:
-            await self._all._held.wait()
+        while self._all._held and not self._all._over:
+            await self._all._waiting.wait()
         if self._all._over:
             raise trio.EndOfChannel
 
@@ -170,7 +239,7 @@ class Undertaking:
             trio.EndOfChannel: It must not act any more.
         """
         if not self._depth:
-            if self._all._held is not None or self._all._over:
+            if self._all._held or self._all._over:
                 await self.wait_released()
             self._all.resting -= 1
             self._all._acting[self] = None
@@ -202,7 +271,7 @@ class Undertaking:
                         scope.cancel()
                     await wait()
                 finally:
-                    del self._all._waits[scope]
+                    self._all._waits.pop(scope, None)
             if scope.cancelled_caught:
                 raise trio.EndOfChannel
             if depth:

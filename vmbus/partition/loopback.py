@@ -242,7 +242,7 @@ class LoopbackTransport:
                 await freed.wait()
 
     def signal_flag(self, vp: int, sint: int, flag: int) -> None:
-        """Set an event flag and interrupt the VP, on resuming if the partition is paused.
+        """Internal: set an event flag and interrupt the VP, on resuming if the partition is paused.
 
         Signals to VPs that cannot take them are lost. Cannot block.
         """

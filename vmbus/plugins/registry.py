@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 from vmbus.errors import ConfigError
 from vmbus.plugins.words import enumerate_words, suggest
@@ -86,6 +88,11 @@ class Registry:
                 f"{self.where(entry)} cannot be imported: {type(error).__name__}: {error}; "
                 "repair or uninstall it"
             ) from error
+
+    def module(self, name: str) -> ModuleType | None:
+        """Return the module that a name's entry point is in; None if it is not loaded."""
+        points = [entry.points[0] for entry in self.entries() if entry.name == name]
+        return sys.modules.get(points[0].module) if points else None
 
     def where(self, entry: Entry) -> str:
         """Name a plug-in for a message about it."""

@@ -127,6 +127,19 @@ class Spec:
         """Return an error about this specification, to be raised."""
         return ConfigError(f"{self._quoted}: {text}")
 
+    def size(self) -> int:
+        """Parse the target as a size in bytes, for back-ends whose target is one.
+
+        Raises:
+            ConfigError: It is not one.
+        """
+        if not self.target:
+            raise self.error(f"needs a size, as in {self.scheme}:64M")
+        try:
+            return parse_size(self.target)
+        except ConfigError as error:
+            raise self.error(str(error)) from None
+
     def inner(self) -> Self:
         """Parse the target as a specification, for back-ends on top of another one.
 

@@ -128,6 +128,11 @@ def pick_device(made: Iterable[MadeDevice], request: Mapping[str, Any]) -> MadeD
     return found[0]
 
 
+def need_names(setups: Iterable[DeviceSetup]) -> bool:
+    """Whether ``{guest}`` stands in a specification, so that guests must have names."""
+    return any("{guest}" in spec for setup in setups for spec in setup.specs)
+
+
 def for_guest(spec: str, guest: str) -> str:
     """Put a guest's name into a specification. Raises ConfigError."""
     if "{guest}" in spec and not _PLAIN_NAME.fullmatch(guest):

@@ -12,7 +12,8 @@
                                    command=server.command))
 
 Every guest gets its own back-ends: a specification is opened once per guest. ``{guest}`` in it
-stands for the guest's name, so that each can have its own file. A file that is opened for writing
+stands for the guest's name, so that each can have its own file; ``serve`` needs an ``admission``
+then that refuses guests without one: ``Names(anonymous=False)``. A file that is opened for writing
 is locked, so two guests cannot ruin it together by mistake; the second one is turned away with a
 message that says so.
 """

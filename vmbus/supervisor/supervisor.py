@@ -28,7 +28,7 @@ from vmbus.attach.server.admission import Peer
 from vmbus.errors import AttachError, ConfigError
 from vmbus.log_budget import LogBudget
 from vmbus.plugins.sharing import Line, make_line
-from vmbus.server.devices import SharedKey
+from vmbus.server.devices import SharedKey, need_names
 from vmbus.server.guests import check_kind, pick_guest
 from vmbus.server.keepers import shared_backends
 from vmbus.server.process import resident_bytes
@@ -45,6 +45,8 @@ MAX_GREETING = 16
 """Connections that have not said who they are; the oldest has to go when there are more."""
 QUERY_PATIENCE = 2.0
 """Seconds for a worker to describe its guest."""
+KILL_PATIENCE = 2.0
+"""Seconds for the killed to be gone; one that closes a VMM's FUSE file waits on."""
 STOP_PATIENCE = 8.0
 """Seconds for workers to say goodbye; longer than a handler has for its end."""
 
@@ -194,18 +196,15 @@ class Supervisor:
         self._past.append(pid)
         worker.status = status
         how = describe_status(status)
-        if (
-            how
-            and not (self._stopping or worker.evicted)
-            and (worker.peer is not None or worker.keeps)
-        ):
+        in_use = worker.peer is not None or worker.keeps is not None
+        if how and in_use and not (self._stopping or worker.evicted):
             _log.error("%s: its worker %s", worker.label, how)
             self.failed = self.failed or worker.attached
         self._ended.set()
         self._ended = trio.Event()
 
     def kill(self, pid: int) -> None:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         try:
             send_down(self._zygote, {"kill": pid})
         except BlockingIOError:
@@ -218,16 +217,16 @@ class Supervisor:
         self.kill(pid)
 
     def came(self) -> None:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         self.served += 1
 
     def left(self, worker: Worker) -> None:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         self.failed = self.failed or worker.failed
         self.faults += worker.faults
 
     def expect_end(self, worker: Worker) -> None:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         self._nursery.start_soon(self._to_the_end, partial(self._wait_for_end, worker))
 
     async def _wait_for_end(self, worker: Worker, _: object) -> None:
@@ -237,7 +236,7 @@ class Supervisor:
         self.kill(worker.pid)
 
     def full(self) -> str:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         limit = self.plan.limits.max_connections
         if sum(worker.name is not None for worker in self._workers.values()) < limit:
             return ""
@@ -291,28 +290,30 @@ class Supervisor:
     async def _stop(self) -> None:
         self._stopping = True
         self._making.cancel()
-        # What guests share is kept until the last one has let go of it.
-        keepers = set(self._keepers.values())
+        keepers = set(self._keepers.values())  # until the last guest has let go of them
         await self._end([each for each in self._workers.values() if each not in keepers])
         await self._end(list(self._workers.values()))
 
     async def _end(self, workers: list[Worker]) -> None:
         for worker in workers:
             worker.stop()
-        with trio.move_on_after(STOP_PATIENCE):
+        for worker in await self._left_after(STOP_PATIENCE, workers):
+            _log.warning("%s: did not end by itself", worker.label)
+            self.kill(worker.pid)
+        for worker in await self._left_after(KILL_PATIENCE, workers):
+            _log.error("%s: process %d cannot be killed", worker.label, worker.pid)
+            del self._workers[worker.pid]
+
+    async def _left_after(self, seconds: float, workers: list[Worker]) -> list[Worker]:
+        with trio.move_on_after(seconds):
             while any(each.pid in self._workers for each in workers):
                 await self._ended.wait()
-        for worker in workers:
-            if worker.pid in self._workers:
-                _log.warning("%s: did not end by itself", worker.label)
-                self.kill(worker.pid)
-        while any(each.pid in self._workers for each in workers):
-            await self._ended.wait()
+        return [each for each in workers if each.pid in self._workers]
 
     # -- what guests share -----------------------------------------------------------------------
 
     async def lines(self, guest: str) -> dict[SharedKey, Line]:
-        """See :class:`vmbus.supervisor.workers.Owner`."""
+        """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         made: dict[SharedKey, Line] = {}
         try:
             for key, staging in self._staging.items():
@@ -364,7 +365,7 @@ class Supervisor:
         Raises:
             OSError: The listener is broken.
         """
-        admission = admission or Names()
+        admission = admission or Names(anonymous=not need_names(self.plan.setups))
         if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             worker = await self._hand_over(listener, admission)
             await worker.gone.wait()
@@ -469,6 +470,7 @@ class Supervisor:
 
         Raises:
             ConfigError: There is no such guest or device, or it cannot do that.
+            NotBackError: The disk does not give back what it was handed.
             OSError: The disk cannot.
         """
         worker = pick_guest(self._attached(), request.get("guest"))
@@ -479,8 +481,8 @@ class Supervisor:
 
 
 _UNKNOWN: dict[str, Any] = {
-    "version": None, "memory": 0, "paused": False, "faults": 0, "gpadls": 0,
-    "messages_waiting": 0, "monitor_polls": 0, "devices": [], "channels": [],
+    "version": None, "memory": 0, "paused": False, "faults": 0, "gpadls": 0, "messages_waiting": 0,
+    "monitor_polls": 0, "devices": [], "channels": [],
 }  # fmt: skip
 """A guest of which nothing is known now."""
 

@@ -42,7 +42,7 @@ import trio
 from vmbus.attach.protocol.layout import require
 from vmbus.attach.server import SocketTransport, serve
 from vmbus.attach.server.admission import Peer
-from vmbus.errors import ConfigError, PeerProtocolError, ProtocolError, VMBusError
+from vmbus.errors import ConfigError, NotBackError, PeerProtocolError, ProtocolError, VMBusError
 from vmbus.plugins.devices import load_device
 from vmbus.plugins.sharing import Keeper, Line
 from vmbus.server import GuestServer, raise_descriptor_limit
@@ -268,7 +268,8 @@ class Worker:
                 case _:
                     answer["value"] = await self._server.command(parcel["command"])
         except VMBusError as error:
-            answer |= {"error": str(error), "errno": errno.EINVAL}
+            code = errno.ETIMEDOUT if isinstance(error, NotBackError) else errno.EINVAL
+            answer |= {"error": str(error), "errno": code}
         except OSError as error:
             answer |= {"error": str(error), "errno": error.errno or errno.EIO}
         self.send(answer)

@@ -18,7 +18,7 @@ import trio
 from vmbus.attach.protocol.layout import decode_text_untrusted
 from vmbus.attach.protocol.limits import MAX_NAME
 from vmbus.attach.server.admission import Admission, Peer
-from vmbus.errors import ConfigError, PeerProtocolError
+from vmbus.errors import ConfigError, NotBackError, PeerProtocolError
 from vmbus.log_budget import LogBudget
 from vmbus.plugins.sharing import Line
 from vmbus.server.devices import SharedKey
@@ -192,6 +192,7 @@ class Worker:
         Raises:
             Gone: It ended before it had answered.
             ConfigError: It refuses.
+            NotBackError: The disk does not give back what it was handed.
             OSError: The disk refuses.
         """
         self._asking += 1
@@ -210,6 +211,8 @@ class Worker:
             code, text = answer.get("errno"), str(answer["error"])
             if code == errno.EINVAL or not isinstance(code, int):
                 raise ConfigError(text)
+            if code == errno.ETIMEDOUT:
+                raise NotBackError(text)
             raise OSError(code, text)
         value = answer.get("value")
         return value if isinstance(value, dict) else {}

@@ -180,6 +180,7 @@ def channel_pair(
     ring_pages: int = 32,
     data_pages: int = 4096,
     memory: GuestMemory | None = None,
+    first_pfn: int = 0,
     offer: Offer | None = None,
     version: Version = Version.V5_3,
     personality: Personality = LINUX_6_1,
@@ -192,7 +193,9 @@ def channel_pair(
     Args:
         ring_pages: Pages per direction, control page included.
         data_pages: Pages of guest memory beside the rings.
-        memory: Use this guest memory, whose first pages become the rings, instead of a new one.
+        memory: Use this guest memory, some of whose pages become the rings, instead of a new one.
+        first_pfn: The first of those pages, of twice ``ring_pages``; channels of one guest have one
+            memory and different pages.
         offer: What the channel was opened from; by default :func:`make_offer`.
         version: VMBus version in force.
         personality: Whose ring habits the guest's end has.
@@ -204,9 +207,9 @@ def channel_pair(
         The host's end, and the guest's.
     """
     if memory is None:
-        memory = allocate_memory((2 * ring_pages + data_pages) * PAGE_SIZE)
-    outgoing = list(range(ring_pages))
-    incoming = list(range(ring_pages, 2 * ring_pages))
+        memory = allocate_memory((first_pfn + 2 * ring_pages + data_pages) * PAGE_SIZE)
+    outgoing = list(range(first_pfn, first_pfn + ring_pages))
+    incoming = list(range(first_pfn + ring_pages, first_pfn + 2 * ring_pages))
     call = _GuestCall()
     channel = Channel(
         host or LoneHost(memory),

@@ -2,7 +2,8 @@
 
 An ISO 9660 volume is counted in whole sectors, so bytes behind the last whole one cannot belong
 to it and are not part of the disk. ``share`` means the same as for ``raw``; without it the image
-is locked for reading, so that nobody writes it under the guest. ``cd:`` by itself, behind a
+is locked for reading, so that nobody writes it under the guest. ``cd:install.iso`` is a drive with
+that medium; ``cd:`` by itself, behind a
 controller, is a drive without a medium.
 """
 
@@ -14,7 +15,7 @@ from vmbus.plugins.options import Option
 
 SECTOR_SIZE = 2048
 """Bytes of a CD-ROM mode 1 sector (ECMA-130)."""
-OPTIONS = (Option("share", "take no lock, and mind nobody else's"),)
+OPTIONS = (Option("share", "take no lock, and mind nobody else's; not the same as `shared`"),)
 
 
 async def open_spec(spec: DiskSpec) -> RawDisk:

@@ -10,6 +10,8 @@ not go down. Operations without a delay keep their fast path. Times are trio's, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import trio
 
 from storvsp.disk import Buffers, Disk
@@ -72,6 +74,10 @@ class DelayDisk(DiskWrapper):
     async def unmap(self, offset: int, length: int) -> None:
         await _pause(self.unmap_delay)
         await super().unmap(offset, length)
+
+    async def unmap_many(self, ranges: Sequence[tuple[int, int]]) -> None:
+        await _pause(self.unmap_delay)  # it is one operation
+        await super().unmap_many(ranges)
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
         await _pause(self.write_delay)

@@ -13,7 +13,8 @@ A promise that is abandoned, because the call that was to keep it does not come 
 that failed: nobody would hear of it.
 
 Flushes are shared: each is about everything that was written before, so all that are asked for
-while one is under way are answered by the next one.
+while one is under way are answered by the next one. They may be thousands, all of one guest, so
+they are not all woken at once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import collections
 import copy
 import itertools
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import trio
 
@@ -32,6 +33,9 @@ from vmbus.workers import AbandonedError
 
 T = TypeVar("T")
 
+WAKE_AT_ONCE: Final = 32
+"""Of those who share a flush; each of them wakes another one."""
+
 
 class _Flush:
     """One flush, of all those who had asked for it when it began."""
@@ -39,6 +43,8 @@ class _Flush:
     def __init__(self) -> None:
         self.ended = False
         self.error: Exception | None = None
+        self.waiting = trio.lowlevel.ParkingLot()
+        """Who is woken before the end is to make it."""
 
 
 class Durability:
@@ -55,7 +61,7 @@ class Durability:
         self._waiting: collections.deque[tuple[int, trio.Event]] = collections.deque()
         self._next = _Flush()
         self._flushing = False
-        self._flushed = trio.lowlevel.ParkingLot()
+        """Whether somebody makes a flush, or has been woken to do so."""
         self.lost = ""
         """Why it cannot, in the kernel's words; empty as long as it can."""
 
@@ -109,25 +115,34 @@ class Durability:
             SyncError: As ``make`` raises it, to each of those who shared the flush.
         """
         mine = self._next
-        while not mine.ended:
-            if self._flushing:
-                await self._flushed.park()
-                continue
-            self._flushing = True
-            if self._next is mine:  # who comes from now on may have written since
-                self._next = _Flush()
-            try:
-                await self.promise(make)
-                mine.ended = True
-            except Exception as error:
-                mine.ended, mine.error = True, error
-                raise
-            finally:
-                self._flushing = False
-                self._flushed.unpark_all()
+        if self._flushing:
+            await mine.waiting.park()
+        if mine.ended:
+            mine.waiting.unpark()
+            if mine.error is not None:
+                raise copy.copy(mine.error) from mine.error
             return
-        if mine.error is not None:
-            raise copy.copy(mine.error) from mine.error
+        self._flushing = True
+        if self._next is mine:  # who comes from now on may have written since
+            self._next = _Flush()
+        try:
+            await self.promise(make)
+            mine.ended = True
+        except Exception as error:
+            mine.ended, mine.error = True, error
+            raise
+        finally:
+            self._hand_over(mine)
+
+    def _hand_over(self, made: _Flush) -> None:
+        """Wake those whose flush was made, if it was, and one that makes the next one."""
+        if made.ended:
+            made.waiting.unpark(count=WAKE_AT_ONCE)
+        for flush in (made, self._next):
+            # Whoever is woken makes it, even if cancelled meanwhile: then it comes back here.
+            if not flush.ended and flush.waiting.unpark():
+                return
+        self._flushing = False
 
     def _oldest(self, default: int) -> int:
         return next(iter(self._under_way), default)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 import random
+from collections.abc import Sequence
 
 import trio
 
@@ -216,6 +217,13 @@ class FaultDisk(DiskWrapper):
             await super().unmap(offset, good)
             raise self._error(fault, "unmap", offset + good)
         await super().unmap(offset, length)
+
+    async def unmap_many(self, ranges: Sequence[tuple[int, int]]) -> None:
+        if any(self._possible(Operation.UNMAP, *each) for each in ranges):
+            for offset, length in ranges:
+                await self.unmap(offset, length)
+        else:
+            await super().unmap_many(ranges)
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
         fault = await self._strike(Operation.WRITE, offset, length)

@@ -154,7 +154,7 @@ def _open_existing(name: str, flags: int) -> int:
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise ConfigError(
-                f"{name} is mounted or in use by the host; [share] skips this check"
+                f"{name} is mounted or in use by the host; [share] opens it all the same"
             ) from error
         refused = error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}
         if refused and flags & os.O_RDWR and _can_be_read(name):
@@ -187,5 +187,6 @@ def _lock(fd: int, name: str, *, exclusive: bool) -> None:
                 "one image with [ro] or overlay:"
             ) from error
         raise ConfigError(
-            f"{name} is on a file system that cannot lock ({error.strerror}); use [share]"
+            f"{name} is on a file system that cannot lock ({error.strerror}); [share] opens it "
+            "without a lock, so that nothing keeps two writers apart"
         ) from error

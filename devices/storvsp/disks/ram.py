@@ -32,7 +32,6 @@ from storvsp.disks.specs import DiskSpec
 from vmbus.errors import ConfigError
 from vmbus.memory import total_length
 from vmbus.plugins.options import Option
-from vmbus.plugins.specs import parse_size
 from vmbus.watchers import Watchers
 
 CHUNK = 1 << 16
@@ -326,9 +325,8 @@ async def open_spec(spec: DiskSpec) -> RamDisk:
     options.finish()
     if physical < sector_size:
         raise spec.error(f"physical={physical} is smaller than the logical sector")
+    size = spec.size()
     try:
-        return RamDisk(
-            parse_size(spec.target), sector_size=sector_size, physical_sector_size=physical
-        )
+        return RamDisk(size, sector_size=sector_size, physical_sector_size=physical)
     except ConfigError as error:
         raise spec.error(str(error)) from None

@@ -83,7 +83,7 @@ OPTIONS = (
         "it has to exist",
     ),
     Option("direct", "bypass the host's page cache (O_DIRECT)"),
-    Option("share", "take no lock, and mind nobody else's"),
+    Option("share", "take no lock, and mind nobody else's; not the same as `shared`"),
 )
 
 

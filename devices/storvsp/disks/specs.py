@@ -46,7 +46,7 @@ class DiskSpec(Spec):
         "target": _PLACES,
         "lun": _PLACES,
         "shared": "one disk for all guests of a server, with one set of reservations; cannot be "
-        "resized or added later",
+        "resized or added later; not the same as `share`",
         "on-error": "what becomes of commands that find no room: report (default) or stop; not "
         "with shared",
     }

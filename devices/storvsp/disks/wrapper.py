@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from storvsp.disk import Buffers, Disk, DiskInfo, Extent
 
 
 class DiskWrapper(Disk):
     """Passes every call on to another disk; derive and override what should differ.
+
+    Who overrides :meth:`unmap` overrides :meth:`unmap_many` as well: each is passed on as it is.
 
     Closing the wrapper closes the disk below.
 
@@ -46,6 +48,9 @@ class DiskWrapper(Disk):
 
     async def unmap(self, offset: int, length: int) -> None:
         await self.base.unmap(offset, length)
+
+    async def unmap_many(self, ranges: Sequence[tuple[int, int]]) -> None:
+        await self.base.unmap_many(ranges)
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
         await self.base.write_zeroes(offset, length, may_unmap=may_unmap)

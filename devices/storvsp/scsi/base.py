@@ -12,7 +12,6 @@ guest is there has one.
 from __future__ import annotations
 
 import abc
-import itertools
 import logging
 from collections.abc import Awaitable, Callable, Hashable, Iterable
 from functools import partial
@@ -33,6 +32,7 @@ from storvsp.scsi.inquiry import (
 )
 from storvsp.scsi.modes import ModePages
 from storvsp.scsi.pace import Turn, may_act
+from storvsp.scsi.running import Running
 from storvsp.scsi.sense import (
     CheckCondition,
     ReservationConflict,
@@ -67,9 +67,6 @@ from vmbus.log_budget import LogBudget
 
 logger = logging.getLogger(__name__)
 
-ABORTS_AT_ONCE: Final = 64
-"""Commands that are ended in one turn of the loop. Each has a stack to unwind: 4000 of them, ended
-at once, would have everybody else wait for a quarter of a second."""
 MAX_MODE_LIST: Final = 1024
 """Bytes of a MODE SELECT parameter list: many times those of all pages that there are. A list has
 room for the same page 5000 times."""
@@ -96,9 +93,7 @@ class DispatchUnit(LogicalUnit):
         self.modes = modes
         self.attentions = Attentions()
         self.gate = Gate(self.refresh)
-        self._running: dict[trio.CancelScope, Command] = {}
-        self._doomed: dict[trio.CancelScope, None] = {}
-        self._ended = trio.lowlevel.ParkingLot()
+        self._running = Running()
         self._closed = False
         self._budgets: dict[int, LogBudget] = {}
 
@@ -173,15 +168,13 @@ class DispatchUnit(LogicalUnit):
     ) -> Outcome:
         """Let a command that waits for the disk do so, unless it is aborted. A checkpoint."""
         with trio.CancelScope() as scope:
-            self._running[scope] = command
+            self._running.begin(scope, command)
             try:
-                async with Turn(self.gate, exclusive=exclusive):
+                async with Turn(self.gate, exclusive=exclusive, initiator=command.initiator):
                     await may_act()
                     return await work()
             finally:
-                del self._running[scope]
-                self._doomed.pop(scope, None)
-                self._ended.unpark_all()
+                self._running.end(scope)
         return TASK_ABORTED
 
     def _admit(self, command: Command) -> Spec:
@@ -260,31 +253,17 @@ class DispatchUnit(LogicalUnit):
         """
         if initiator is None:
             self.aborts += 1
-        going_on = bool(self._doomed)
-        for scope, command in self._running.items():
-            if scope.cancel_called:
-                continue  # by one of the many resets of a guest that is fond of them
-            if initiator is None or command.initiator == initiator:
-                self._doomed[scope] = None
-        if not going_on:
-            self._abort_some()
-            if self._doomed:
-                trio.lowlevel.spawn_system_task(self._abort_rest)
-
-    def _abort_some(self) -> None:
-        for scope in [*itertools.islice(self._doomed, ABORTS_AT_ONCE)]:
-            del self._doomed[scope]
-            scope.cancel()
-
-    async def _abort_rest(self) -> None:
-        while self._doomed:
-            await trio.lowlevel.checkpoint()
-            self._abort_some()
+        self._running.abort(initiator)
 
     @property
     def busy(self) -> bool:
         """Whether any command is in progress; see :attr:`LogicalUnit.busy`."""
         return bool(self._running)
+
+    @property
+    def under_way(self) -> list[str]:
+        """What is in progress; see :attr:`LogicalUnit.under_way`."""
+        return self._running.names
 
     async def ended(self, initiator: Hashable | None = None) -> None:
         """Wait until what is in progress has ended; see :meth:`LogicalUnit.ended`.
@@ -292,13 +271,7 @@ class DispatchUnit(LogicalUnit):
         Args:
             initiator: Whose commands; None for everybody's.
         """
-        waited = [
-            scope
-            for scope, command in self._running.items()
-            if initiator is None or command.initiator == initiator
-        ]
-        while any(scope in self._running for scope in waited):
-            await self._ended.park()
+        await self._running.ended(initiator)
 
     def reset(self) -> None:
         """Do a logical unit reset; see :meth:`LogicalUnit.reset`."""

@@ -55,6 +55,8 @@ class CdromUnit(DispatchUnit):
         ConfigError: The medium does not have sectors of 2048 bytes.
     """
 
+    why_fixed = "an empty drive"
+
     replaced = (sense.MEDIUM_MAY_HAVE_CHANGED,)  # what guests look out for with drives
 
     def __init__(

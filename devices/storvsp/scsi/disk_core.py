@@ -255,8 +255,10 @@ class DiskCore(DispatchUnit):
             raise invalid_cdb_field(byte)
         return command.data if command.length == size else window(command.data, 0, size)
 
-    async def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
+    async def read(self, offset: int, buffers: Sequence[memoryview], *, tried: bool = True) -> None:
         """Fill buffers from byte ``offset``, in as many steps as the back-end needs.
+
+        With ``tried``, the first step is known to need waiting.
 
         Not a checkpoint unless the back-end makes it one or there is more than one step; a
         handler that calls this in a loop yields by itself.
@@ -264,11 +266,18 @@ class DiskCore(DispatchUnit):
         for at, part in split(buffers, self.limit):
             if at:
                 await step()
-                if self.disk.try_readv(offset + at, part):
-                    continue
+            if (at or not tried) and self.disk.try_readv(offset + at, part):
+                continue
             await self.disk.readv(offset + at, part)
 
-    async def write(self, offset: int, buffers: Sequence[memoryview], *, fua: bool = False) -> None:
+    async def write(
+        self,
+        offset: int,
+        buffers: Sequence[memoryview],
+        *,
+        fua: bool = False,
+        tried: bool = True,
+    ) -> None:
         """Write buffers at byte ``offset``; durable on return if asked for or uncached.
 
         A checkpoint under the same conditions as :meth:`read`.
@@ -277,8 +286,8 @@ class DiskCore(DispatchUnit):
         for at, part in split(buffers, self.limit):
             if at:
                 await step()
-                if self.disk.try_writev(offset + at, part, fua=fua):
-                    continue
+            if (at or not tried) and self.disk.try_writev(offset + at, part, fua=fua):
+                continue
             await self.disk.writev(offset + at, part, fua=fua)
 
     async def settle(self) -> None:

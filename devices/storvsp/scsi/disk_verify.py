@@ -132,11 +132,12 @@ async def compare_and_write(unit: DiskCore, command: Command) -> Outcome:
     offset = transfer.lba * unit.sector_size
     found = bytearray(size)
     async with unit.disk.together():
-        await unit.read(offset, [memoryview(found)])
+        # Everybody waits for it, so if it need not wait itself, it does not.
+        await unit.read(offset, [memoryview(found)], tried=False)
         at = first_difference(found, data[:size])
         if at is not None:
             raise _miscompare(at)
-        await unit.write(offset, [memoryview(data)[size:]], fua=transfer.fua)
+        await unit.write(offset, [memoryview(data)[size:]], fua=transfer.fua, tried=False)
     return Outcome(STATUS_GOOD, b"", 2 * size)
 
 
@@ -155,9 +156,9 @@ async def orwrite(unit: DiskCore, command: Command) -> Outcome:
         bits = int.from_bytes(b"".join(data.take(length)), "little")
         found = bytearray(length)
         async with unit.disk.together():  # a pause in between would let others write
-            await unit.read(offset, [memoryview(found)])
+            await unit.read(offset, [memoryview(found)], tried=False)
             result = (int.from_bytes(found, "little") | bits).to_bytes(length, "little")
-            await unit.write(offset, [memoryview(result)], fua=transfer.fua)
+            await unit.write(offset, [memoryview(result)], fua=transfer.fua, tried=False)
     return Outcome(STATUS_GOOD, b"", size)
 
 

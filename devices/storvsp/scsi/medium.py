@@ -18,10 +18,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Final, TypeVar
 
-import trio
-
 from storvsp.disk import Buffers, Disk, DiskInfo, Extent, NoSpaceError, divide_ranges
 from storvsp.scsi.pace import current_pace, may_act, step
+from vmbus.host.waking import Waiting
 
 T = TypeVar("T")
 
@@ -55,10 +54,10 @@ class Medium(Disk):
         self.stopped = ""
         self.full = 0
         self._changed = changed
-        self._goes_on = trio.Event()
+        self._waiting = Waiting()
 
     def go_on(self) -> bool:
-        """Try again what has been kept. Cannot block.
+        """Try again what has been kept, some of it in each turn of the loop. Cannot block.
 
         Returns:
             Whether it was stopped.
@@ -66,7 +65,7 @@ class Medium(Disk):
         if not self.stopped:
             return False
         self.stopped = ""
-        self._goes_on.set()
+        self._waiting.wake()
         logger.warning("%s: goes on", self.name)
         self._changed()
         return True
@@ -86,7 +85,7 @@ class Medium(Disk):
         pace = current_pace()
         while True:
             while self.stopped:
-                await pace.rest(self._goes_on.wait)
+                await pace.rest(self._waiting.wait)
             await may_act()
             if self.stopped:
                 continue
@@ -110,7 +109,7 @@ class Medium(Disk):
             if not self.stopped:
                 cause = error.__cause__
                 self.stopped = (isinstance(cause, OSError) and cause.strerror) or str(error)
-                self._goes_on = trio.Event()
+                self._waiting.stop()
                 logger.warning(
                     "%s: %s; stopped until 'vmbus disk continue'", self.name, self.stopped
                 )

@@ -11,7 +11,7 @@ and when it has waited for its turn. It gives its turn to others while it stands
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from typing import Final, Protocol
 
 import trio
@@ -29,6 +29,21 @@ class Pace(Protocol):
     @property
     def over(self) -> bool:
         """Whether it must not act any more."""
+
+    @property
+    def whose(self) -> Hashable:
+        """Whose it is, where commands take turns; a channel."""
+
+    @property
+    def rest_wanted(self) -> bool:
+        """Whether it is to come to rest, if it can while it acts."""
+
+    @property
+    def end_wanted(self) -> bool:
+        """Whether it is to end, if it can while it acts."""
+
+    def heed(self, told: Callable[[], None] | None) -> None:
+        """Be told when, while it acts, one of these two changes."""
 
     async def wait_released(self) -> None:
         """Wait until it may act. A checkpoint if it has to. Raises trio.EndOfChannel."""
@@ -48,6 +63,12 @@ class _Free:
 
     held = False
     over = False
+    whose = None
+    rest_wanted = False
+    end_wanted = False
+
+    def heed(self, told: Callable[[], None] | None) -> None:
+        """Nothing changes."""
 
     async def wait_released(self) -> None:
         """Nothing to wait for."""
@@ -84,16 +105,18 @@ class Turn:
     Args:
         gate: Which.
         exclusive: Alone, or beside others.
+        initiator: Who sent the command; its channels take turns as well.
     """
 
-    def __init__(self, gate: Gate, *, exclusive: bool) -> None:
+    def __init__(self, gate: Gate, *, exclusive: bool, initiator: Hashable = None) -> None:
         self._gate = gate
         self._exclusive = exclusive
+        self._whose = (initiator, _pace.get().whose)
         self._inside = False
 
     async def enter(self) -> None:
         """Wait for it. A checkpoint if it has to."""
-        await self._gate.acquire(exclusive=self._exclusive)
+        await self._gate.acquire(exclusive=self._exclusive, whose=self._whose)
         self._inside = True
 
     def leave(self) -> None:

@@ -127,6 +127,9 @@ class LogicalUnit(abc.ABC):
     name = ""
     """What operators call it: where it is, and what is behind it."""
 
+    why_fixed = "no disk"
+    """What it is, for operators, if there is no back-end here that could become another size."""
+
     # What operators see of it; kept by who executes its commands.
     commands = 0
     """Commands that have ended, whatever their outcome."""
@@ -166,6 +169,11 @@ class LogicalUnit(abc.ABC):
     @abc.abstractmethod
     def busy(self) -> bool:
         """Whether any command is in progress."""
+
+    @property
+    def under_way(self) -> list[str]:
+        """What the commands in progress are, for people; by default nothing is known of them."""
+        return []
 
     @abc.abstractmethod
     async def ended(self) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import trio
 
 from storvsp.disk import Disk
-from storvsp.scsi import CdromUnit, Command, DiskUnit, Outcome
+from storvsp.scsi import CdromUnit, Command, DiskUnit, Outcome, cdb as op
+from storvsp.scsi.pace import keep_pace
 from storvsp.scsi.unit import TASK_ABORTED
 from storvsp.shared.messages import (
     MAX_COMMANDS,
+    MAX_WARNING,
+    MAX_WARNINGS,
     CommandRecord,
     DoneRecord,
     Kind,
@@ -25,8 +29,14 @@ from storvsp.shared.messages import (
 )
 from storvsp.shared.staging import Staging
 from vmbus.errors import PeerProtocolError
+from vmbus.host.undertakings import Undertakings
+from vmbus.watchers import Watchers
+from vmbus.workers import work_for
 
 logger = logging.getLogger("storvsp")
+
+_CHANGES = frozenset((op.START_STOP_UNIT, op.PREVENT_ALLOW_MEDIUM_REMOVAL))
+"""What changes what people see of a drive; of a disk, what has failed does."""
 
 
 class Keeper:
@@ -35,12 +45,22 @@ class Keeper:
     Args:
         disk: The back-end; owned.
         identity: What the unit is called if the disk has no identity of its own.
+        source: What people call the disk.
+        warnings: What they should know of it.
     """
 
-    def __init__(self, disk: Disk, identity: bytes) -> None:
+    def __init__(
+        self, disk: Disk, identity: bytes, *, source: str = "", warnings: Sequence[str] = ()
+    ) -> None:
         self.disk = disk
         kind = CdromUnit if disk.info.optical else DiskUnit
         self.unit = kind(disk, luns=tuple, identity=identity)
+        self.unit.name = f"shared disk ({source or type(disk).__name__})"
+        self._warnings = [_short(each) for each in warnings[:MAX_WARNINGS]]
+        self._told: dict[str, Any] = {}
+        self.watchers = Watchers()
+        """Called when :meth:`describe` says something else."""
+        disk.watch(self.look)
         self._visits: dict[Hashable, trio.Event] = {}
         """Guests with a line, and what is set at its end."""
 
@@ -48,8 +68,16 @@ class Keeper:
         """Return what guests' operators see of it."""
         info = self.disk.info
         return {
-            "size": info.size, "read_only": info.read_only, "kind": type(self.disk).__name__
+            "size": info.size, "read_only": info.read_only, "kind": type(self.disk).__name__,
+            "warnings": self._warnings, **self.unit.describe(),
         }  # fmt: skip
+
+    def look(self) -> None:
+        """Tell the guests if they see something else now. Cannot block."""
+        found = self.describe()
+        if found != self._told:
+            self._told = found
+            self.watchers.notify()
 
     async def serve(self, sock: socket.socket, staging_fd: int, initiator: Hashable) -> None:
         """Serve one guest until its line ends. Is a checkpoint.
@@ -59,6 +87,7 @@ class Keeper:
             staging_fd: The staging area, sealed; owned.
             initiator: Who the guest is.
         """
+        work_for(initiator)
         visit = _Visit(self, Line(sock), Staging(staging_fd), initiator)
         # Its name may be that of a guest that is just leaving; the end of that one's commands is
         # not to be the end of this one's.
@@ -91,8 +120,36 @@ class Keeper:
         await self.disk.aclose()
 
 
+def _short(text: str) -> str:
+    """Return a text that does not become much longer as JSON."""
+    return "".join(each if each.isprintable() else "?" for each in text[:MAX_WARNING])
+
+
 def _bad(text: str) -> PeerProtocolError:
     return PeerProtocolError(f"shared disk: {text}", errno=errno.EPROTO, fatal=True)
+
+
+def _nothing() -> None:
+    return
+
+
+class _Execution:
+    """A command that has no answer yet.
+
+    Args:
+        settled: Called when it has come to rest; cannot block.
+    """
+
+    __slots__ = ("asked", "ended", "pace", "scope", "whole")
+
+    def __init__(self, settled: Callable[[], None]) -> None:
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+        """Set when it has an outcome."""
+        self.whole = Undertakings(settled, _nothing)
+        self.pace = self.whole.begin(0, str)
+        self.asked = False
+        """A HOLD has to be answered."""
 
 
 class _Visit:
@@ -104,16 +161,17 @@ class _Visit:
         self._line = line
         self._staging = staging
         self._initiator = initiator
-        self._running: dict[int, tuple[trio.CancelScope, trio.Event]] = {}
-        """Commands that have no answer yet, and what is set when they have an outcome."""
+        self._running: dict[int, _Execution] = {}
+        """Commands that have no answer yet."""
         self._waits = 0
-        """Questions for the end of commands that have no answer yet."""
+        """Other questions that have no answer yet."""
         self._news = trio.Event()
 
     async def run(self) -> None:
-        unwatch = self._keeper.disk.watch(self._tell)
+        unwatch = self._keeper.watchers.add(self._tell)
         try:
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 nursery.start_soon(self._send_news)
                 while data := await self._line.receive():
                     await self._obey_untrusted(data, nursery)
@@ -137,17 +195,21 @@ class _Visit:
                 if record.number in self._running:
                     raise _bad("a command with the number of another")
                 self._check_room()
-                self._running[record.number] = trio.CancelScope(), trio.Event()
+                settled = partial(self._settled, record.number)
+                self._running[record.number] = _Execution(settled)
                 nursery.start_soon(self._execute, record, unit.aborts)
             case (Kind.ABORT, number):
                 if number in self._running:
-                    self._running[number][0].cancel()
+                    self._running[number].scope.cancel()
+            case (Kind.HOLD | Kind.GO_ON as kind, number):
+                self._guide(self._running.get(number), number, hold=kind is Kind.HOLD)
             case (Kind.RESET, _):
                 unit.reset()
+                self._keeper.look()  # trays are unlocked
             case (Kind.WAIT, number):
                 self._check_room()
                 self._waits += 1
-                ends = [ended for _, ended in self._running.values()]
+                ends = [each.ended for each in self._running.values()]
                 nursery.start_soon(self._wait, number, ends)
             case (Kind.ATTENTION, code):
                 unit.attentions.add(self._initiator, code & 0xFFFF)
@@ -159,21 +221,56 @@ class _Visit:
         # The next record waits until the commands before it have begun: order is kept.
         await trio.lowlevel.checkpoint()
 
+    def _guide(self, execution: _Execution | None, number: int, *, hold: bool) -> None:
+        """Let a command stand still, or go on; without one its answer is on the way."""
+        if execution is None or execution.ended.is_set():
+            return
+        if not hold:
+            execution.whole.go_on()
+            self._say_held(execution, number)
+            return
+        if execution.asked:
+            raise _bad("a command that is to stand still twice")
+        self._check_room()
+        self._waits += 1
+        execution.asked = True
+        execution.whole.hold()
+        if execution.whole.resting:
+            self._say_held(execution, number)
+
+    def _settled(self, number: int) -> None:
+        self._say_held(self._running[number], number)
+
+    def _say_held(self, execution: _Execution, number: int) -> None:
+        if execution.asked:
+            execution.asked = False
+            self._nursery.start_soon(self._send_held, number)
+
+    async def _send_held(self, number: int) -> None:
+        await self._line.send(number_record(Kind.HELD, number))
+        self._waits -= 1
+
     async def _execute(self, record: CommandRecord, aborts: int) -> None:
         outcome: Outcome = TASK_ABORTED
-        scope, ended = self._running[record.number]
+        execution = self._running[record.number]
+        keep_pace(execution.pace)
         data = [self._staging.view[record.offset : record.offset + record.length]]
         command = Command(
             record.cdb, data if record.length else [], record.length, record.direction,
             self._initiator,
         )  # fmt: skip
         try:
-            with scope:
+            with execution.scope:
                 if self._unit.aborts == aborts:  # else a reset was quicker than this task
                     found = self._unit.try_execute(command)
                     outcome = found if found is not None else await self._unit.execute(command)
         finally:
-            ended.set()
+            execution.ended.set()
+            if execution.asked:
+                execution.asked = False
+                self._waits -= 1
+        if outcome.status or record.cdb[0] in _CHANGES:
+            self._keeper.look()
         # Until it is said, it counts: a guest may ask and ask, and never read.
         await self._line.send(DoneRecord(record.number, outcome).encode())
         del self._running[record.number]

@@ -33,9 +33,14 @@ class Kind(enum.IntEnum):
     ATTENTION = 5
     INTRODUCE = 6
     DETACH = 7
+    HOLD = 8
+    """Let a command stand still. Answered once: with HELD, or with the command's own DONE."""
+    GO_ON = 9
+    """Let it go on. A HOLD that has no answer yet gets one."""
     DONE = 16
     WAITED = 17
     INFO = 18
+    HELD = 19
 
 
 _COMMAND = struct.Struct("<BBBxIIQ16s")
@@ -81,7 +86,7 @@ def number_record(kind: Kind, number: int = 0) -> bytes:
 
 def info_record(info: dict[str, Any]) -> bytes:
     """Return a record that describes the unit."""
-    return bytes([Kind.INFO]) + json.dumps(info).encode()
+    return bytes([Kind.INFO]) + json.dumps(info, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def _bad(text: str) -> PeerProtocolError:
@@ -105,7 +110,7 @@ def decode_to_keeper_untrusted(data: bytes, staging: int) -> CommandRecord | tup
         if length > staging or offset > staging - length:
             raise _bad("a buffer beyond the staging area")
         return CommandRecord(number, cdb[:cdb_length], DataDirection(direction), length, offset)
-    if len(data) == _NUMBER.size and Kind.ABORT <= data[0] <= Kind.DETACH:
+    if len(data) == _NUMBER.size and Kind.ABORT <= data[0] <= Kind.GO_ON:
         kind, number = _NUMBER.unpack(data)
         return Kind(kind), number
     raise _bad(f"a record of {len(data)} bytes")
@@ -118,20 +123,35 @@ def decode_to_unit_untrusted(data: bytes) -> DoneRecord | tuple[Kind, int] | dic
         if sense_length > len(sense):
             raise _bad("sense data that is too long")
         return DoneRecord(number, Outcome(status, sense[:sense_length], transferred))
-    if len(data) == _NUMBER.size and data[0] == Kind.WAITED:
-        return Kind.WAITED, _NUMBER.unpack(data)[1]
+    if len(data) == _NUMBER.size and data[0] in {Kind.WAITED, Kind.HELD}:
+        kind, number = _NUMBER.unpack(data)
+        return Kind(kind), number
     if data[:1] == bytes([Kind.INFO]):
         try:
             info = json.loads(data[1:])
         except (ValueError, RecursionError) as error:
             raise _bad("a description that is no JSON") from error
-        if isinstance(info, dict) and all(type(info.get(k)) is t for k, t in INFO.items()):
-            return info
+        if _is_info(info):
+            return {name: info[name] for name in (*INFO, *MORE_INFO) if name in info}
     raise _bad(f"a record of {len(data)} bytes")
 
 
-INFO: dict[str, type] = {"size": int, "read_only": bool, "kind": str}
+INFO: dict[str, type] = {"size": int, "read_only": bool, "kind": str, "warnings": list}
 """What a unit is described by."""
+MORE_INFO: dict[str, type] = {"stopped": str, "no_space": int, "tray": str, "locked": bool}
+"""What is said of disks only, or of drives."""
+MAX_WARNINGS = 3
+MAX_WARNING = 250
+"""Characters; all of them have to fit into a record."""
+
+
+def _is_info(info: object) -> bool:
+    return (
+        isinstance(info, dict)
+        and all(type(info.get(name)) is kind for name, kind in INFO.items())
+        and all(type(info[name]) is kind for name, kind in MORE_INFO.items() if name in info)
+        and all(isinstance(each, str) for each in info["warnings"])
+    )
 
 
 class Line:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from collections.abc import Callable, Hashable, Iterable
@@ -10,6 +11,8 @@ from typing import Any
 import trio
 
 from storvsp.scsi import cdb as op
+from storvsp.scsi.cdb import command_name
+from storvsp.scsi.pace import Pace, current_pace
 from storvsp.scsi.sense import (
     HARDWARE_ERROR,
     LOGICAL_UNIT_COMMUNICATION_FAILURE,
@@ -55,8 +58,45 @@ ABORT_PATIENCE = 8.0
 _LOST = check_condition(Sense(NOT_READY, LOGICAL_UNIT_COMMUNICATION_FAILURE))
 
 
+class _Pending:
+    """A record whose answer is waited for."""
+
+    __slots__ = ("news", "outcome", "over", "owed")
+
+    def __init__(self) -> None:
+        self.news = trio.Event()
+        """Set when something of this, or what is wanted of the command, has changed."""
+        self.over = False
+        """There is an answer, or there will be none."""
+        self.outcome: Outcome | None = None
+        self.owed = 0
+        """HOLDs that have no answer yet."""
+
+    def wake(self) -> None:
+        """Have whoever waits look again. Cannot block."""
+        self.news.set()
+
+    async def wait(self) -> None:
+        """Wait until there is something to look at. A checkpoint."""
+        await self.news.wait()
+        self.news = trio.Event()
+
+    def end(self, outcome: Outcome | None) -> None:
+        """There is an answer, or there will be none. Cannot block."""
+        self.over = True
+        self.outcome = outcome
+        self.wake()
+
+
+async def _nothing() -> None:
+    return
+
+
 class SharedUnit(LogicalUnit):
     """A logical unit at the other end of a line. Must be made inside a trio run.
+
+    A command acts, as a pause sees it, while it copies between guest memory and the staging area
+    and while its keeper works at it. For a pause the keeper is asked to let it stand still.
 
     Args:
         sock: SOCK_SEQPACKET to the keeper; owned.
@@ -65,6 +105,9 @@ class SharedUnit(LogicalUnit):
         changed: Called when the disk has another size; cannot block.
         source: What people call the disk.
     """
+
+    paced = True
+    why_fixed = "a disk that guests share, which keeps the size that the server was started with"
 
     def __init__(
         self,
@@ -81,8 +124,13 @@ class SharedUnit(LogicalUnit):
         self._changed = changed
         self._source = source
         self._next = 0
-        self._pending: dict[int, tuple[trio.Event, list[Outcome]]] = {}
-        self._running = 0
+        self._pending: dict[int, _Pending] = {}
+        self._commands: dict[int, Command] = {}
+        """Those under way, by the number of their task."""
+        self._tasks = 0
+        self._answered: trio.Event | None = None
+        """Set when the next question for the end of commands has its answer."""
+        self._asking = False
         self._idle = trio.lowlevel.ParkingLot()
         self._posts: list[bytes] = []
         self._lost = False
@@ -104,10 +152,10 @@ class SharedUnit(LogicalUnit):
         self._lost = True
         if not self._closed:
             logger.error("the keeper of a shared disk is gone")
-        for event, _ in self._pending.values():
-            event.set()
+        for pending in self._pending.values():
+            pending.end(None)
         self.known.set()
-        while self._running:
+        while self._commands:
             await self._idle.park()
         self._line.close()
         self._staging.close()
@@ -116,6 +164,10 @@ class SharedUnit(LogicalUnit):
         match decode_to_unit_untrusted(data):
             case DoneRecord(number, outcome):
                 self._answer(number, outcome)
+            case (Kind.HELD, number):
+                if number in self._pending:
+                    self._pending[number].owed -= 1
+                    self._pending[number].wake()
             case (_, number):
                 self._answer(number, TASK_ABORTED)
             case dict(info):
@@ -126,9 +178,8 @@ class SharedUnit(LogicalUnit):
                     self._changed()
 
     def _answer(self, number: int, outcome: Outcome) -> None:
-        event, outcomes = self._pending.get(number, (trio.Event(), []))
-        outcomes.append(outcome)
-        event.set()
+        if number in self._pending:
+            self._pending[number].end(outcome)
 
     # -- commands --------------------------------------------------------------------------------
 
@@ -145,26 +196,35 @@ class SharedUnit(LogicalUnit):
         """See :meth:`LogicalUnit.execute`."""
         if command.length > self._staging.size:
             return _LOST
-        self._running += 1
+        self._tasks += 1
+        task = self._tasks
+        self._commands[task] = command
         aborts = self.aborts
         try:
             offset = await self._staging.take(command.length)
             try:
-                if self.aborts != aborts:  # while it waited; its keeper does not know of it
-                    return TASK_ABORTED
-                outcome = await self._execute_at(command, offset)
+                pace = current_pace()
+                await pace.enter()
+                try:
+                    if self.aborts != aborts:  # while it waited; its keeper does not know of it
+                        return TASK_ABORTED
+                    outcome = await self._execute_at(command, offset, pace)
+                finally:
+                    pace.leave()
                 self.errors += _is_failure(outcome)
                 return outcome
             finally:
                 self._staging.give(offset, command.length)
+        except trio.EndOfChannel:  # nobody waits for it any more
+            return TASK_ABORTED
         except OSError:
             self.errors += 1
             return _LOST
         finally:
-            self._running -= 1
+            del self._commands[task]
             self._idle.unpark_all()
 
-    async def _execute_at(self, command: Command, offset: int) -> Outcome:
+    async def _execute_at(self, command: Command, offset: int, pace: Pace) -> Outcome:
         if self._closed:
             return TASK_ABORTED
         if self._lost:
@@ -175,7 +235,7 @@ class SharedUnit(LogicalUnit):
         record = CommandRecord(
             self._number(), command.cdb, command.direction, command.length, offset
         )
-        outcome = await self._ask(record.number, record.encode())
+        outcome = await self._have_done(record, pace)
         if outcome is None:
             return TASK_ABORTED if self._closed else _LOST
         if command.direction is DataDirection.READ and outcome.transferred:
@@ -188,29 +248,53 @@ class SharedUnit(LogicalUnit):
         self._next = (self._next + 1) & 0xFFFFFFFF
         return self._next
 
-    async def _ask(self, number: int, record: bytes) -> Outcome | None:
-        """Send a record and wait for its answer; None if the keeper is gone.
+    async def _have_done(self, record: CommandRecord, pace: Pace) -> Outcome | None:
+        """Send a command and wait for its outcome; None if the keeper is gone.
 
         If it is cancelled, the command is aborted, and has ended when that is over: the staging
         area may not be given to another command before. A keeper whose disk hangs is not waited
         for: the disk is lost to this guest then, and its staging area used for nothing more.
         """
-        event, outcomes = self._pending[number] = trio.Event(), []
+        number = record.number
+        pending = self._pending[number] = _Pending()
+        pace.heed(pending.wake)
         try:
-            await self._line.send(record)
+            await self._line.send(record.encode())
             try:
-                await event.wait()
+                await self._follow(number, pending, pace)
             except trio.Cancelled:
                 patience = trio.current_time() + ABORT_PATIENCE
                 with trio.CancelScope(shield=True, deadline=patience):
                     await self._line.send(number_record(Kind.ABORT, number))
-                    await event.wait()
-                if not event.is_set():
+                    while not pending.over:
+                        await pending.wait()
+                if not pending.over:
                     self._give_up()
                 raise
         finally:
+            pace.heed(None)
             del self._pending[number]
-        return outcomes[0] if outcomes else None
+        return pending.outcome
+
+    async def _follow(self, number: int, pending: _Pending, pace: Pace) -> None:
+        """Wait for an outcome; tell the keeper what is wanted of the command meanwhile."""
+        held = aborted = False
+        while not pending.over:
+            if aborted:
+                await pending.wait()
+            elif pace.end_wanted:
+                aborted = True
+                await self._line.send(number_record(Kind.ABORT, number))
+            elif held is not pace.rest_wanted:
+                held = not held
+                pending.owed += held
+                await self._line.send(number_record(Kind.HOLD if held else Kind.GO_ON, number))
+            elif held and not pending.owed:
+                # The keeper touches neither disk nor staging area for it until it hears more.
+                with contextlib.suppress(trio.EndOfChannel):
+                    await pace.rest(_nothing)
+            else:
+                await pending.wait()
 
     def _give_up(self) -> None:
         """The keeper does not end a command: have no more to do with it."""
@@ -218,8 +302,8 @@ class SharedUnit(LogicalUnit):
             self._lost = True
             logger.error("%s: its keeper does not answer; the disk is lost", self._source)
             self._line.finish()
-            for event, _ in self._pending.values():
-                event.set()
+            for pending in self._pending.values():
+                pending.end(None)
 
     # -- the rest of the contract ----------------------------------------------------------------
 
@@ -250,22 +334,68 @@ class SharedUnit(LogicalUnit):
     @property
     def busy(self) -> bool:
         """See :attr:`LogicalUnit.busy`."""
-        return bool(self._running or self._posts)
+        return bool(self._commands or self._posts)
+
+    @property
+    def under_way(self) -> list[str]:
+        """See :attr:`LogicalUnit.under_way`."""
+        return [command_name(command.cdb) for command in self._commands.values()]
 
     async def ended(self) -> None:
-        """See :meth:`LogicalUnit.ended`: of this guest's commands, those sent before."""
-        if self._closed:
-            while self._running:
-                await self._idle.park()
+        """See :meth:`LogicalUnit.ended`: of this guest's commands, those sent before.
+
+        Of a unit that is closed: all. A keeper whose disk hangs is not waited for then; what its
+        threads write to is the staging area, which nobody uses any more.
+        """
+        if not self._closed:
+            await self._ask_for_end()
             return
-        while self._posts:
+        with trio.move_on_after(ABORT_PATIENCE):
+            while self._commands:
+                await self._idle.park()
+        if self._commands:
+            self._give_up()
+        while self._commands:
             await self._idle.park()
-        if not self._lost:
-            number = self._number()
-            try:
-                await self._ask(number, number_record(Kind.WAIT, number))
-            except OSError:
-                return
+
+    async def _ask_for_end(self) -> None:
+        """Ask the keeper when commands have ended. A checkpoint.
+
+        Those who ask while a question has no answer yet share the next one.
+        """
+        if self._answered is None:
+            self._answered = trio.Event()
+            if not self._asking:
+                self._asking = True
+                trio.lowlevel.spawn_system_task(self._ask)
+        await self._answered.wait()
+
+    async def _ask(self) -> None:
+        try:
+            while True:
+                while self._posts:
+                    await self._idle.park()
+                answered, self._answered = self._answered, None
+                if answered is None:
+                    return
+                await self._ask_once()
+                answered.set()
+        finally:
+            self._asking = False
+
+    async def _ask_once(self) -> None:
+        if self._lost:
+            return
+        number = self._number()
+        pending = self._pending[number] = _Pending()
+        try:
+            await self._line.send(number_record(Kind.WAIT, number))
+            while not pending.over:
+                await pending.wait()
+        except OSError:
+            return
+        finally:
+            del self._pending[number]
 
     def detach(self, initiator: Hashable) -> None:
         """See :meth:`LogicalUnit.detach`; the keeper knows who we are."""
@@ -284,7 +414,8 @@ class SharedUnit(LogicalUnit):
 
     def describe(self) -> dict[str, Any]:
         """See :meth:`LogicalUnit.describe`."""
-        return {**self.info, "source": self._source, "shared": True, "lost": self._lost}
+        found = {name: value for name, value in self.info.items() if name != "warnings"}
+        return {**found, "source": self._source, "shared": True, "lost": self._lost}
 
     def close(self) -> None:
         """See :meth:`LogicalUnit.close`: the end of the line aborts what it has brought."""

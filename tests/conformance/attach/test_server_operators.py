@@ -17,7 +17,7 @@ from vmbus.attach.protocol.limits import Role
 from vmbus.attach.protocol.messages import Number
 from vmbus.attach.protocol.to_server import Goodbye, Hello
 from vmbus.attach.server import open_listener, serve_operators
-from vmbus.errors import VMBusError
+from vmbus.errors import NotBackError, VMBusError
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_leaked")
 
@@ -85,6 +85,8 @@ async def test_callbacks_that_fail_refuse_and_the_server_goes_on(
             raise VMBusError("no such kind")
         if kind == "disk":
             raise FileNotFoundError(errno.ENOENT, "no such file")
+        if kind == "hung":
+            raise NotBackError("disk 0:0:0: READ(10): not back in 10 s")
         if kind == "json":
             return {"a": object()}
         raise ZeroDivisionError("a bug")
@@ -94,6 +96,8 @@ async def test_callbacks_that_fail_refuse_and_the_server_goes_on(
             await vmm.ok(Number.HELLO, OPERATOR)
             assert await vmm.refused(Number.QUERY, b"none") == (errno.EINVAL, "no such kind")
             assert (await vmm.refused(Number.QUERY, b"disk"))[0] == errno.ENOENT
+            code, text = await vmm.refused(Number.QUERY, b"hung")
+            assert (code, text) == (errno.ETIMEDOUT, "disk 0:0:0: READ(10): not back in 10 s")
             assert (await vmm.refused(Number.QUERY, b"json"))[0] == errno.EIO
             assert (await vmm.refused(Number.QUERY, b"bug"))[0] == errno.EIO
             assert (await vmm.refused(Number.COMMAND, b"{}"))[0] == errno.ENOSYS

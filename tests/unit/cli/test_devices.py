@@ -52,16 +52,18 @@ def test_the_devices_of_this_project_are_listed():
 
 def test_options_are_listed_with_what_holds_without_them():
     lines = run_cli("devices").output.splitlines()
-    start = lines.index("Their options, as in scheme:[option,option=value]target:")
+    start = lines.index("Options of disks, as in scheme:[option,option=value]target:")
     options = [line.split(maxsplit=3) for line in lines[start + 3 :]]
     assert ["raw", "ro", "-", "refuse writes; any number of readers may share the file"] in options
     assert ["ram", "sector=512|4096", "512", "logical sector in bytes"] in options
+    start = lines.index("Options of devices, as in --device 'NAME OPTION=VALUE':")
+    assert lines[start + 3].split(maxsplit=3)[:3] == ["storvsp", "max_subchannels=N", "15"]
 
 
 def test_without_any_option_there_is_no_table_of_them(monkeypatch):
     plain = [dataclasses.replace(each, options=()) for each in find_plugins()]
     monkeypatch.setattr(devices, "find_plugins", lambda: plain)
-    assert "Their options" not in run_cli("devices").output
+    assert "Options of" not in run_cli("devices").output
 
 
 def test_json_has_everything():
@@ -88,7 +90,12 @@ def test_json_has_everything():
         ],
         "error": None,
     }
-    assert plugins["device", "storvsp"]["options"] == []
+    options = plugins["device", "storvsp"]["options"]
+    assert [each["name"] for each in options] == [
+        "max_subchannels",
+        "max_transfer_bytes",
+        "monitor",
+    ]
     assert plugins["device", "storvsp"]["value"] == "storvsp:PLUGIN"
 
 

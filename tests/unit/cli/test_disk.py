@@ -101,6 +101,9 @@ def test_the_list_says_which_disk_keeps_its_guest_waiting(run, server):
     stopped = {**UNIT, "stopped": "No space left on device"}
     server.guests = [make_guest("vm1", devices=[make_controller(0, stopped)])]
     assert "read, write  stopped: No space left on device  ram:64M" in run("list").output
+    lost = {**UNIT, "shared": True, "lost": True, "stopped": ""}
+    server.guests = [make_guest("vm1", devices=[make_controller(0, lost)])]
+    assert "read, write  lost   ram:64M" in run("list").output
 
 
 @pytest.mark.parametrize(("was_stopped", "code", "text"), [

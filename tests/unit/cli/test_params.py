@@ -1,9 +1,18 @@
-"""Sizes and permissions on the command line."""
+"""Sizes, numbers and permissions on the command line."""
 
 import click
 import pytest
 
-from vmbus.cli.params import parse_permissions, parse_size
+from storvsp import ScsiController
+from vmbus.cli.params import (
+    MAX_TRANSFER,
+    MIN_TRANSFER,
+    Number,
+    parse_permissions,
+    parse_size,
+    parse_transfer,
+)
+from vmbus.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -17,6 +26,47 @@ def test_sizes_are_read(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(click.BadParameter, match="is not a size; write bytes"):
         parse_size(text)
+
+
+def takes(size):
+    try:
+        ScsiController(max_transfer_bytes=size)
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("size", [MIN_TRANSFER, 1 << 20, MAX_TRANSFER])
+def test_transfers_are_those_that_a_controller_takes(size):
+    for each in (size, size - 4096, size + 4096, size + 512):
+        if takes(each):
+            assert parse_transfer(str(each)) == each
+        else:
+            with pytest.raises(click.BadParameter, match="not a multiple of 4K from 64K to 128M"):
+                parse_transfer(str(each))
+
+
+@pytest.mark.parametrize(
+    ("number", "text", "words"),
+    [
+        (Number(1, 16), "0", "'0' is not a whole number from 1 to 16"),
+        (Number(1, 16), "17", "'17' is not a whole number from 1 to 16"),
+        (Number(1, 16), "x", "'x' is not a whole number from 1 to 16"),
+        (Number(0), "-1", "'-1' is not a whole number from 0 on"),
+        (Number(0), "1_0", "'1_0' is not a whole number from 0 on"),
+        (Number(0), "9" * 5000, "9' is not a whole number from 0 on"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_is_no_number_within_bounds_is_told_them(number, text, words):
+    with pytest.raises(click.BadParameter) as caught:
+        number.convert(text, None, None)
+    assert caught.value.message.endswith(words)
+
+
+def test_numbers_within_bounds_are_read():
+    assert [Number(1, 16).convert(text, None, None) for text in ("1", "16")] == [1, 16]
+    assert Number(0).convert(7, None, None) == 7
 
 
 def test_permissions_are_octal():

@@ -367,6 +367,11 @@ async def test_guests_share_a_disk_that_is_said_to_be_shared(path, mode):
             await disks[0][1].write(0, b"y" * 512)
             assert await disks[1][0].read(0, 1) == b"x" * 512
             assert await disks[1][1].read(0, 1) == bytes(512)
+            for size in ((), ("4M",)):
+                command = ("disk", "resize", "--socket", path, "--guest", "one", "0", *size)
+                resized = await in_thread(run_child, *command)
+                assert resized.returncode == 2
+                assert "0:0:0 cannot be resized: it is a disk that guests share" in resized.stderr
             for guest in (one, two):
                 await guest.connection.unload()
         assert await in_thread(server.stop) == 0
@@ -399,6 +404,24 @@ async def test_a_guest_may_be_called_as_the_user_who_runs_its_vmm(path, tmp_path
         async with guest_on(path, "somebody-else"):
             user = pwd.getpwuid(os.getuid()).pw_name
             assert (tmp_path / f"{user}.img").exists()
+        assert await in_thread(server.stop) == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_guest_without_a_name_has_no_image_named_by_it(path, tmp_path, mode):
+    """Two that nobody names would have one image, one after the other."""
+    arguments = ("--socket", path, "--identity", "hello", *mode)
+    with serving(*arguments, "--disk", f"raw:[create=1M]{tmp_path}/{{guest}}.img") as server:
+        assert "the guest has no name" in await refusal(path, "")
+        async with guest_on(path, "vm1"):
+            assert (tmp_path / "vm1.img").exists()
+        assert await in_thread(server.stop) == 0
+    assert sorted(os.listdir(tmp_path)) == ["vm1.img"]
+    with serving(*arguments) as server:
+        async with guest_on(path, ""):
+            assert [
+                each["name"] for each in operator.query(path + CONTROL_SUFFIX, "guests")["guests"]
+            ] == ["guest"]
         assert await in_thread(server.stop) == 0
 
 

@@ -84,6 +84,12 @@ def test_a_disk_that_keeps_its_guest_waiting_says_so():
     assert _disk_cells(disk, views.guests[0])[-1] == "stopped: No space left on device"
 
 
+def test_a_shared_disk_that_is_lost_is_seen():
+    unit = make_unit(stopped="", lost=True, source="raw:[shared]a.img")
+    views = view_of([], [make_guest("vm", devices=[make_controller(0, unit)])], 1.0)
+    assert views.guests[0].disks[0].stopped == "its keeper is gone"
+
+
 def test_a_guest_without_a_name_is_a_word():
     assert list(plain_lines(view_of([], [make_guest(" ")])))[1].startswith("guest=- ")
 

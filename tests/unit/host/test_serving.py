@@ -11,9 +11,9 @@ import trio.testing
 from tests.support.patience import PATIENCE
 from tests.support.turns import Work, watched
 from vmbus.errors import RingError, leaves
-from vmbus.host.serving import Life
+from vmbus.host.serving import BATCH, MOST_PARTS, Life
 from vmbus.memory import GuestMemory
-from vmbus.testing import LoneHost, channel_pair
+from vmbus.testing import LoneHost, channel_pair, make_offer
 from vmbus.wire.packets import IN_BAND, build_packet
 from vmbus.workers import _owner
 
@@ -355,3 +355,34 @@ async def test_nothing_is_kept_of_a_sub_channel_that_has_ended():
         assert [*life._load._parts] == [primary.undertakings.load]
         primary.end()
     primary.close_doorbell()
+
+
+async def test_channels_that_are_busy_share_a_turn_and_one_alone_has_it_all():
+    primary, guest = channel_pair(offer=make_offer(max_subchannels=7))
+    branches = [channel_pair() for _ in range(7)]
+    answers = Answers()
+    life = Life(primary, answers.serve)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(life.run)
+        for branch, _ in branches:
+            primary.deliver_subchannel(branch)
+        await trio.testing.wait_all_tasks_blocked()
+        full = [request(1)] * 2 * BATCH
+        for _, each in branches:
+            assert each.send(*full) == len(full)
+        await trio.testing.wait_all_tasks_blocked()
+        assert sum(answers.batches) == 7 * len(full)
+        # Before it is known that they are busy, and when the last ones are, they get more.
+        assert answers.batches.count(BATCH // MOST_PARTS) > len(answers.batches) // 2
+        for _, each in branches:
+            each.receive_nowait()
+            each.send(request(1))
+        await trio.testing.wait_all_tasks_blocked()
+        assert life.parts == 1
+        answers.batches.clear()
+        guest.send(*full)
+        await trio.testing.wait_all_tasks_blocked()
+        assert answers.batches[0] == BATCH
+        primary.end()
+    for channel, _ in ((primary, guest), *branches):
+        channel.close_doorbell()

@@ -158,6 +158,16 @@ def test_values_that_cannot_be_used_say_what_could(text, read, hint):
     assert hint in str(caught.value)
 
 
+def test_a_target_may_be_a_size():
+    assert Spec.parse("x:[ro]64M").size() == 64 << 20
+    for text, told in (
+        ("x:", r"^'x:': needs a size, as in x:64M"),
+        ("x:much", r"^x:much: 'much' is not a size; write bytes"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            Spec.parse(text).size()
+
+
 def test_unknown_options_say_which_are_known():
     reader = DiskSpec.parse("x:[sectr=512]t").reader()
     reader.integer("sector")

@@ -7,15 +7,18 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+import trio
 
 from storvsp import ScsiController
 from storvsp.disks.raw import RawDisk
-from storvsp.plugin import PLUGIN, add, parse_address
+from storvsp.plugin import PLUGIN, add, add_shared, parse_address
 from storvsp.scsi import CdromUnit, DiskUnit
 from storvsp.scsi.cdrom_data import EVENT_EJECT_REQUEST
 from storvsp.units import Address, address_text
 from vmbus.errors import ConfigError
 from vmbus.plugins.devices import load_device
+from vmbus.plugins.remarks import remarks
+from vmbus.plugins.sharing import make_line
 from vmbus.testing import make_offer
 
 INSTANCE = UUID(int=5)
@@ -154,9 +157,20 @@ async def test_a_disk_becomes_smaller_only_if_that_is_asked_for():
     ):
         await PLUGIN.command(controller, smaller)
     assert await PLUGIN.command(controller, {**smaller, "shrink": True}) == {"size": 1 << 20}
+    with pytest.raises(ConfigError, match=r"^0 bytes are no size of a disk"):
+        await PLUGIN.command(controller, {**smaller, "size": "0"})
+    with pytest.raises(ConfigError, match="'' is not a size"):
+        await PLUGIN.command(controller, {**smaller, "size": ""})
     for nonsense in ({"shrink": 1}, {"size": 5}, {"size": "1M", "shrink": "yes"}):
         with pytest.raises(ConfigError):
             await PLUGIN.command(controller, {"action": "resize", "address": "0", **nonsense})
+    await controller.aclose()
+
+
+async def test_what_has_no_size_to_change_says_what_it_is():
+    controller = await make("cd:")
+    with pytest.raises(ConfigError, match="0:0:0 cannot be resized: it is an empty drive"):
+        await PLUGIN.command(controller, {"action": "resize", "address": "0", "size": "1M"})
     await controller.aclose()
 
 
@@ -337,3 +351,30 @@ async def test_what_is_odd_about_an_image_is_told_to_whoever_added_it(tmp_path: 
 async def test_options_that_make_no_sense_are_refused(options: dict[str, Any], hint: str):
     with pytest.raises(ConfigError, match=hint):
         await make(**options)
+
+
+async def test_what_is_odd_about_a_shared_image_is_told_to_whoever_asks_for_it(tmp_path, caplog):
+    image = tmp_path / "odd\n.img"
+    image.write_bytes(b"QFI\xfb" + bytes(4096 + 5))
+    spec = f"raw:[shared]{image}"
+    keeper = await PLUGIN.open_keeper(spec, identity=bytes(16))
+    ours, theirs = make_line(PLUGIN.shared([spec], {})[spec])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keeper.serve, theirs.sock, theirs.staging_fd, "me")
+        caplog.clear()
+        controller = ScsiController(initiator="me")
+        with remarks() as warnings:
+            await add_shared(controller, spec, ours)
+        assert [("no whole sector" in each, "qcow2" in each) for each in warnings] == [
+            (True, False),
+            (False, True),
+        ]
+        assert warnings == [each.message for each in caplog.records]
+        (unit,) = controller.units
+        assert unit.name == f"me: disk 0:0:0 ({spec})"
+        assert "warnings" not in controller.units.describe()[0]
+        assert controller.continue_disk((0, 0, 0)) is False
+        with pytest.raises(ConfigError, match="0:0:0 is shared by guests, which cannot be"):
+            await controller.resize_disk((0, 0, 0), None)
+        await controller.aclose()
+    await keeper.aclose()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import UUID
 
+import pytest
 import trio
 import trio.testing
 
@@ -28,8 +29,10 @@ from storvsp.wire import (
     VERSION_6_2,
     build_packet as vstor,
     build_srb,
+    parse_packet_untrusted,
     parse_srb_reply_untrusted,
 )
+from vmbus.errors import STATUS_UNSUCCESSFUL
 from vmbus.testing import channel_pair, make_offer
 from vmbus.testing.channels import GuestEnd
 from vmbus.wire.gpa import build_range
@@ -185,6 +188,56 @@ async def test_a_bus_reset_ends_every_command_once():
             assert await answer(guest) == (6, SRB_ERROR | SRB_AUTOSENSE_VALID), "told of the reset"
             assert primary.outstanding == 0
             primary.end()
+    primary.close_doorbell()
+    await controller.aclose()
+
+
+class HungDisk(RamDisk):
+    """Reads end when they are told to, like those of threads, which cannot be called back."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.go = trio.Event()
+
+    def try_readv(self, offset: int, buffers: Buffers) -> bool:
+        return False
+
+    async def readv(self, offset: int, buffers: Buffers) -> None:
+        with trio.CancelScope(shield=True):
+            await self.go.wait()
+
+
+async def test_resets_of_a_disk_that_hangs_fail_in_time_and_nothing_is_left_of_them(
+    autojump_clock, caplog
+):
+    """In less than the 5 s for which Linux waits; none of the requests is answered by them."""
+    controller = ScsiController(instance_id=UUID(int=7))
+    disk = HungDisk(1 << 16)
+    controller.add_disk(disk)
+    session, primary, guest = make_session(controller)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(session.run)
+        guest.send(request(guest, 1))
+        await trio.testing.wait_all_tasks_blocked()
+        begun = trio.current_time()
+        for number in (98, 99):
+            guest.send(build_packet(IN_BAND, vstor(RESET_BUS), transaction_id=number, flags=1))
+        packets: list[Any] = []
+        while len(packets) < 2:
+            packets += await guest.receive()
+        assert sorted(each.transaction_id for each in packets) == [98, 99]
+        for each in packets:
+            assert parse_packet_untrusted(each.payload).status == STATUS_UNSUCCESSFUL
+        assert trio.current_time() - begun == pytest.approx(4)
+        assert "RESET_BUS: disk 0:0:0 (HungDisk): READ(10): not back in 4 s" in caplog.text
+        assert not session.requests._under_way.waiting
+        disk.go.set()
+        assert await answer(guest) == (1, SRB_SUCCESS)
+        guest.send(build_packet(IN_BAND, vstor(RESET_BUS), transaction_id=100, flags=1))
+        (packet,) = await guest.receive()
+        assert parse_packet_untrusted(packet.payload).status == 0
+        assert primary.outstanding == 0
+        primary.end()
     primary.close_doorbell()
     await controller.aclose()
 

@@ -400,16 +400,16 @@ class Attachment:
     # -- vmbus.attach.client.request_loop.Receiver -------------------------------------------------
 
     def handle(self, spec: MessageSpec, frame: Frame) -> bool:
-        """Act on a request of the server; False if it is answered later."""
+        """Internal: act on a request of the server; False if it is answered later."""
         self._handlers[spec.number](frame)
         return spec.number != Number.DELIVER_MESSAGE
 
     def called(self, fd: int) -> None:
-        """A call eventfd is readable."""
+        """Internal: a call eventfd is readable."""
         self._ports.called(fd)
 
     def over(self, reason: str) -> None:
-        """The connection is over."""
+        """Internal: the connection is over."""
         self.state = State.CLOSED
         self._deliveries.forget()
         self._ports.close()

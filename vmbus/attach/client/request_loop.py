@@ -20,6 +20,7 @@ from vmbus.attach.protocol.messages import (
     MESSAGES,
     Direction,
     MessageSpec,
+    Number,
     RefusedError,
     State,
     check_kind,
@@ -253,6 +254,8 @@ class RequestLoop:
                     frame.close()
                 else:
                     waiting.answer = frame
+                    if waiting.kind == Number.GOODBYE:
+                        self.end("goodbye")  # whoever closes first now, that is why
                 del self._waiting[frame.seq]
                 self._condition.notify_all()
                 if waiting.abandoned:

@@ -197,11 +197,13 @@ class RefusedError(AttachError):
     Attributes:
         request: Name of the request.
         errno: Linux errno.
+        text: What the peer says of it, without the request's name, which it may begin with.
     """
 
     def __init__(self, request: str, code: int, text: str) -> None:
         name = errno.errorcode.get(code, str(code))
-        super().__init__(f"{request}: {name}: {text}")
+        self.text = text.removeprefix(f"{request}: ")
+        super().__init__(f"{request}: {name}: {self.text}")
         self.request = request
         self.errno = code
 

@@ -169,12 +169,20 @@ class Names:
         roll: Who is there; one for all sockets of a server.
         identity: What names a guest: ``hello``, what its VMM says, or ``user``, who runs the VMM.
         given: The one name that guests of this socket have, whatever they say.
+        anonymous: Make up a name for a guest that nobody names. A later one may get the same, so
+            they must not come in where a name says whose files are whose.
     """
 
     def __init__(
-        self, roll: Roll | None = None, *, identity: str = "hello", given: str | None = None
+        self,
+        roll: Roll | None = None,
+        *,
+        identity: str = "hello",
+        given: str | None = None,
+        anonymous: bool = True,
     ) -> None:
         self._roll = roll if roll is not None else Roll()
+        self._anonymous = anonymous
         self._identity = identity
         self._given = given
         self._refusals = LogBudget()
@@ -183,6 +191,10 @@ class Names:
         """See :meth:`Admission.admit`."""
         given = self._given is not None or self._identity == "user"
         name = choose_name(said, peer, self._identity, self._given)
+        require(
+            bool(name) or self._anonymous,
+            "HELLO: the guest has no name, and what it gets here depends on its name; give it one",
+        )
         try:
             return await self._roll.enter(name, given=given)
         except PeerProtocolError:

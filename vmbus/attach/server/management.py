@@ -18,7 +18,7 @@ from vmbus.attach.protocol.limits import MAX_PAYLOAD
 from vmbus.attach.protocol.messages import Number
 from vmbus.attach.protocol.to_server import JsonObject, Query
 from vmbus.attach.server.link import Link
-from vmbus.errors import VMBusError
+from vmbus.errors import NotBackError, VMBusError
 from vmbus.log_budget import LogBudget
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,8 @@ class Management:
                 data = JsonObject(result).encode()
                 fds = [] if len(data) <= MAX_PAYLOAD else [big_reply(data)]
             except VMBusError as error:
-                link.reply_error(number, seq, errno.EINVAL, str(error))
+                code = errno.ETIMEDOUT if isinstance(error, NotBackError) else errno.EINVAL
+                link.reply_error(number, seq, code, str(error))
             except OSError as error:
                 link.reply_error(number, seq, error.errno or errno.EIO, str(error))
             except Exception as error:

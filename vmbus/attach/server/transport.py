@@ -247,23 +247,23 @@ class SocketTransport:
 
     @property
     def has_call_fds(self) -> bool:
-        """Whether tier T1 was agreed."""
+        """Internal: whether tier T1 was agreed."""
         return Feature.CALL_FD in self.features
 
     @property
     def vp_synics(self) -> Sequence[VpSynic]:
-        """One for each VP."""
+        """Internal: one for each VP."""
         return self.synics.vps
 
     def signal_by_message(self, vp: int, sint: int, flag: int) -> None:
-        """Tier T0; equal signals that wait in the queue are one."""
+        """Internal: tier T0; equal signals that wait in the queue are one."""
         if self.state is not State.CLOSED:
             self._link.post(
                 Number.SIGNAL_FLAG, SignalFlag(vp, sint, flag).encode(), key=(vp, sint, flag)
             )
 
     def offer_call_fd(self, call: SocketCall) -> int:
-        """Tier T1, if agreed."""
+        """Internal: tier T1, if agreed."""
         if not self.has_call_fds or self.state is State.CLOSED or self._room <= 0:
             return -1
         try:
@@ -286,28 +286,28 @@ class SocketTransport:
         return fd if call.is_offered(fd) else -1
 
     def drop_call_fd(self, call: SocketCall) -> None:
-        """Forget a T1 port."""
+        """Internal: forget a T1 port."""
         if self.state is not State.CLOSED:
             message = SetCallFd(call.port, call.vp, call.sint, call.flag)
             self._link.request_soon(Number.SET_CALL_FD, message.encode(), [], lambda _: None)
 
     @property
     def descriptors(self) -> int:
-        """How many are kept for this VMM, if each call has one."""
+        """Internal: how many are kept for this VMM, if each call has one."""
         kept = len(self._ports) + len(self.open_calls)
         return kept + self._table.descriptors + self.synics.descriptors
 
     # -- for the server ------------------------------------------------------------------------
 
     def end(self) -> None:
-        """The link is closed or about to be: no more events. Idempotent."""
+        """Internal: the link is closed or about to be: no more events. Idempotent."""
         self.state = State.CLOSED
         self._events.end()
         self._running.set()
         self._link.abandon()
 
     def release(self, reason: GoodbyeReason, why: str = "") -> None:
-        """Nobody uses the transport any more: close calls, doorbells, memory and the link.
+        """Internal: nobody uses the transport any more; close calls, doorbells, memory and link.
 
         ``reason`` goes into a GOODBYE of ours, ``why`` into the refusal of an unfinished attach.
         """
@@ -337,7 +337,7 @@ class SocketTransport:
     # -- vmbus.attach.server.link.Session ----------------------------------------------------------
 
     def check(self, spec: MessageSpec, frame: Frame) -> None:
-        """Check state, descriptors and feature; take the credit of a posted message."""
+        """Internal: check state, descriptors and feature; take the credit of a posted message."""
         state = self.state
         if spec.number == Number.POST_MESSAGE:
             self._events.take_credit()
@@ -351,11 +351,11 @@ class SocketTransport:
             )
 
     def handle(self, spec: MessageSpec, frame: Frame) -> None:
-        """Act on one request."""
+        """Internal: act on one request."""
         self._handlers[spec.number](frame)
 
     def dropped(self, kind: int, error: PeerProtocolError) -> None:
-        """Count it, give its credit back, and tell the VMM."""
+        """Internal: count it, give its credit back, and tell the VMM."""
         self.dropped_messages += 1
         if kind == Number.POST_MESSAGE:
             self._events.give_credit(1)

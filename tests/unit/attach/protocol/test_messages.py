@@ -247,6 +247,10 @@ def test_every_message_in_every_state_is_legal_or_refused(spec: Any, state: Stat
 def test_a_refusal_tells_its_errno_by_name() -> None:
     assert str(RefusedError("RESET", errno.EBUSY, "why")) == "RESET: EBUSY: why"
     assert str(RefusedError("RESET", 4000, "why")) == "RESET: 4000: why"
+    # A server's text may name the request itself, for those who see nothing else of it.
+    refused = RefusedError("HELLO", errno.EBUSY, "HELLO: a guest of this name is attached")
+    assert str(refused) == "HELLO: EBUSY: a guest of this name is attached"
+    assert refused.text == "a guest of this name is attached"
 
 
 # -- the specification -------------------------------------------------------------------------

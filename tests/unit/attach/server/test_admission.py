@@ -57,6 +57,14 @@ async def test_a_guest_that_nobody_names_gets_a_free_name():
     assert await names.admit("", ME) == "guest-2"
 
 
+async def test_a_guest_that_nobody_names_is_refused_where_names_say_whose_files_are_whose():
+    names = Names(anonymous=False)
+    with pytest.raises(PeerProtocolError, match="the guest has no name") as caught:
+        await names.admit("", ME)
+    assert caught.value.errno == errno.EINVAL
+    assert await names.admit("guest", ME) == "guest"
+
+
 async def test_a_guest_that_comes_back_waits_for_the_end_of_its_old_self():
     names = Names()
     await names.admit("vm", ME)

@@ -12,10 +12,11 @@ import trio.testing
 
 from storvsp.disk import MediumError
 from storvsp.disks import linux
-from storvsp.disks.durability import Durability
+from storvsp.disks.durability import WAKE_AT_ONCE, Durability
 from storvsp.disks.linux import SyncError
 from storvsp.disks.raw import RawDisk
 from tests.support.patience import PATIENCE, until
+from tests.support.turns import Work, watched
 from vmbus.workers import AbandonedError
 
 
@@ -173,3 +174,31 @@ async def test_all_who_shared_a_flush_that_does_not_come_back_hear_of_it():
         for gate in syncs.gates:
             gate.set()
     assert heard == [AbandonedError] * 3
+
+
+async def test_thousands_that_share_a_flush_do_not_all_go_on_in_one_turn_of_the_loop():
+    durability, syncs, work = Durability(cached=True), Syncs(), Work()
+    order: list[str] = []
+
+    async def flush(name: str) -> None:
+        await durability.flush(syncs.make)
+        work.done()
+        order.append(name)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(flush, "first")
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(10 * WAKE_AT_ONCE):
+            nursery.start_soon(flush, "shared")
+        await trio.testing.wait_all_tasks_blocked()
+        syncs.gates[0].set()
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(flush, "next")
+        await trio.testing.wait_all_tasks_blocked()
+        syncs.gates[2].set()
+        with watched(work):
+            syncs.gates[1].set()
+            await trio.testing.wait_all_tasks_blocked()
+    assert work.total == 10 * WAKE_AT_ONCE + 2
+    assert work.most_in_turn <= WAKE_AT_ONCE + 2
+    assert order.index("next") < 3 * WAKE_AT_ONCE, "the next flush does not wait for all of them"

@@ -56,7 +56,7 @@ async def test_a_file_system_without_locks_is_named(image, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "fcntl", no_locks)
-    with pytest.raises(ConfigError, match=r"cannot lock \(No locks available\); use \[share\]"):
+    with pytest.raises(ConfigError, match=r"cannot lock \(No locks available\); \[share\] opens"):
         await RawDisk.open(image)
     await (await RawDisk.open(image, share=True)).aclose()
 

@@ -161,7 +161,8 @@ async def test_sectors_are_what_was_asked_for(options, sectors):
 @pytest.mark.parametrize(
     ("spec", "hint"),
     [
-        ("ram:", "'' is not a size"),
+        ("ram:", "'ram:': needs a size, as in ram:64M"),
+        ("ram:x", "ram:x: 'x' is not a size"),
         ("ram:0", "disk of 0 bytes"),
         ("ram:1000", "512-byte sectors"),
         ("ram:[sector=4096]2K", "4096-byte sectors"),

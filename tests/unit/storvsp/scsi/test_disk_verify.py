@@ -1,12 +1,15 @@
 """VERIFY, WRITE AND VERIFY, COMPARE AND WRITE, ORWRITE, and what happens beside them."""
 
 import os
+from functools import partial
 
 import pytest
+import trio
 
 from storvsp.disk import MediumError
 from storvsp.scsi import DiskUnit
 from storvsp.scsi.disk_verify import first_difference
+from tests.support.patience import waits
 from tests.support.scsi import MemoryDisk, run
 from tests.support.scsi_verify import CAW, make_unit, verify
 
@@ -151,3 +154,13 @@ def test_the_first_difference_is_found():
             right[at] = 1
             right[-1] |= 2
             assert first_difference(left, right) == at
+
+
+async def test_what_is_alone_on_the_medium_does_not_wait_for_what_is_at_hand():
+    """Everybody else waits for it meanwhile."""
+    disk, unit = make_unit()
+    disk.pause = trio.Event()  # nothing that waits would come back
+    old = bytes(disk.data[1536:2560])
+    for cdb, data in ((CAW, old * 2), (f"8b 00 {3:016x} {2:08x} 00 00", old)):
+        assert not await waits(partial(run, unit, cdb, out=data))
+    assert disk.data[1536:2560] == old

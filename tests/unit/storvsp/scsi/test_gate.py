@@ -7,10 +7,12 @@ import pytest
 import trio
 import trio.testing
 
-from storvsp.scsi.gate import Gate
+from storvsp.scsi.gate import ENTER_AT_ONCE, Gate
+from storvsp.scsi.pace import FREE, keep_pace
 from tests.support.patience import PATIENCE
 from tests.support.scsi import make_command, run
 from tests.support.scsi_verify import CAW, make_unit
+from tests.support.turns import Work, watched
 
 
 @pytest.mark.parametrize("inline", [True, False])
@@ -150,3 +152,92 @@ async def test_who_is_let_in_when_cancelled_already_leaves_again(first, second):
         with trio.fail_after(PATIENCE):
             await gate.acquire(exclusive=True)
         gate.release(exclusive=True)
+
+
+async def test_whoever_has_one_command_waits_for_one_of_each_other():
+    """Guests and channels take turns: thousands of commands of one are not all before it."""
+    gate = Gate(lambda: None)
+    order: list[str] = []
+
+    async def pass_by(whose: str, *, exclusive: bool) -> None:
+        await gate.acquire(exclusive=exclusive, whose=whose)
+        order.append(whose)
+        gate.release(exclusive=exclusive)
+
+    await gate.acquire(exclusive=True, whose="busy")
+    async with trio.open_nursery() as nursery:
+        for whose, count in (("busy", 100), ("also busy", 50), ("victim", 1)):
+            for _ in range(count):
+                nursery.start_soon(partial(pass_by, whose, exclusive=whose != "victim"))
+            await trio.testing.wait_all_tasks_blocked()
+        gate.release(exclusive=True)
+    assert sorted(order[:3]) == ["also busy", "busy", "victim"]
+    assert order[3:103:2] == ["busy"] * 50
+    assert len(order) == 151
+
+
+async def test_the_commands_of_a_channel_take_turns_with_those_of_others():
+    disk, unit = make_unit()
+    await run(unit, "00" * 6)
+    disk.inline = False
+    order: list[str] = []
+
+    class OfChannel(type(FREE)):  # type: ignore[misc]
+        def __init__(self, whose: str) -> None:
+            self.whose = whose
+
+    async def read(channel: str) -> None:
+        keep_pace(OfChannel(channel))
+        command, _ = make_command("28 00 00000003 00 0002 00", room=1024)
+        assert (await unit.execute(command)).status == 0
+        order.append(channel)
+
+    await unit.gate.acquire(exclusive=True)
+    async with trio.open_nursery() as nursery:
+        for channel in ["busy"] * 2 * ENTER_AT_ONCE + ["victim"]:
+            nursery.start_soon(read, channel)
+        await trio.testing.wait_all_tasks_blocked()
+        unit.gate.release(exclusive=True)
+    assert "victim" in order[:ENTER_AT_ONCE]
+
+
+async def test_thousands_that_wait_do_not_all_go_on_in_one_turn_of_the_loop():
+    gate = Gate(lambda: None)
+    work = Work()
+
+    async def pass_by() -> None:
+        await gate.acquire(exclusive=False)
+        work.done()
+        gate.release(exclusive=False)
+
+    await gate.acquire(exclusive=True)
+    async with trio.open_nursery() as nursery:
+        for _ in range(10 * ENTER_AT_ONCE):
+            nursery.start_soon(pass_by)
+        await trio.testing.wait_all_tasks_blocked()
+        with watched(work):
+            gate.release(exclusive=True)
+            await trio.testing.wait_all_tasks_blocked()
+    assert work.total == 10 * ENTER_AT_ONCE
+    assert work.most_in_turn <= ENTER_AT_ONCE
+
+
+async def test_what_has_waited_at_the_gate_does_not_wait_for_what_is_at_hand():
+    disk, unit = make_unit()
+    await run(unit, "00" * 6)
+    disk.pause = trio.Event()  # nothing that waits would come back
+    await unit.gate.acquire(exclusive=True)
+    async with trio.open_nursery() as nursery:
+        for cdb, keywords in (
+            ("28 00 00000003 00 0002 00", {"room": 1024}),
+            ("2a 00 00000003 00 0002 00", {"out": bytes(1024)}),
+        ):
+            command, _ = make_command(cdb, **keywords)
+            assert unit.try_execute(command) is None
+            nursery.start_soon(unit.execute, command)
+        await trio.testing.wait_all_tasks_blocked()
+        assert unit.busy
+        unit.gate.release(exclusive=True)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not unit.busy
+        disk.pause.set()

@@ -14,6 +14,7 @@ from storvsp.scsi.unit import Command, DataDirection
 from storvsp.shared.messages import MAX_COMMANDS, CommandRecord, Kind, number_record
 from tests.support.patience import PATIENCE
 from tests.support.shared import kept, visitor
+from vmbus.workers import _owner
 
 TEST_UNIT_READY = bytes(6)
 READ = bytes.fromhex("28 00 00000000 00 0001 00")
@@ -85,3 +86,22 @@ async def test_the_end_of_a_guest_is_not_that_of_the_next_one_of_its_name(monkey
             assert order == ["abort", "welcome"]
             await good(again)
             assert order == ["abort", "welcome"]
+
+
+async def test_guests_take_turns_at_the_threads_of_the_disk():
+    owners: set[Any] = set()
+
+    class Slow(DelayDisk):
+        async def readv(self, offset: int, buffers: Any) -> None:
+            owners.add(_owner.get()[0])
+            await super().readv(offset, buffers)
+
+    disk = Slow(RamDisk(1 << 20), read=0.001)
+    async with (
+        kept(disk) as keeper,
+        visitor(keeper, "alice") as alice,
+        visitor(keeper, "bob") as bob,
+    ):
+        for unit in (alice, bob):
+            await good(unit)
+    assert owners == {"alice", "bob"}

@@ -13,7 +13,7 @@ from storvsp.disk import MediumError, NoSpaceError
 from storvsp.scsi.sense import REPORTED_LUNS_DATA_HAS_CHANGED
 from storvsp.scsi.unit import TASK_ABORTED
 from storvsp.shared.messages import Kind
-from tests.support.patience import waits
+from tests.support.patience import until, waits
 from tests.support.scsi import MemoryDisk, finish, make_command, run
 from tests.support.shared import kept, visitor
 
@@ -53,7 +53,7 @@ async def test_data_written_by_one_is_read_by_the_other(inline):
         assert failed.fault == (5, 0x2100)
         assert a.describe() == {
             "size": 65536, "read_only": False, "kind": "MemoryDisk",
-            "source": "x", "shared": True, "lost": False,
+            "source": "x", "shared": True, "lost": False, "stopped": "", "no_space": 0,
         }  # fmt: skip
 
 
@@ -305,3 +305,25 @@ async def test_resets_of_a_unit_whose_keeper_does_not_read_are_not_heaped_up():
         unit.reset()
         assert [each[0] for each in unit._posts[-2:]] == [Kind.ATTENTION, Kind.RESET]
         assert await waits(unit.ended), "without keeping the loop busy"
+
+
+async def test_operators_see_of_it_what_they_see_of_a_disk_that_is_not_shared(caplog):
+    disk = MemoryDisk()
+    async with kept(disk) as keeper, visitor(keeper, "a") as a, visitor(keeper, "b") as b:
+        for unit in (a, b):
+            await settled(unit)
+        disk.fail = NoSpaceError("no room", offset=0)
+        for _ in range(2):
+            assert (await run(a, WRITE, out=bytes(512))).status == 2
+        await until(lambda: a.describe()["no_space"] == b.describe()["no_space"] == 2)
+        assert "shared disk (MemoryDisk): no room (request 1 that found no room)" in caplog.text
+
+
+async def test_the_tray_of_a_drive_that_is_shared_is_seen_by_all():
+    disk = MemoryDisk(sector_size=2048, optical=True)
+    async with kept(disk) as keeper, visitor(keeper, "a") as a, visitor(keeper, "b") as b:
+        for unit in (a, b):
+            await settled(unit)
+        assert (b.describe()["kind"], b.describe()["tray"]) == ("CD-ROM drive", "closed")
+        assert (await run(a, "1e 00 00 00 01 00")).status == 0
+        await until(lambda: b.describe()["locked"])
