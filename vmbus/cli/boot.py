@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vmbus.cli.completion import complete_device, complete_file, complete_spec
+from vmbus.cli.completion import complete_device, complete_endpoint, complete_file, complete_spec
 from vmbus.cli.logs import logging_to
 from vmbus.cli.params import Number, parse_size
 from vmbus.cli.program import EXIT_INTERRUPTED, EXIT_USAGE, Failure, UsageFailure
@@ -86,6 +86,14 @@ itself emulated needs most of a minute to load the program."""
     help="A disk, scheme:[options]target; may be repeated. See vmbus devices.",
 )
 @click.option(
+    "--net",
+    "nets",
+    multiple=True,
+    metavar="SPEC",
+    shell_complete=complete_endpoint,
+    help="A network adapter, scheme:[options]target; may be repeated.",
+)
+@click.option(
     "--device",
     "devices",
     multiple=True,
@@ -133,6 +141,7 @@ def command(
     memory: int,
     cpus: int,
     disks: tuple[str, ...],
+    nets: tuple[str, ...],
     devices: tuple[str, ...],
     socket_path: str | None,
     name: str,
@@ -149,14 +158,15 @@ def command(
     The kernel has to find its disks with hv_vmbus and hv_storvsc: in distributions these are
     modules, which belong into the initial RAM disk.
     """
-    if socket_path is not None and (disks or devices or max_version is not None):
+    if socket_path is not None and (disks or nets or devices or max_version is not None):
         raise click.UsageError(
-            "--disk, --device and --max-version are the server's; with --socket, give them to "
-            "vmbus serve"
+            "--disk, --net, --device and --max-version are the server's; with --socket, give them "
+            "to vmbus serve"
         )
     with logging_to(sys.stderr, level=verbose - 1, as_json=False):
         load = _loader(kernel, initrd, append, memory, cpus)
         arguments = [f"--disk={disk}" for disk in disks]
+        arguments += [f"--net={net}" for net in nets]
         arguments += [f"--device={device}" for device in devices]
         if max_version is not None:
             arguments.append(f"--max-version={max_version}")

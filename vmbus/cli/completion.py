@@ -16,7 +16,19 @@ from click.shell_completion import CompletionItem
 def complete_spec(
     _ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Return what a specification that begins like this could be: schemes, and files of theirs.
+    """Return what a disk's specification that begins like this could be."""
+    return _complete_backend("disk", incomplete)
+
+
+def complete_endpoint(
+    _ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Return what an endpoint's specification that begins like this could be."""
+    return _complete_backend("endpoint", incomplete)
+
+
+def _complete_backend(noun: str, incomplete: str) -> list[CompletionItem]:
+    """Return schemes, and files of theirs.
 
     A scheme is offered with and without brackets, so that the shell does not take it for complete
     and puts a space behind it.
@@ -28,7 +40,7 @@ def complete_spec(
         schemes = [
             name
             for registry in backend_registries()
-            if registry.noun == "disk"
+            if registry.noun == noun
             for name in registry.names()
         ]
         head, colon, rest = incomplete.rpartition(":")

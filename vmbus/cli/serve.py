@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmbus.attach.protocol.sockets import CONTROL_SUFFIX
-from vmbus.cli.completion import complete_device, complete_file, complete_spec
+from vmbus.cli.completion import complete_device, complete_endpoint, complete_file, complete_spec
 from vmbus.cli.logs import logging_to
 from vmbus.cli.params import Number, parse_permissions, parse_transfer
 from vmbus.cli.serving import Settings, Socket, run
@@ -74,6 +74,14 @@ if TYPE_CHECKING:
     shell_complete=complete_spec,
     help="A disk on each guest's SCSI controller, scheme:[options]target; may be repeated. "
     "{guest} in it is the guest's name (see --identity). See vmbus devices.",
+)
+@click.option(
+    "--net",
+    "nets",
+    multiple=True,
+    metavar="SPEC",
+    shell_complete=complete_endpoint,
+    help="A network adapter for each guest, scheme:[options]target; may be repeated.",
 )
 @click.option(
     "--device",
@@ -170,6 +178,7 @@ def command(
     stream: bool,
     permissions: int,
     disks: tuple[str, ...],
+    nets: tuple[str, ...],
     devices: tuple[str, ...],
     subchannels: int | None,
     max_transfer: int | None,
@@ -210,7 +219,7 @@ def command(
         raise click.UsageError("--allow is one of the things that --no-sandbox leaves out")
     places = tuple(map(parse_socket, sockets))
     check_paths(places, control)
-    check_guest_names(places, identity, (*disks, *devices))
+    check_guest_names(places, identity, (*disks, *nets, *devices))
     options: dict[str, Any] = {}
     if subchannels is not None:
         options["max_subchannels"] = subchannels
@@ -220,7 +229,7 @@ def command(
         options["monitor"] = True
     with logging_to(sys.stderr, level=verbose - quiet, as_json=as_json):
         settings = Settings(
-            setups=device_setups(disks, devices, options),
+            setups=device_setups(disks, nets, devices, options),
             max_version=Version.from_text(max_version),
             max_vps=max_vps,
             poll=None if poll is None else poll / 1e6,
@@ -285,11 +294,15 @@ def check_guest_names(
 
 
 def device_setups(
-    disks: tuple[str, ...], devices: tuple[str, ...], options: dict[str, Any]
+    disks: tuple[str, ...],
+    nets: tuple[str, ...],
+    devices: tuple[str, ...],
+    options: dict[str, Any],
 ) -> tuple[DeviceSetup, ...]:
-    """Return what each guest gets: a controller for ``--disk``, then every ``--device``.
+    """Return what each guest gets: a controller for ``--disk``, every ``--device`` and ``--net``.
 
-    Without either there is an empty controller, for disks that are added later.
+    Without a disk and a device there is an empty controller, for disks that are added later. The
+    adapters come last: devices keep their instance GUIDs when some are added.
     """
     from vmbus.plugins.devices import device_with
     from vmbus.server import DeviceSetup
@@ -303,6 +316,7 @@ def device_setups(
             f"another, write --device '{device_with('disk')} monitor=on ...'"
         )
     setups.extend(parse_device(text) for text in devices)
+    setups.extend(DeviceSetup(device_with("endpoint"), (spec,)) for spec in nets)
     return tuple(setups)
 
 
