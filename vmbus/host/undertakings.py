@@ -99,6 +99,22 @@ class Undertakings:
         """
         return Undertaking(self, weight, name)
 
+    @property
+    def held(self) -> bool:
+        """Whether nothing may begin to act, here or without an undertaking."""
+        return self._held is not None
+
+    async def wait_released(self) -> None:
+        """Wait until something may begin to act. A checkpoint if it has to.
+
+        Raises:
+            trio.EndOfChannel: Nothing ever may again.
+        """
+        while self._held is not None and not self._over:
+            await self._held.wait()
+        if self._over:
+            raise trio.EndOfChannel
+
     def hold(self) -> None:
         """Let none that rests begin to act. Cannot block."""
         if self._held is None:
@@ -156,10 +172,7 @@ class Undertaking:
         Raises:
             trio.EndOfChannel: It never may again.
         """
-        while self._all._held is not None and not self._all._over:
-            await self._all._held.wait()
-        if self._all._over:
-            raise trio.EndOfChannel
+        await self._all.wait_released()
 
     async def enter(self) -> None:
         """Begin to act, when that is allowed. A checkpoint if it has to wait.
