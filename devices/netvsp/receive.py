@@ -22,7 +22,15 @@ import trio
 
 from netvsp.buffers import ReceiveBuffer
 from netvsp.control import Control
-from netvsp.frames.frame import ETHERNET_HEADER, GSO_ECN, GSO_UDP, NEEDS_CHECKSUM, VLAN_TAG, Frame
+from netvsp.frames.frame import (
+    ETHERNET_HEADER,
+    GSO_ECN,
+    GSO_UDP,
+    NEEDS_CHECKSUM,
+    VLAN_TAG,
+    Frame,
+    Offload,
+)
 from netvsp.frames.offload import complete, fill_checksum, receive_value
 from netvsp.link import AdapterConfig, Link
 from netvsp.statistics import Direction
@@ -113,6 +121,7 @@ class Receiver:
         groups: dict[Channel, list[Ranges]] = {}
         done = 0
         free = buffer.free
+        room = buffer.part_size - ROOM
         primary = self.channels[0]
         if primary.undertakings.held:
             self._wait_for(primary)
@@ -128,9 +137,11 @@ class Receiver:
                 if channel.pending > MAX_PENDING:
                     self._wait_for(channel)
                     break
-                room = buffer.part_size - ROOM
-                pieces = self._fitting(wanted, room)
-                need = sum(-(-len(piece) // room) for piece in pieces)
+                if wanted.offload is None and len(wanted) <= room:
+                    pieces, need = [wanted], 1
+                else:
+                    pieces = self._fitting(wanted, room)
+                    need = sum(-(-len(piece) // room) for piece in pieces)
                 if not pieces or need > buffer.count - CONTROL_PARTS:
                     statistics.dropped["too long"] += 1
                     done += 1
@@ -138,7 +149,8 @@ class Receiver:
                 if len(free) - CONTROL_PARTS < need:
                     self._wait_for(None)
                     break
-                self._count_offload(wanted)
+                if wanted.offload is not None:
+                    self._count_offload(wanted.offload)
                 stored = groups.setdefault(channel, [])
                 for piece in pieces:
                     stored.append(self._store(buffer, piece, hashed))
@@ -222,13 +234,11 @@ class Receiver:
             pieces = [fill_checksum(frame)]
         return pieces if all(len(piece) <= room for piece in pieces) else []
 
-    def _count_offload(self, frame: Frame) -> None:
-        offload = frame.offload
-        if offload is not None:
-            if offload.gso_type:
-                self._statistics.segments += 1
-            elif offload.flags & NEEDS_CHECKSUM:
-                self._statistics.checksums += 1
+    def _count_offload(self, offload: Offload) -> None:
+        if offload.gso_type:
+            self._statistics.segments += 1
+        elif offload.flags & NEEDS_CHECKSUM:
+            self._statistics.checksums += 1
 
     def _store(self, buffer: ReceiveBuffer, frame: Frame, hashed: int) -> Ranges:
         """Write one frame into the buffer; return where it is, in one range or several."""

@@ -188,6 +188,33 @@ async def test_a_segment_that_fits_is_in_one_part():
         assert guest.take_frames() == [packet(shape, data(1600))]
 
 
+async def test_a_segment_whose_sum_is_right_is_left_as_it_is():
+    async with running(wants=PROMISCUOUS) as (guest, adapter):
+        assert not await guest.set(oids.TCP_OFFLOAD_PARAMETERS, RSC_ON)
+        guest.received.clear()
+        whole = packet(Shape(4, "tcp", "none"), data(5000))
+        said = Offload(DATA_VALID, GSO_TCPV4, 54, 1400, 34, 16)
+        assert adapter.receive([Frame(whole, (), said)]) == 1
+        await guest.settle()
+        assert coalesced(guest.received) == [whole]
+
+
+async def test_a_segment_whose_pages_go_away_in_the_middle_takes_no_parts():
+    guest = NetGuest(receive_pages=32)
+    region = guest.memory.regions[0]
+    async with running(guest=guest, wants=PROMISCUOUS) as (_guest, adapter):
+        assert not await guest.set(oids.TCP_OFFLOAD_PARAMETERS, RSC_ON)
+        session = adapter._session
+        assert session is not None
+        buffer = session.receiver.buffer
+        assert buffer is not None
+        before = sorted(buffer.free)
+        guest.memory.remove_region(region.gpa, region.size)
+        assert adapter.receive([segment(Shape(4, "tcp", "none"), data(9000), 1400)]) == 1
+        assert adapter.statistics.receive.dropped == {"no memory": 1}
+        assert sorted(buffer.free) == before
+
+
 async def test_only_tcp_is_in_parts():
     async with running(wants=PROMISCUOUS) as (guest, adapter):
         assert not await guest.set(oids.TCP_OFFLOAD_PARAMETERS, RSC_ON)

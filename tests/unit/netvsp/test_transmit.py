@@ -221,6 +221,19 @@ async def test_a_wrong_message_is_refused_wherever_it_is(message):
 
 
 @pytest.mark.parametrize(
+    ("data_offset", "info_offset", "says"),
+    [(520, 36, "a frame at byte 528"), (60, 600, "information at byte 608")],
+)
+async def test_headers_that_are_far_away_are_refused(data_offset, info_offset, says):
+    """Of a long message its first bytes are copied, and everything has to be there."""
+    async with running(mtu=9000) as (guest, _adapter):
+        message = header(9000, data_offset, 8000, info_offset, 16).ljust(9000, b"\0")
+        await guest.exchange(guest.pages([(0, message[:44]), (0, message[44:])], number=1))
+        assert guest.take_completions() == [(1, BAD)]
+        assert says in guest.host.complaints[0]
+
+
+@pytest.mark.parametrize(
     ("section", "length", "says"),
     [
         (10, 104, "there are 10 of 6144 bytes"),
