@@ -25,6 +25,13 @@ SCSI = "test_scsi_commands.py: test_every_command_has_one_outcome_within_its_bou
 SESSION = (
     "test_session_any_packets.py: test_every_packet_is_answered_exactly_once_if_it_asks_for_it"
 )
+ADAPTER = (
+    "test_adapter_any_packets.py: test_every_packet_is_answered_exactly_once_if_it_asks_for_it"
+)
+CONTROL = "test_control.py: test_a_request_has_one_reply_that_drivers_take"
+WISHES = "test_frames.py: test_a_guest_may_wish_anything_of_any_frame"
+FRAMES = "test_transmit.py: test_any_messages_are_frames_or_refused"
+PAGES = "test_transmit.py: test_any_pages_are_bytes_or_refused"
 SERVING = "test_requests_both_ways.py: test_the_fast_path_does_what_the_long_way_does"
 # Steps of a larger decoder. The property test of the whole, named here, gets into all of them:
 # looked up with a profiler, not guessed.
@@ -32,6 +39,29 @@ REACHED_THROUGH = {
     "_obey_untrusted": "test_shared_any_records.py: test_no_guest_harms_a_keeper_or_its_neighbours",
     "_claim_untrusted": "test_parcels_any_bytes.py: test_any_message_is_taken_or_ends_the_worker",
     "_take_untrusted": "test_parcels_any_bytes.py: test_any_message_is_taken_or_ends_the_worker",
+    "_apply_untrusted": CONTROL,
+    "_capabilities_untrusted": CONTROL,
+    "_initialize_untrusted": CONTROL,
+    "_parameter_untrusted": CONTROL,
+    "_query_untrusted": CONTROL,
+    "_set_untrusted": CONTROL,
+    "_checksum_untrusted": WISHES,
+    "_large_send_untrusted": WISHES,
+    "from_guest_untrusted": WISHES,
+    "_frame_untrusted": FRAMES,
+    "_frames_of_one_untrusted": FRAMES,
+    "_frames_of_pieces_untrusted": FRAMES,
+    "_items_untrusted": FRAMES,
+    "_pages_untrusted": PAGES,
+    "_control_untrusted": ADAPTER,
+    "_init_untrusted": ADAPTER,
+    "_message_untrusted": ADAPTER,
+    "_packet_untrusted": ADAPTER,
+    "_receive_buffer_untrusted": ADAPTER,
+    "_send_buffer_untrusted": ADAPTER,
+    "_subchannels_untrusted": ADAPTER,
+    "completed_untrusted": ADAPTER,
+    "read_untrusted": ADAPTER,
     "_check_pmi_untrusted": SCSI,
     "_check_sealed_untrusted": SERVER,
     "_check_whole_unit_untrusted": SCSI,

@@ -47,7 +47,7 @@ class Control:
     Attributes:
         state: How far RNDIS has come.
         filter: ``FILTER_*``: which frames the guest wants. No frame goes to it while this is 0.
-        offloads: What the guest has switched on.
+        rsc: Whether it takes segments that are longer than the MTU.
         scaling: Receive-side scaling; None: all frames go on the primary channel.
         mtu: Bytes of payload, as agreed on by NVSP.
         version: NVSP version.
@@ -72,7 +72,7 @@ class Control:
         self.queues = config.max_queues
         self.scaling: Scaling | None = None
         self.rsc = False
-        self._parameters: dict[str, int] = {}
+        self._rsc_wanted = {"rsc_ipv4": ndis.OFFLOAD_DISABLED, "rsc_ipv6": ndis.OFFLOAD_DISABLED}
         self._key = _RSS_KEY
         self._kinds = 0
         self._table: tuple[int, ...] = (0,)
@@ -113,7 +113,8 @@ class Control:
         self.filter = 0
         self.scaling = None
         self.rsc = False
-        self._parameters.clear()
+        self._rsc_wanted = dict.fromkeys(self._rsc_wanted, ndis.OFFLOAD_DISABLED)
+        self._key, self._kinds, self._table = _RSS_KEY, 0, (0,)
         self.changed()
 
     def _initialize_untrusted(self, message: bytes) -> bytes:
@@ -236,40 +237,33 @@ class Control:
         return rndis.STATUS_SUCCESS
 
     def _set_offloads(self, wanted: ndis.OffloadParameters) -> None:
-        for name in ("ipv4", "tcp_ipv4", "udp_ipv4", "tcp_ipv6", "udp_ipv6", "lso_v2_ipv4",
-                     "lso_v2_ipv6", "rsc_ipv4", "rsc_ipv6"):  # fmt: skip
+        # What it wants of sums does not matter: it says in each frame what it has left to us, and
+        # need not look at what it is told of those it gets.
+        for name in self._rsc_wanted:
             value = getattr(wanted, name)
             if value != ndis.NO_CHANGE:
-                self._parameters[name] = value
-        enabled = ndis.OFFLOAD_ENABLED
+                self._rsc_wanted[name] = value
         self.rsc = (
             self.config.offloads
             and self.version >= 0x60001
-            and self._parameters.get("rsc_ipv4") == self._parameters.get("rsc_ipv6") == enabled
+            and set(self._rsc_wanted.values()) == {ndis.OFFLOAD_ENABLED}
         )
         self.changed()
-
-    def looks_at_sums(self, *, ipv6: bool, tcp: bool) -> bool:
-        """Whether the guest wants to be told about sums of frames it gets. Cannot block."""
-        name = f"{'tcp' if tcp else 'udp'}_ipv{6 if ipv6 else 4}"
-        return self._parameters.get(name, ndis.CSUM_BOTH) in {ndis.CSUM_RX, ndis.CSUM_BOTH}
 
     def _scale(self, wanted: ndis.RssParameters) -> int:
         if wanted.flags & ndis.RSS_DISABLE:
             self.scaling = None
             self.changed()
             return rndis.STATUS_SUCCESS
-        if wanted.key:
-            self._key = wanted.key
+        key, kinds, table = wanted.key or self._key, self._kinds, self._table
         if not wanted.flags & ndis.RSS_HASH_INFO_UNCHANGED:
-            self._kinds = wanted.hash_information
+            kinds = wanted.hash_information
         if not wanted.flags & ndis.RSS_TABLE_UNCHANGED:
-            if not wanted.table or max(wanted.table) >= self.queues:
-                return rndis.STATUS_INVALID_DATA
-            self._table = wanted.table
-        if self._kinds & 0xFF not in {0, ndis.HASH_TOEPLITZ}:
+            table = wanted.table
+        if not table or max(table) >= self.queues or kinds & 0xFF not in {0, ndis.HASH_TOEPLITZ}:
             return rndis.STATUS_INVALID_DATA
-        self.scaling = Scaling(self._key, self._kinds, self._table) if self._kinds else None
+        self._key, self._kinds, self._table = key, kinds, table
+        self.scaling = Scaling(key, kinds, table) if kinds else None
         self.changed()
         return rndis.STATUS_SUCCESS
 

@@ -23,6 +23,8 @@ _LINK_STATE = struct.Struct("<BBHII4xQQII")
 _LARGEST_LIST = 4096
 """Multicast addresses; none is looked at."""
 _VENDOR = b"vmbus\0"
+_LONGEST_NAME = 510
+"""Bytes; Linux has room for 256 characters, the end mark included."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,13 @@ def _rss_capabilities(facts: Facts) -> bytes:
     )
 
 
+def _friendly_name(facts: Facts) -> bytes:
+    """Its end is marked: Linux goes on into what its stack held before (ucs2_as_utf8)."""
+    if not facts.friendly_name:
+        return b""
+    return facts.friendly_name.encode("utf-16-le")[:_LONGEST_NAME] + b"\0\0"
+
+
 ANSWERS: dict[int, Callable[[Facts], bytes]] = {
     oids.GEN_HARDWARE_STATUS: _constant(0),
     oids.GEN_MEDIA_SUPPORTED: _constant(0),
@@ -95,7 +104,7 @@ ANSWERS: dict[int, Callable[[Facts], bytes]] = {
     oids.GEN_MAC_OPTIONS: _constant(0x00000001 | 0x00000004 | 0x00000008),
     oids.GEN_MEDIA_CONNECT_STATUS: lambda f: _u32(_CONNECTED if f.link.up else _DISCONNECTED),
     oids.GEN_MAXIMUM_SEND_PACKETS: _constant(8),
-    oids.GEN_FRIENDLY_NAME: lambda f: f.friendly_name.encode("utf-16-le")[:510],
+    oids.GEN_FRIENDLY_NAME: _friendly_name,
     oids.GEN_LINK_STATE: _link_state,
     oids.GEN_MAX_LINK_SPEED: lambda f: struct.pack("<QQ", f.link.speed, f.link.speed),
     oids.GEN_RECEIVE_SCALE_CAPABILITIES: _rss_capabilities,

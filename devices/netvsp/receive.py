@@ -7,18 +7,30 @@ array with it), and it is free again exactly when the packet has been completed.
 
 A segment that is longer than a sub-allocation goes to a guest that has asked for receive segment
 coalescing in several of them, marked first to last; to others it goes cut.
+
+Frames come in tasks of an endpoint's, perhaps in that of another guest's adapter. So nothing that
+this guest does to its rings is found out there: what cannot be written at once, for want of room or
+because the partition stands still, is left to a task of its own.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
 from netvsp.buffers import ReceiveBuffer
 from netvsp.control import Control
-from netvsp.frames.frame import ETHERNET_HEADER, GSO_ECN, GSO_UDP, NEEDS_CHECKSUM, VLAN_TAG, Frame
+from netvsp.frames.frame import (
+    ETHERNET_HEADER,
+    GSO_ECN,
+    GSO_UDP,
+    NEEDS_CHECKSUM,
+    VLAN_TAG,
+    Frame,
+    Offload,
+)
 from netvsp.frames.offload import complete, fill_checksum, receive_value
 from netvsp.link import AdapterConfig, Link
 from netvsp.statistics import Direction
@@ -71,10 +83,16 @@ class Receiver:
         config: What the adapter agrees to.
         link: Its link.
         statistics: Counters.
+        flush_later: Has :meth:`go_on` called by a task when a channel has room; cannot block.
     """
 
     def __init__(
-        self, control: Control, config: AdapterConfig, link: Link, statistics: Direction
+        self,
+        control: Control,
+        config: AdapterConfig,
+        link: Link,
+        statistics: Direction,
+        flush_later: Callable[[Channel], None],
     ) -> None:
         self.buffer: ReceiveBuffer | None = None
         self.buffer_id = nvsp.RECEIVE_BUFFER_ID
@@ -87,6 +105,7 @@ class Receiver:
         self._config = config
         self._link = link
         self._statistics = statistics
+        self._flush_later = flush_later
         self._outstanding: dict[int, tuple[Channel, list[int]]] = {}
         self._control_queue: list[bytes] = []
         self._segment = 0
@@ -104,7 +123,11 @@ class Receiver:
         groups: dict[Channel, list[Ranges]] = {}
         done = 0
         free = buffer.free
+        room = buffer.part_size - ROOM
         primary = self.channels[0]
+        if primary.undertakings.held:
+            self._wait_for(primary)
+            return 0
         try:
             for frame in frames:
                 wanted = self._wanted(frame)
@@ -113,14 +136,23 @@ class Receiver:
                     continue
                 number, hashed = self._channel_of(wanted)
                 channel = self.channels.get(number, primary)
-                pieces = self._fitting(wanted, buffer.part_size)
-                need = sum(self._parts_for(piece, buffer.part_size) for piece in pieces)
-                if len(free) - CONTROL_PARTS < need or channel.pending > MAX_PENDING:
-                    if need > buffer.count - CONTROL_PARTS:
-                        statistics.dropped["too long"] += 1
-                        done += 1
-                        continue
+                if channel.pending > MAX_PENDING:
+                    self._wait_for(channel)
                     break
+                if wanted.offload is None and len(wanted) <= room:
+                    pieces, need = [wanted], 1
+                else:
+                    pieces = self._fitting(wanted, room)
+                    need = sum(-(-len(piece) // room) for piece in pieces)
+                if not pieces or need > buffer.count - CONTROL_PARTS:
+                    statistics.dropped["too long"] += 1
+                    done += 1
+                    continue
+                if len(free) - CONTROL_PARTS < need:
+                    self._wait_for(None)
+                    break
+                if wanted.offload is not None:
+                    self._count_offload(wanted.offload)
                 stored = groups.setdefault(channel, [])
                 for piece in pieces:
                     stored.append(self._store(buffer, piece, hashed))
@@ -128,13 +160,18 @@ class Receiver:
                 done += 1
         except GuestProtocolError:
             # Its pages are no memory any more: there is no way to reach this guest.
-            statistics.dropped["no memory"] += 1
-            done += 1
+            statistics.dropped["no memory"] += len(frames) - done
+            done = len(frames)
         for channel, stored in groups.items():
             self._send(channel, stored, _DATA)
-        if done < len(frames) and self._room.is_set():
-            self._room = trio.Event()  # those who wait already have the old one
         return done
+
+    def _wait_for(self, channel: Channel | None) -> None:
+        """Have who waits wait for room in the ring of a channel; None: in the buffer."""
+        if self._room.is_set():
+            self._room = trio.Event()
+        if channel is not None:
+            self._flush_later(channel)
 
     async def wait_room(self) -> None:
         """See :meth:`netvsp.endpoint.Port.wait_room`. Is a checkpoint."""
@@ -185,24 +222,25 @@ class Receiver:
         hashed = scaling.hash(frame.head)
         return (scaling.channel(hashed), hashed) if hashed else (0, 0)
 
-    def _fitting(self, frame: Frame, size: int) -> list[Frame]:
-        """Return a frame as the guest can take it: as it is, with its sum, or cut."""
+    def _fitting(self, frame: Frame, room: int) -> list[Frame]:
+        """Return a frame as the guest can take it: as it is, with its sum, or cut.
+
+        Nothing, if it is too long for a sub-allocation and no segment that may be in several.
+        """
         offload = frame.offload
-        if offload is None:
-            return [frame]
+        if offload is not None and offload.gso_type:
+            if self._control.rsc and offload.gso_type & ~GSO_ECN != GSO_UDP:
+                return [_summed(frame)]
+            pieces = complete(frame)
+        else:
+            pieces = [fill_checksum(frame)]
+        return pieces if all(len(piece) <= room for piece in pieces) else []
+
+    def _count_offload(self, offload: Offload) -> None:
         if offload.gso_type:
             self._statistics.segments += 1
-            if not self._control.rsc or offload.gso_type & ~GSO_ECN == GSO_UDP:
-                return complete(frame)
-            return [_summed(frame)]
-        if offload.flags & NEEDS_CHECKSUM:
+        elif offload.flags & NEEDS_CHECKSUM:
             self._statistics.checksums += 1
-            return [fill_checksum(frame)]
-        return [frame]
-
-    @staticmethod
-    def _parts_for(frame: Frame, size: int) -> int:
-        return -(-len(frame) // (size - ROOM))
 
     def _store(self, buffer: ReceiveBuffer, frame: Frame, hashed: int) -> Ranges:
         """Write one frame into the buffer; return where it is, in one range or several."""
@@ -230,7 +268,11 @@ class Receiver:
                 flags |= ppi.FRAGMENT_LAST
             part = whole[start : start + room]
             marked = information + ppi.build_packet_id(flags, self._segment)
-            ranges.append(_put(buffer, rndis.build_packet_header(len(part), marked) + part))
+            try:
+                ranges.append(_put(buffer, rndis.build_packet_header(len(part), marked) + part))
+            except GuestProtocolError:
+                buffer.free += [offset // buffer.part_size for _length, offset in ranges]
+                raise
         return ranges
 
     def _send(self, channel: Channel, stored: list[Ranges], message: bytes) -> None:
@@ -247,28 +289,56 @@ class Receiver:
             channel.send_packet(_packet(self.buffer_id, some, indexes[0], message))
             self._outstanding[indexes[0]] = channel, indexes
             some = []
-        channel.try_flush()
+        try:
+            written = channel.try_flush()
+        except GuestProtocolError:
+            written = False  # the ring is corrupt; whose frame this is has nothing to do with it
+        if not written:
+            self._flush_later(channel)
+
+    def go_on(self) -> None:
+        """There may be room again, in a ring or in the buffer. Cannot block."""
+        self._send_controls()
+        self._room.set()
+
+    def lose(self, channel: Channel) -> None:
+        """A channel takes no frames any more. Cannot block."""
+        index = channel.subchannel_index
+        if self.channels.get(index) is channel:
+            del self.channels[index]
+        self.forget(channel)
 
     # -- control messages ------------------------------------------------------------------------
+
+    def check_control(self) -> None:
+        """Raise GuestProtocolError if there is no place for another control message."""
+        if len(self._control_queue) >= MAX_CONTROL_QUEUE:
+            raise GuestProtocolError("too many RNDIS replies that the guest does not take")
 
     def send_control(self, message: bytes) -> None:
         """Send an RNDIS message to the guest on the primary channel. Cannot block.
 
-        Raises:
-            GuestProtocolError: The guest has asked for more than it takes.
+        Args:
+            message: :meth:`check_control` has said that there is a place for it.
         """
-        if len(self._control_queue) >= MAX_CONTROL_QUEUE:
-            raise GuestProtocolError("too many RNDIS replies that the guest does not take")
         self._control_queue.append(message)
         self._send_controls()
 
     def _send_controls(self) -> None:
         buffer = self.buffer
         primary = self.channels.get(0)
+        if primary is not None and self._control_queue and primary.undertakings.held:
+            self._flush_later(primary)
+            return
         while self._control_queue and primary is not None and buffer and buffer.free:
             if buffer.gone:
                 break
-            self._send(primary, [[_put(buffer, self._control_queue.pop(0))]], _CONTROL)
+            try:
+                stored = [[_put(buffer, self._control_queue[0])]]
+            except GuestProtocolError:
+                break  # its pages are no memory any more
+            del self._control_queue[0]
+            self._send(primary, stored, _CONTROL)
 
     # -- completions -----------------------------------------------------------------------------
 
@@ -287,12 +357,12 @@ class Receiver:
         del self._outstanding[transaction_id]
         if self.buffer is not None:
             self.buffer.free += found[1]
-            if self._control_queue:
-                self._send_controls()
-        self._room.set()
+        self.go_on()
 
     def forget(self, channel: Channel | None = None) -> None:
         """Take back what is out on a channel that is over; None: everything. Cannot block."""
+        if channel is None:
+            self._control_queue.clear()
         for number, (where, indexes) in tuple(self._outstanding.items()):
             if channel is None or where is channel:
                 del self._outstanding[number]

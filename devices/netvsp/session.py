@@ -19,7 +19,7 @@ import trio
 from netvsp.buffers import ReceiveBuffer, SendBuffer
 from netvsp.control import MAX_CONTROL, Control
 from netvsp.endpoint import Endpoint
-from netvsp.frames.frame import ETHERNET_HEADER, Buffer, Frame
+from netvsp.frames.frame import ETHERNET_HEADER, MAX_MTU, Buffer, Frame
 from netvsp.link import AdapterConfig, Link
 from netvsp.receive import Receiver, part_size
 from netvsp.statistics import AdapterStatistics
@@ -36,12 +36,19 @@ SECTION_SIZE = 6144
 """Bytes of a section of the send buffer: what every host has, and drivers are made for."""
 MAX_BUFFER = 32 << 20
 """Bytes of a receive or send buffer."""
-DEFAULT_MTU = 1500
-"""Bytes of payload that there is always room for."""
-UNREADY_BATCH = 16
-"""Packets of one turn until the handshake is over."""
 MIN_RECEIVE_PARTS = 64
 """Sub-allocations that a receive buffer has to have."""
+DEFAULT_MTU = 1500
+"""Bytes of payload that there is always room for."""
+
+_REFUSALS = {
+    nvsp.INIT: nvsp.build_init_complete(0, nvsp.FAILURE),
+    nvsp.SEND_RECEIVE_BUFFER: nvsp.build_receive_buffer_complete(nvsp.FAILURE),
+    nvsp.SEND_SEND_BUFFER: nvsp.build_send_buffer_complete(nvsp.FAILURE),
+    nvsp.SUBCHANNEL: nvsp.build_subchannel_complete(nvsp.FAILURE, 0),
+    nvsp.SEND_RNDIS_PACKET: nvsp.build_rndis_packet_complete(nvsp.INVALID_RNDIS_PACKET),
+}
+"""What answers a message that is refused; nothing is in the answer to any other."""
 
 
 class Stage(enum.Enum):
@@ -91,7 +98,7 @@ class Session:
         self._statistics = statistics
         self._endpoint = endpoint
         self.control = Control(config, link, statistics, self._settings_changed)
-        self.receiver = Receiver(self.control, config, link, statistics.receive)
+        self.receiver = Receiver(self.control, config, link, statistics.receive, self._flush_later)
         self._senders: dict[Channel, Sender] = {}
         self._send_buffer: SendBuffer | None = None
         self._told_up = link.up
@@ -99,13 +106,43 @@ class Session:
         self._table_sent = False
         self._max_frame = link.max_frame
         self._life = Life(primary, self.serve_batch, opened=self._opened, closed=self._closed)
+        self._nursery: trio.Nursery | None = None
+        self._flushing: set[Channel] = set()
 
     async def run(self) -> None:
         """Serve until the primary ends. Returns when nothing touches guest memory any more."""
         try:
-            await self._life.run()
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                try:
+                    await self._life.run()
+                finally:
+                    self._nursery = None
+                nursery.cancel_scope.cancel()
         finally:
             self._release()
+
+    def _flush_later(self, channel: Channel) -> None:
+        """Have what waits for a ring, or for the end of a pause, go on in a task. Cannot block."""
+        if self._nursery is not None and channel not in self._flushing:
+            self._flushing.add(channel)
+            self._nursery.start_soon(self._flush, channel)
+
+    async def _flush(self, channel: Channel) -> None:
+        try:
+            await channel.undertakings.wait_released()
+            await channel.flush()
+        except trio.EndOfChannel:
+            return
+        except GuestProtocolError as error:
+            if channel is self.primary:
+                raise
+            # Its own task ends when it next writes there; the others go on.
+            channel.complain(str(error))
+            self.receiver.lose(channel)
+        finally:
+            self._flushing.discard(channel)
+        self.receiver.go_on()
 
     def _release(self) -> None:
         self.receiver.channels.clear()
@@ -155,16 +192,25 @@ class Session:
             try:
                 if packet.kind == COMPLETION:
                     self.receiver.completed_untrusted(channel, packet.transaction_id)
+                    if packet.wants_completion:  # no driver's does
+                        channel.complete(packet.transaction_id, b"")
                 else:
                     budget -= self._packet_untrusted(sender, packet, batch)
             except GuestProtocolError as error:
                 self._complain(channel, packet, str(error))
-                sender.refuse(packet)
+                self._refuse(channel, packet)
             if budget <= 0:
                 break
         if batch:
             sender.send(batch, nursery)
         return done
+
+    def _refuse(self, channel: Channel, packet: Packet) -> None:
+        """Answer a packet that makes no sense as the message does that it seems to be."""
+        self._statistics.transmit.errors += 1
+        if packet.wants_completion:
+            kind = int.from_bytes(packet.payload[:4], "little")
+            channel.complete(packet.transaction_id, _REFUSALS.get(kind, b""))
 
     def _packet_untrusted(
         self, sender: Sender, packet: Packet, batch: list[tuple[Packet, list[Frame]]]
@@ -195,7 +241,7 @@ class Session:
             # Drivers send nothing before; Windows does, and expects it to be taken.
             self._statistics.transmit.dropped["not ready"] += len(frames)
             batch.append((packet, []))
-        return sum(map(len, frames)) + len(pieces) * 512
+        return sender.cost(frames, len(pieces))
 
     def _control_untrusted(self, sender: Sender, packet: Packet, pieces: list[Buffer]) -> None:
         if sender.channel is not self.primary:
@@ -204,6 +250,7 @@ class Session:
             raise GuestProtocolError(
                 f"a control message of {sum(map(len, pieces))} bytes", field="msg_len"
             )
+        self.receiver.check_control()  # from here on it is answered
         message = b"".join(pieces)
         reply = self.control.request_untrusted(message)
         if packet.wants_completion:
@@ -233,15 +280,15 @@ class Session:
                 self._expect_agreed(name)
                 self._configure(nvsp.parse_ndis_config_untrusted(payload))
             case nvsp.SEND_RECEIVE_BUFFER:
-                answer = self._receive_buffer_untrusted(channel, packet, payload)
+                answer = self._receive_buffer_untrusted(channel, payload)
             case nvsp.SEND_SEND_BUFFER:
-                answer = self._send_buffer_untrusted(channel, packet, payload)
+                answer = self._send_buffer_untrusted(channel, payload)
             case nvsp.REVOKE_RECEIVE_BUFFER:
                 self._drop_receive_buffer()
             case nvsp.REVOKE_SEND_BUFFER:
                 self._drop_send_buffer()
             case nvsp.SUBCHANNEL:
-                answer = self._subchannels_untrusted(packet, payload)
+                answer = self._subchannels_untrusted(payload)
             case nvsp.SWITCH_DATA_PATH:
                 if nvsp.parse_data_path_untrusted(payload) != nvsp.DATA_PATH_SYNTHETIC:
                     self._complain(channel, packet, "SWITCH_DATA_PATH to a VF that there is not")
@@ -279,23 +326,27 @@ class Session:
         self._drop_receive_buffer()
         self._drop_send_buffer()
         self.control.reset()
-        mtu = min(DEFAULT_MTU, self._config.max_mtu)
-        self._set_mtu(mtu, mtu + ETHERNET_HEADER)
+        self._set_mtu(DEFAULT_MTU, DEFAULT_MTU)
         self.capabilities = 0
         self.receiver.tags_beside = False
 
     def _configure(self, config: nvsp.NdisConfig) -> None:
         # Linux counts the Ethernet header, FreeBSD does not (hn_nvs_conf_ndis); so the frames that
         # there is room for are those of the longer reading. And nobody minds room for 1500 bytes.
-        most = self._config.max_mtu
-        self._set_mtu(
-            min(max(config.mtu - ETHERNET_HEADER, DEFAULT_MTU), most),
-            min(max(config.mtu, DEFAULT_MTU), most) + ETHERNET_HEADER,
-        )
+        said = config.mtu if config.mtu <= MAX_MTU + ETHERNET_HEADER else DEFAULT_MTU
+        self._set_mtu(max(said - ETHERNET_HEADER, DEFAULT_MTU), max(said, DEFAULT_MTU))
         self.capabilities = config.capabilities
         self.receiver.tags_beside = bool(config.capabilities & nvsp.CAPABILITY_8021Q)
 
-    def _set_mtu(self, mtu: int, max_frame: int) -> None:
+    def _set_mtu(self, mtu: int, longest: int) -> None:
+        """Agree on what a guest wants, or what the network carries; the guest asks for it again.
+
+        Args:
+            mtu: Bytes of payload.
+            longest: Bytes of payload of the frames that there is to be room for.
+        """
+        mtu = min(mtu, self._link.mtu)
+        max_frame = min(longest, self._link.mtu) + ETHERNET_HEADER
         self.control.mtu = mtu
         self._max_frame = max_frame
         for sender in self._senders.values():
@@ -303,51 +354,41 @@ class Session:
 
     # -- buffers ---------------------------------------------------------------------------------
 
-    def _receive_buffer_untrusted(self, channel: Channel, packet: Packet, payload: bytes) -> bytes:
+    def _receive_buffer_untrusted(self, channel: Channel, payload: bytes) -> bytes:
+        self._expect_agreed("SEND_RECEIVE_BUFFER")
+        handle, number = nvsp.parse_buffer_untrusted(payload)
+        if self.receiver.buffer is not None and not self.receiver.buffer.gone:
+            raise GuestProtocolError("a second receive buffer", field="gpadl_handle")
+        size = part_size(self._max_frame)
+        lease = channel.lease_gpadl(handle)
         try:
-            self._expect_agreed("SEND_RECEIVE_BUFFER")
-            handle, number = nvsp.parse_buffer_untrusted(payload)
-            if self.receiver.buffer is not None and not self.receiver.buffer.gone:
-                raise GuestProtocolError("a second receive buffer", field="gpadl_handle")
-            size = part_size(self._max_frame)
-            lease = channel.lease_gpadl(handle)
-            try:
-                pages = lease.gpadl.size
-                if not MIN_RECEIVE_PARTS * size <= pages <= MAX_BUFFER:
-                    raise GuestProtocolError(
-                        f"a receive buffer of {pages} bytes", field="gpadl_handle"
-                    )
-                buffer = ReceiveBuffer(lease, channel.memory, size)
-            except GuestProtocolError:
-                lease.release()
-                raise
-        except GuestProtocolError as error:
-            self._complain(channel, packet, str(error))
-            return nvsp.build_receive_buffer_complete(nvsp.FAILURE)
+            pages = lease.gpadl.size
+            if not MIN_RECEIVE_PARTS * size <= pages <= MAX_BUFFER:
+                raise GuestProtocolError(f"a receive buffer of {pages} bytes", field="gpadl_handle")
+            buffer = ReceiveBuffer(lease, channel.memory, size)
+        except GuestProtocolError:
+            lease.release()
+            raise
         self.receiver.forget()
         self.receiver.buffer, self.receiver.buffer_id = buffer, number
         self.stage = Stage.READY
         return nvsp.build_receive_buffer_complete(nvsp.SUCCESS, buffer.part_size, buffer.count)
 
-    def _send_buffer_untrusted(self, channel: Channel, packet: Packet, payload: bytes) -> bytes:
+    def _send_buffer_untrusted(self, channel: Channel, payload: bytes) -> bytes:
+        self._expect_agreed("SEND_SEND_BUFFER")
+        handle, _number = nvsp.parse_buffer_untrusted(payload)
+        if self._send_buffer is not None and not self._send_buffer.gone:
+            raise GuestProtocolError("a second send buffer", field="gpadl_handle")
+        lease = channel.lease_gpadl(handle)
         try:
-            self._expect_agreed("SEND_SEND_BUFFER")
-            handle, _number = nvsp.parse_buffer_untrusted(payload)
-            if self._send_buffer is not None and not self._send_buffer.gone:
-                raise GuestProtocolError("a second send buffer", field="gpadl_handle")
-            lease = channel.lease_gpadl(handle)
-            try:
-                if not PAGE_SIZE <= lease.gpadl.size <= MAX_BUFFER:
-                    raise GuestProtocolError(
-                        f"a send buffer of {lease.gpadl.size} bytes", field="gpadl_handle"
-                    )
-                buffer = SendBuffer(lease, channel.memory, SECTION_SIZE)
-            except GuestProtocolError:
-                lease.release()
-                raise
-        except GuestProtocolError as error:
-            self._complain(channel, packet, str(error))
-            return nvsp.build_send_buffer_complete(nvsp.FAILURE)
+            if not PAGE_SIZE <= lease.gpadl.size <= MAX_BUFFER:
+                raise GuestProtocolError(
+                    f"a send buffer of {lease.gpadl.size} bytes", field="gpadl_handle"
+                )
+            buffer = SendBuffer(lease, channel.memory, SECTION_SIZE)
+        except GuestProtocolError:
+            lease.release()
+            raise
         self._send_buffer = buffer
         for sender in self._senders.values():
             sender.send_buffer = buffer
@@ -369,22 +410,20 @@ class Session:
 
     # -- sub-channels ----------------------------------------------------------------------------
 
-    def _subchannels_untrusted(self, packet: Packet, payload: bytes) -> bytes:
+    def _subchannels_untrusted(self, payload: bytes) -> bytes:
         operation, count = nvsp.parse_subchannel_untrusted(payload)
-        most = self._config.max_queues - 1
+        if operation != nvsp.SUBCHANNEL_ALLOCATE or self.version < nvsp.VERSION_5:
+            raise GuestProtocolError(f"SUBCHANNEL operation {operation}", field="op")
+        if self.subchannels:
+            raise GuestProtocolError("SUBCHANNEL for the second time", field="op")
+        count = min(count, self._config.max_queues - 1)
         try:
-            if operation != nvsp.SUBCHANNEL_ALLOCATE or self.version < nvsp.VERSION_5:
-                raise GuestProtocolError(f"SUBCHANNEL operation {operation}", field="op")
-            if self.subchannels:
-                raise GuestProtocolError("SUBCHANNEL for the second time", field="op")
-            count = min(count, most)
             if count:
                 self.primary.offer_subchannels(count)
         except GuestProtocolError as error:
-            if error.status == STATUS_INSUFFICIENT_RESOURCES:
-                return nvsp.build_subchannel_complete(nvsp.SUCCESS, 0)
-            self._complain(self.primary, packet, str(error))
-            return nvsp.build_subchannel_complete(nvsp.FAILURE, 0)
+            if error.status != STATUS_INSUFFICIENT_RESOURCES:
+                raise
+            count = 0
         self.subchannels = count
         return nvsp.build_subchannel_complete(nvsp.SUCCESS, count)
 
@@ -399,7 +438,7 @@ class Session:
         self._table_sent = True
         table = tuple(channels[i % len(channels)] for i in range(nvsp.SEND_TABLE_ENTRIES))
         self.primary.send(nvsp.build_send_table(table))
-        self._life.flush_soon()
+        self._flush_later(self.primary)
 
     # -- link and settings -----------------------------------------------------------------------
 
@@ -419,10 +458,11 @@ class Session:
 
     def _indicate(self, status: int, buffer: bytes = b"") -> None:
         try:
-            self.receiver.send_control(rndis.build_indication(status, buffer))
+            self.receiver.check_control()
         except GuestProtocolError as error:
             self.primary.complain(str(error))
-        self._life.flush_soon()
+            return
+        self.receiver.send_control(rndis.build_indication(status, buffer))
 
     def _settings_changed(self) -> None:
         self._told_up, self._told_speed = self._link.up, self._link.speed

@@ -8,7 +8,6 @@ is one message, or several behind each other. All frames of a batch go to the en
 from __future__ import annotations
 
 import collections
-import struct
 from collections.abc import Sequence
 
 import trio
@@ -16,14 +15,21 @@ import trio
 from netvsp.buffers import SendBuffer
 from netvsp.control import MAX_PACKETS
 from netvsp.endpoint import Endpoint, Offloads
-from netvsp.frames.frame import ETHERNET_HEADER, GSO_ECN, GSO_UDP, HEADERS, MAX_FRAME, Buffer, Frame
+from netvsp.frames.frame import (
+    ETHERNET_HEADER,
+    ETHERTYPE_VLAN,
+    GSO_ECN,
+    GSO_UDP,
+    HEADERS,
+    MAX_FRAME,
+    Buffer,
+    Frame,
+)
 from netvsp.frames.offload import fill_checksum, from_guest_untrusted, segments
 from netvsp.link import AdapterConfig, Link
 from netvsp.statistics import Direction
 from netvsp.wire import ppi, rndis
 from netvsp.wire.nvsp import (
-    FAILURE,
-    INVALID_RNDIS_PACKET,
     NO_SECTION,
     RNDIS_PACKET_COMPLETE,
     SEND_RNDIS_PACKET_COMPLETE,
@@ -42,24 +48,23 @@ COPIED = 4096
 """Messages up to here are copied as a whole: that is faster than dealing with their pages."""
 _HEAD = 512
 """Bytes of a longer message that are copied: its header, information, and the frame's headers."""
-_ITEM = struct.Struct("<IIII")
 _MEMO = 1024
 """Lists of per-packet information whose meaning is remembered."""
+_LONGEST_KNOWN = 128
+"""Bytes of such a list; a guest can make longer ones, but no driver does."""
 
 TURN = 2 << 20
 """What a channel may do before others have their turn, in bytes that are copied; as in storvsp."""
 COST = 16 << 10
 """Of a packet, beside its bytes."""
-TASK_COST = 256 << 10
-"""Of a packet that has to wait."""
 PIECE_COST = 512
 """Of each piece of guest memory."""
+SEGMENT_COST = 16 << 10
+"""Of each frame that a segment is cut into."""
 WAITING_WEIGHT = 2048
 """Bytes of host memory of a packet that waits, beside its frames."""
 
 _SUCCESS = RNDIS_PACKET_COMPLETE.pack(SEND_RNDIS_PACKET_COMPLETE, SUCCESS)
-_FAILURE = RNDIS_PACKET_COMPLETE.pack(SEND_RNDIS_PACKET_COMPLETE, FAILURE)
-_INVALID = RNDIS_PACKET_COMPLETE.pack(SEND_RNDIS_PACKET_COMPLETE, INVALID_RNDIS_PACKET)
 
 _NOTHING: dict[int, int] = {}
 
@@ -147,11 +152,13 @@ class Sender:
             packet.payload_offset,
             max_ranges=MAX_RANGES,
             allow_empty=True,
-            at_most=MAX_MESSAGE,
+            at_most=MAX_MESSAGE + 1,
         )
         total = sum(each.byte_count for each in ranges)
         if total > MAX_MESSAGE:
-            raise GuestProtocolError(f"a message of {total} bytes", field="byte_count")
+            raise GuestProtocolError(
+                f"a message of more than {MAX_MESSAGE} bytes", field="byte_count"
+            )
         gather = self.channel.memory.gather
         views: list[memoryview] = []
         for each in ranges:
@@ -251,10 +258,21 @@ class Sender:
         items = self._memo.get(information)
         if items is None:
             items = ppi.parse_items_untrusted(information)
-            if len(self._memo) >= _MEMO:
-                self._memo.clear()
-            self._memo[information] = items
+            if len(information) <= _LONGEST_KNOWN:
+                if len(self._memo) >= _MEMO:
+                    self._memo.clear()
+                self._memo[information] = items
         return items
+
+    def cost(self, frames: Sequence[Frame], pieces: int) -> int:
+        """Return what it takes to send frames; see :data:`TURN`. Cannot block."""
+        total = PIECE_COST * pieces
+        for frame in frames:
+            total += len(frame)
+            offload = frame.offload
+            if offload is not None and offload.gso_type and not self._offloads.tcp_segments:
+                total += SEGMENT_COST * -(-len(frame) // offload.gso_size)
+        return total
 
     # -- sending ---------------------------------------------------------------------------------
 
@@ -306,14 +324,13 @@ class Sender:
                 statistics.dropped["short"] += 1
                 continue
             offload = frame.offload
-            if offload is None:
-                if len(frame) > longest and len(frame) > longest + 4 * (head[12:14] == b"\x81\0"):
-                    statistics.dropped["too long"] += 1
-                    continue
-            elif offload.gso_type:
-                statistics.segments += 1
-            else:
-                statistics.checksums += 1
+            segment = offload is not None and offload.gso_type
+            length = len(frame)
+            if offload is not None and segment:
+                length = offload.header_length + offload.gso_size
+            if length > longest and length > longest + 4 * (head[12:14] == ETHERTYPE_VLAN):
+                statistics.dropped["too long"] += 1
+                continue
             if not self._link.up:
                 statistics.dropped["link down"] += 1
                 continue
@@ -327,8 +344,12 @@ class Sender:
                 frame = frame.tagged()
             if offload is None:
                 found.append(frame)
+                continue
+            if segment:
+                statistics.segments += 1
             else:
-                found += _done(frame, offloads)
+                statistics.checksums += 1
+            found += _done(frame, offloads)
         return found
 
     def _by_vlan(self, frame: Frame) -> Frame | None:
@@ -356,7 +377,8 @@ class Sender:
         channel = self.channel
         try:
             while self._waiting and not channel.ended:
-                await self._endpoint.wait_writable(self._queue)
+                # An endpoint that never takes any more must not keep the channel from its end.
+                await self._waiting[0][2].rest(lambda: self._endpoint.wait_writable(self._queue))
                 for _ in range(256):
                     if not self._waiting or channel.ended:
                         break
@@ -372,17 +394,13 @@ class Sender:
                     if packet.flags & 1:
                         channel.complete(packet.transaction_id, _SUCCESS)
                 await channel.flush()
+        except trio.EndOfChannel:
+            pass
         finally:
             self._sending = False
             for _packet, _frames, undertaking in self._waiting:
                 undertaking.end()
             self._waiting.clear()
-
-    def refuse(self, packet: Packet, status: bytes = _INVALID) -> None:
-        """Answer a packet that makes no sense. Cannot block."""
-        self._statistics.errors += 1
-        if packet.flags & 1:
-            self.channel.complete(packet.transaction_id, status)
 
 
 def _done(frame: Frame, offloads: Offloads) -> list[Frame]:

@@ -380,6 +380,11 @@ class NetGuest:
             for frame in each.frames()
         ]
 
+    def take_frames_of(self, ids: list[int]) -> list[bytes]:
+        """Do as :meth:`take_frames`, and add what is to be given back to a list."""
+        ids += [each.transaction_id for each in self.received]
+        return self.take_frames()
+
     def take_completions(self) -> list[tuple[int, int]]:
         """Return id and status of the RNDIS packets completed since the last call."""
         found, self.completions = self.completions, []

@@ -120,6 +120,22 @@ class Undertakings:
         """
         return Undertaking(self, weight, name)
 
+    @property
+    def held(self) -> bool:
+        """Whether nothing may begin to act, here or without an undertaking."""
+        return self._held
+
+    async def wait_released(self) -> None:
+        """Wait until something may begin to act. A checkpoint if it has to.
+
+        Raises:
+            trio.EndOfChannel: Nothing ever may again.
+        """
+        while self._held and not self._over:
+            await self._waiting.wait()
+        if self._over:
+            raise trio.EndOfChannel
+
     def hold(self) -> None:
         """Internal: let none that rests begin to act. Cannot block."""
         if not self._held and not self._over:
@@ -225,10 +241,7 @@ class Undertaking:
         Raises:
             trio.EndOfChannel: It never may again.
         """
-        while self._all._held and not self._all._over:
-            await self._all._waiting.wait()
-        if self._all._over:
-            raise trio.EndOfChannel
+        await self._all.wait_released()
 
     async def enter(self) -> None:
         """Begin to act, when that is allowed. A checkpoint if it has to wait.

@@ -245,3 +245,33 @@ async def test_what_rests_in_the_middle_of_an_action_is_held_up_before_it_goes_o
     assert over
     assert all_of_them.resting == 1
     assert not all_of_them.names
+
+
+async def test_what_is_no_undertaking_can_wait_as_well():
+    """A packet that comes from elsewhere holds nothing, but must not touch a paused guest."""
+    channel, _guest = channel_pair()
+    assert not channel.undertakings.held
+    await channel.undertakings.wait_released()
+    channel.stand_still()
+    assert channel.undertakings.held
+    seen: list[str] = []
+
+    async def wait() -> None:
+        try:
+            await channel.undertakings.wait_released()
+            seen.append("released")
+        except trio.EndOfChannel:
+            seen.append("over")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        assert seen == []
+        channel.resume()
+    channel.stand_still()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        channel.end()
+    assert seen == ["released", "over"]
+    channel.close_doorbell()
