@@ -4,6 +4,8 @@ import pytest
 
 from netvsp.endpoints.specs import open_endpoint
 from netvsp.endpoints.wrapper import EndpointWrapper
+from netvsp.frames.frame import BROADCAST, Frame
+from netvsp.frames.internet import build_arp
 from netvsp.testing import check_endpoint
 from netvsp.testing.frames import PEER, Packet
 from netvsp.testing.port import MAC
@@ -39,3 +41,21 @@ async def test_a_tap_keeps_the_contract(namespace, options, up, no_descriptor_is
                 sock.send(Packet(source_mac=PEER, target_mac=MAC, source_port=number).build())
 
     await check_endpoint(lambda: open_endpoint(f"tap:{options}t0"), provoke=provoke if up else None)
+
+
+async def test_the_network_that_is_built_in_keeps_the_contract():
+    await check_endpoint(lambda: open_endpoint("nat:[with=built-in]"))
+
+
+@pytest.mark.root
+@pytest.mark.slow
+async def test_a_network_by_passt_keeps_the_contract(namespace, no_descriptor_is_leaked):
+    setting("ipv6/conf/default/disable_ipv6", 1)
+    ip("tuntap add dev out mode tap", "link set out up", "address add 192.0.2.5/24 dev out")
+    ip("route add default via 192.0.2.1")
+
+    def provoke(endpoint):
+        ask = build_arp(1, MAC, b"\xc0\0\2\5", bytes(6), b"\xc0\0\2\1", target_mac=BROADCAST)
+        endpoint.transmit(0, [Frame(ask)])
+
+    await check_endpoint(lambda: open_endpoint("nat:[with=passt]"), provoke=provoke)

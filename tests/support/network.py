@@ -7,10 +7,12 @@ import ctypes
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 
 CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -41,9 +43,16 @@ def own_namespace() -> Iterator[None]:
         os.close(before)
 
 
+async def _inline(function: Callable[..., Any], *args: Any, **_options: Any) -> Any:
+    await trio.lowlevel.checkpoint()
+    return function(*args)
+
+
 @pytest.fixture
-def namespace() -> Iterator[None]:
+def namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A network namespace of the test's own."""
+    # A thread that trio keeps for later is in the namespace of an earlier test, and what it starts.
+    monkeypatch.setattr(trio.to_thread, "run_sync", _inline)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(own_namespace())
@@ -58,7 +67,7 @@ def ip(*commands: str) -> None:
         subprocess.run(["ip", *each.split()], check=True, capture_output=True)
 
 
-def setting(name: str, value: int) -> None:
+def setting(name: str, value: object) -> None:
     """Set one of the namespace's own settings, such as ``ipv4/ip_forward``."""
     Path("/proc/sys/net", name).write_text(str(value))
 

@@ -1,0 +1,297 @@
+"""A user-mode network by `passt <https://passt.top>`_: a process beside us, at a stream of frames.
+
+It needs no privilege, and makes ordinary sockets of what the guest sends: the guest reaches what
+this host reaches, by the host's own addresses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import trio
+
+from netvsp.endpoint import Endpoint, EndpointError, EndpointInfo, Offloads, Port
+from netvsp.endpoints.stream import FrameStream
+from netvsp.endpoints.tasks import CLOSED, run_together
+from netvsp.frames.frame import (
+    BROADCAST,
+    ETHERNET_HEADER,
+    ETHERTYPE_IPV4,
+    ETHERTYPE_IPV6,
+    Frame,
+)
+from netvsp.frames.internet import ARP_REQUEST, IPV6_HEADER, MIN_FRAME, build_arp
+from vmbus.errors import ConfigError
+
+PROGRAM = "passt"
+MAX_MTU = 65520
+_RESOLVERS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")
+"""The second has the real ones where the first names a resolver of this host only."""
+_PROBE = bytes.fromhex("0200005e0001")
+"""Who asks whether it is there."""
+_ASKED = bytes((169, 254, 77, 77))
+"""What it asks for: passt answers for every address but the guest's."""
+START = 2.0
+"""Seconds after which a passt that has not ended is taken for one that works."""
+_SOCKET_BUFFER = 1 << 20
+_MESSAGES = 8192
+"""Bytes of what it says that are looked at."""
+
+
+class Forward(NamedTuple):
+    """A port of the host's that leads to one of the guest's."""
+
+    address: str
+    host: int
+    guest: int
+
+    def __str__(self) -> str:
+        return f"{self.address}/{self.host}:{self.guest}"
+
+
+def find_passt() -> str | None:
+    """Return the path of the program, if it is installed."""
+    return shutil.which(PROGRAM)
+
+
+def resolvers() -> list[str]:
+    """Return the addresses of the host's name servers that a guest can use."""
+    for name in _RESOLVERS:
+        found = [address for address in _name_servers(name) if not address.is_loopback]
+        if found:
+            return [str(address) for address in found]
+    return []
+
+
+def _name_servers(name: str) -> Iterator[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    try:
+        text = Path(name).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    for line in text.splitlines():
+        words = line.split()
+        if words[:1] == ["nameserver"] and len(words) > 1:
+            with contextlib.suppress(ValueError):
+                yield ipaddress.ip_address(words[1].partition("%")[0])
+
+
+class _Process:
+    """One passt, and our end of its stream."""
+
+    def __init__(self, process: trio.Process, stream: FrameStream, messages: int) -> None:
+        self.process = process
+        self.stream = stream
+        self._messages = messages
+
+    def reason(self) -> str:
+        """Return the last line that it has said."""
+        said = b""
+        with contextlib.suppress(OSError):
+            said = os.read(self._messages, _MESSAGES)
+        lines = said.decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it says nothing")
+
+    async def aclose(self) -> None:
+        """End it. Is a checkpoint; waits even if cancelled."""
+        self.stream.close()
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGKILL)
+        with trio.CancelScope(shield=True):
+            await self.process.wait()
+        os.close(self._messages)
+
+
+async def _start(program: str, arguments: Sequence[str]) -> _Process:
+    ours, theirs = socket.socketpair()
+    messages, end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # it never waits for who reads them
+    try:
+        for sock in (ours, theirs):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+        process = await trio.lowlevel.open_process(
+            [program, *arguments, "--fd", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=end,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # what ends us by the keyboard does not end it first
+        )
+    except BaseException:
+        ours.close()
+        os.close(messages)
+        raise
+    finally:
+        theirs.close()
+        os.close(end)
+    return _Process(process, FrameStream(ours, PROGRAM), messages)
+
+
+class PasstEndpoint(Endpoint):
+    """A network behind a passt of its own; made by :meth:`open`.
+
+    Every life of the adapter has another passt: connections of a guest that is gone end with it.
+    """
+
+    info = EndpointInfo(
+        # It looks at no sum of what it gets, and takes TCP segments of any length.
+        offloads=Offloads(checksum=True, tcp_segments=True),
+        mtu=MAX_MTU,
+    )
+
+    def __init__(self, program: str, arguments: Sequence[str], process: _Process) -> None:
+        self._program = program
+        self._arguments = arguments
+        self._process: _Process | None = process
+        self._fresh = True
+        self._closed = False
+
+    @classmethod
+    async def open(
+        cls, program: str, *, tcp: Sequence[Forward] = (), udp: Sequence[Forward] = ()
+    ) -> PasstEndpoint:
+        """Start it, and wait until it answers. Is a checkpoint.
+
+        Args:
+            program: Path of passt.
+            tcp: Ports to forward.
+            udp: The same for UDP.
+
+        Raises:
+            ConfigError: It has ended, and why.
+            OSError: It could not be started.
+        """
+        arguments = ["--foreground", "--quiet", "--no-map-gw"]
+        for address in resolvers():
+            arguments += ["--dns", address]
+        for option, forwards in (("--tcp-ports", tcp), ("--udp-ports", udp)):
+            for each in forwards or ("none",):
+                arguments += [option, str(each)]
+        process = await _start(program, arguments)
+        try:
+            await _answered(process)
+        except EndpointError as error:
+            reason = process.reason()
+            await process.aclose()
+            raise ConfigError(f"passt has ended: {reason}") from error
+        except BaseException:
+            await process.aclose()
+            raise
+        return cls(program, arguments, process)
+
+    def transmit(self, queue: int, frames: Sequence[Frame]) -> int:
+        """See :meth:`netvsp.endpoint.Endpoint.transmit`."""
+        del queue
+        if self._process is None:
+            return len(frames)
+        return self._process.stream.send([_unpadded(frame) for frame in frames])
+
+    async def wait_writable(self, queue: int) -> None:
+        """See :meth:`netvsp.endpoint.Endpoint.wait_writable`."""
+        del queue
+        if self._process is None:
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._process.stream.wait_writable()
+
+    async def run(self, port: Port) -> None:
+        """See :meth:`netvsp.endpoint.Endpoint.run`."""
+        await self._renew()
+        assert self._process is not None
+        self._fresh = False
+        try:
+            await self._process.stream.receive(port)
+        except trio.ClosedResourceError:
+            raise EndpointError(CLOSED) from None
+        except EndpointError as error:
+            raise EndpointError(f"{error}: {self._process.reason()}") from error
+
+    async def _renew(self) -> None:
+        """See to it that there is a passt that has had no guest yet."""
+        if self._closed:
+            raise EndpointError(CLOSED)
+        if self._fresh:
+            return
+        old, self._process = self._process, None
+        if old is not None:
+            await old.aclose()
+        try:
+            new = await _start(self._program, self._arguments)
+        except OSError as error:
+            raise EndpointError(f"passt cannot be started: {error}") from error
+        if self._closed:
+            await new.aclose()
+            raise EndpointError(CLOSED)
+        self._process = new
+
+    def snapshot(self) -> dict[str, Any]:
+        """See :meth:`netvsp.endpoint.Endpoint.snapshot`."""
+        process = self._process
+        return {
+            "network": PROGRAM,
+            "pid": process.process.pid if process else None,
+            "dropped": process.stream.dropped if process else 0,
+        }
+
+    async def aclose(self) -> None:
+        """See :meth:`netvsp.endpoint.Endpoint.aclose`."""
+        self._closed = True
+        process, self._process = self._process, None
+        if process is not None:
+            await process.aclose()
+        await trio.lowlevel.checkpoint()
+
+
+def _unpadded(frame: Frame) -> Frame:
+    """Return a frame without what fills it up to the least length of Ethernet.
+
+    passt drops an IPv4 packet that does not end with its frame (passt: tap.c, tap4_handler), an
+    acknowledgement for example.
+    """
+    head = frame.head
+    if frame.rest or len(head) > MIN_FRAME:
+        return frame
+    if head[12:14] == ETHERTYPE_IPV4:
+        length = ETHERNET_HEADER + int.from_bytes(head[16:18], "big")
+    elif head[12:14] == ETHERTYPE_IPV6:
+        length = ETHERNET_HEADER + IPV6_HEADER + int.from_bytes(head[18:20], "big")
+    else:
+        return frame
+    return Frame(head[:length], (), frame.offload) if length < len(head) else frame
+
+
+class _Answer:
+    """A port that waits for one frame."""
+
+    def __init__(self) -> None:
+        self.came = trio.Event()
+
+    @property
+    def mac(self) -> bytes:
+        return _PROBE
+
+    def receive(self, frames: Sequence[Frame]) -> int:
+        self.came.set()
+        return len(frames)
+
+    async def wait_room(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def link_changed(self, *, up: bool, speed: int | None = None) -> None:
+        """There is nobody to tell."""
+
+
+async def _answered(process: _Process) -> None:
+    """Wait until passt answers a question about an address, or has ended."""
+    answer = _Answer()
+    ask = build_arp(ARP_REQUEST, _PROBE, bytes(4), bytes(6), _ASKED, target_mac=BROADCAST)
+    process.stream.send([Frame(ask)])
+    with trio.move_on_after(START):  # a host without IPv4 does not answer
+        await run_together(lambda: process.stream.receive(answer), answer.came.wait)
