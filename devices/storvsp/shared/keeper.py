@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import socket
 from collections.abc import Hashable
 from typing import Any
 
@@ -25,6 +24,7 @@ from storvsp.shared.messages import (
 )
 from storvsp.shared.staging import Staging
 from vmbus.errors import PeerProtocolError
+from vmbus.plugins import sharing
 
 logger = logging.getLogger("storvsp")
 
@@ -51,15 +51,11 @@ class Keeper:
             "size": info.size, "read_only": info.read_only, "kind": type(self.disk).__name__
         }  # fmt: skip
 
-    async def serve(self, sock: socket.socket, staging_fd: int, initiator: Hashable) -> None:
-        """Serve one guest until its line ends. Is a checkpoint.
-
-        Args:
-            sock: SOCK_SEQPACKET; owned.
-            staging_fd: The staging area, sealed; owned.
-            initiator: Who the guest is.
-        """
-        visit = _Visit(self, Line(sock), Staging(staging_fd), initiator)
+    async def serve(self, line: sharing.Line, initiator: Hashable, spec: str) -> None:
+        """See :meth:`vmbus.plugins.sharing.Keeper.serve`."""
+        del spec  # there is one
+        assert line.staging_fd is not None
+        visit = _Visit(self, Line(line.sock), Staging(line.staging_fd), initiator)
         # Its name may be that of a guest that is just leaving; the end of that one's commands is
         # not to be the end of this one's.
         try:
