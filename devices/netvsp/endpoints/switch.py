@@ -146,7 +146,7 @@ class SwitchEndpoint(Endpoint):
                     del frames[:taken]
                     if frames:
                         await port.wait_room()
-                if len(ours):
+                if ours.queue.count:
                     await trio.lowlevel.checkpoint()
                 else:
                     await self._wake.wait()

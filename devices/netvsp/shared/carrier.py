@@ -120,7 +120,7 @@ class Carrier:
                 room = bool(done)
             if not room:
                 await line.wait_writable()
-            elif frames or len(port):
+            elif frames or port.queue.count:
                 await trio.lowlevel.checkpoint()
             else:
                 await self._wake.wait()

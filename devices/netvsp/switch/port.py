@@ -17,6 +17,11 @@ EVERY_VLAN = frozenset(range(MAX_VLAN + 1))
 MAX_ADDRESSES = 4096
 """That a port may ask for; an uplink has :data:`UPLINK_ADDRESSES`."""
 UPLINK_ADDRESSES = 12288
+
+# Crossing.origin
+FROM_ISOLATED = 1
+FROM_UPLINK = 2
+
 FLOOD_RATE = 20_000
 """Frames a second from a port that may go to all others; a second's worth in one go."""
 JOINT_FLOOD_RATE = 200_000
@@ -71,11 +76,14 @@ class SwitchPort:
         stations: Addresses that are known to be behind it: its adapter's own; or, for a joint,
             those of the other switch's adapters. Others are learnt.
         dropped: Frames that came in or were to go out, by reason.
+        queue: What waits to go out.
+        origin: What it means for others that a frame came in here, as in ``Crossing.origin``.
     """
 
     __slots__ = (
-        "_queue", "config", "dropped", "in_bytes", "in_frames", "moves", "name", "out_bytes",
-        "out_frames", "ready", "refused", "stations", "tokens", "tokens_at", "up", "vlans",
+        "config", "dropped", "in_bytes", "in_frames", "joint", "moves", "name", "origin",
+        "out_bytes", "out_frames", "queue", "ready", "refused", "stations", "tokens", "tokens_at",
+        "trunk", "up", "vlan", "vlans",
     )  # fmt: skip
 
     def __init__(self, name: str, config: PortConfig, ready: Callable[[], None]) -> None:
@@ -84,6 +92,10 @@ class SwitchPort:
         self.ready = ready
         self.up = False
         self.stations: set[bytes] = set()
+        self.vlan = config.vlan
+        self.trunk = config.trunk is not None
+        self.joint = config.joint
+        self.origin = FROM_ISOLATED * config.isolated | FROM_UPLINK * config.uplink
         self.vlans = config.trunk if config.trunk is not None else frozenset((config.vlan,))
         self.dropped: Counter[str] = Counter()
         self.in_frames = self.in_bytes = self.out_frames = self.out_bytes = 0
@@ -93,20 +105,15 @@ class SwitchPort:
         """Addresses that were not learnt, since there was no room for them."""
         self.tokens = 0.0
         self.tokens_at = float("-inf")
-        self._queue: FairQueue[SwitchPort] = FairQueue(LIMIT)
+        self.queue: FairQueue[SwitchPort] = FairQueue(LIMIT)
 
-    def __len__(self) -> int:
-        """Return how many frames wait."""
-        return len(self._queue)
-
-    def put(self, source: SwitchPort, frame: Frame) -> None:
+    def put(self, source: SwitchPort, frame: Frame, length: int) -> None:
         """Have a frame wait, or drop one. Cannot block."""
-        queue = self._queue
-        first = not len(queue)
-        gone = queue.push(source, frame)
+        queue = self.queue
+        gone = queue.push(source, frame, length)
         if gone:
             self.dropped["queue full"] += gone
-        if first:
+        if queue.count == 1:
             self.ready()
 
     def take(self, frames: int, size: int) -> list[Frame]:
@@ -116,7 +123,7 @@ class SwitchPort:
             frames: How many at most.
             size: Bytes at most, but for the first one.
         """
-        taken = self._queue.pop(frames, size)
+        taken = self.queue.pop(frames, size)
         self.out_frames += len(taken)
         for frame in taken:
             self.out_bytes += len(frame)
@@ -125,9 +132,9 @@ class SwitchPort:
     def forget(self, source: SwitchPort | None = None) -> None:
         """Drop what waits: of one sender, or all. Cannot block."""
         if source is None:
-            self._queue.clear()
+            self.queue.clear()
         else:
-            self._queue.forget(source)
+            self.queue.forget(source)
 
     def spend_flood(self, now: float) -> bool:
         """Whether a frame may go to all others now. Cannot block."""
@@ -150,7 +157,7 @@ class SwitchPort:
             "in_bytes": self.in_bytes,
             "out_frames": self.out_frames,
             "out_bytes": self.out_bytes,
-            "waiting": len(self),
+            "waiting": self.queue.count,
             "moves": self.moves,
             "refused_addresses": self.refused,
             "dropped": dict(self.dropped),

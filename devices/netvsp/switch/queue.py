@@ -27,7 +27,8 @@ class _Line(Generic[S]):
 
     def __init__(self, source: S, credit: int) -> None:
         self.source = source
-        self.frames: deque[Frame] = deque()
+        self.frames: deque[tuple[Frame, int]] = deque()
+        """Each with its weight."""
         self.weight = 0
         self.credit = credit
 
@@ -37,6 +38,9 @@ class FairQueue(Generic[S]):
 
     Args:
         limit: Weight of all.
+
+    Attributes:
+        count: How many there are.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
@@ -47,23 +51,21 @@ class FairQueue(Generic[S]):
         """Of those who have nothing here now, while others have: else one whose frames are long
         would have a turn with each."""
         self._weight = 0
-        self._count = 0
+        self.count = 0
 
-    def __len__(self) -> int:
-        return self._count
-
-    def push(self, source: S, frame: Frame) -> int:
+    def push(self, source: S, frame: Frame, length: int) -> int:
         """Put a frame behind those of the same sender. Cannot block.
 
         Args:
             source: The sender.
             frame: Kept until it is taken or dropped.
+            length: Its bytes.
 
         Returns:
             How many frames had to go for it: usually none, or the frame itself, or some of a
             sender who has more here.
         """
-        weight = len(frame) + OVERHEAD
+        weight = length + OVERHEAD
         line = self._lines.get(source)
         gone = 0
         if self._weight + weight > self._limit:
@@ -80,17 +82,17 @@ class FairQueue(Generic[S]):
         if line is None:
             line = self._lines[source] = _Line(source, self._debts.pop(source, QUANTUM))
             self._turns.append(line)
-        line.frames.append(frame)
+        line.frames.append((frame, weight))
         line.weight += weight
         self._weight += weight
-        self._count += 1
+        self.count += 1
         return gone
 
     def _drop_last(self, line: _Line[S]) -> None:
-        weight = len(line.frames.pop()) + OVERHEAD
+        _, weight = line.frames.pop()
         line.weight -= weight
         self._weight -= weight
-        self._count -= 1
+        self.count -= 1
         if not line.frames:
             del self._lines[line.source]
             self._turns.remove(line)
@@ -113,23 +115,24 @@ class FairQueue(Generic[S]):
                 line.credit += QUANTUM
                 turns.rotate(-1)
                 continue
-            length = len(line.frames[0])
-            if taken and length > size:
+            waiting = line.frames
+            frame, weight = waiting[0]
+            size -= weight - OVERHEAD
+            if size < 0 and taken:
                 break
-            size -= length
-            taken.append(line.frames.popleft())
-            weight = length + OVERHEAD
+            waiting.popleft()
+            taken.append(frame)
             line.credit -= weight
             line.weight -= weight
             self._weight -= weight
-            if not line.frames:
+            if not waiting:
                 turns.popleft()
                 del self._lines[line.source]
                 if line.credit < 0:
                     self._debts[line.source] = line.credit
         if not turns:
             self._debts.clear()
-        self._count -= len(taken)
+        self.count -= len(taken)
         return taken
 
     def forget(self, source: S) -> None:
@@ -139,14 +142,14 @@ class FairQueue(Generic[S]):
         if line is not None:
             self._turns.remove(line)
             self._weight -= line.weight
-            self._count -= len(line.frames)
+            self.count -= len(line.frames)
 
     def clear(self) -> None:
         """Drop everything. Cannot block."""
         self._lines.clear()
         self._turns.clear()
         self._debts.clear()
-        self._weight = self._count = 0
+        self._weight = self.count = 0
 
 
 def _weight_of(line: _Line[S]) -> int:

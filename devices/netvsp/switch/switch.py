@@ -25,9 +25,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from netvsp.frames.frame import ETHERNET_HEADER, ETHERTYPE_VLAN, Frame, Offload, format_mac
+from netvsp.frames.frame import (
+    ETHERNET_HEADER,
+    ETHERTYPE_VLAN,
+    VLAN_TAG,
+    Frame,
+    Offload,
+    format_mac,
+)
 from netvsp.switch.port import (
     EVERY_VLAN,
+    FROM_ISOLATED,
+    FROM_UPLINK,
     UPLINK_ADDRESSES,
     PortConfig,
     SwitchPort,
@@ -40,10 +49,6 @@ MAX_STATIONS = 4096
 """Stations of a joint."""
 TURN = 2048
 """What is done in one call: each frame is one, and each port to which a frame is copied."""
-
-# Crossing.origin
-FROM_ISOLATED = 1
-FROM_UPLINK = 2
 
 JOINT = PortConfig(trunk=EVERY_VLAN, joint=True, addresses=UPLINK_ADDRESSES)
 
@@ -95,6 +100,8 @@ class Switch:
         self._stations_changed = stations
         self._claims: dict[bytes, list[SwitchPort]] = {}
         """Ports that have a station of this address; it is the first one's."""
+        self._owners: dict[bytes, SwitchPort] = {}
+        """The first ones."""
         self._members: dict[int, list[SwitchPort]] = {}
         """Ports that are up in each VLAN, as far as they were looked for since the last change."""
 
@@ -164,9 +171,10 @@ class Switch:
                 return False
             claims = self._claims.setdefault(address, [])
             claims.append(port)
+            self._owners[address] = claims[0]
             port.stations.add(address)
             self._tell(port, address, claims, added=True)
-        return self._claims[address][0] is port
+        return self._owners[address] is port
 
     def remove_station(self, port: SwitchPort, address: bytes) -> None:
         """Take a station from those behind a port. Cannot block. Idempotent."""
@@ -174,8 +182,10 @@ class Switch:
             port.stations.discard(address)
             claims = self._claims[address]
             claims.remove(port)
-            if not claims:
-                del self._claims[address]
+            if claims:
+                self._owners[address] = claims[0]
+            else:
+                del self._claims[address], self._owners[address]
             self._tell(port, address, claims, added=False)
 
     def _tell(
@@ -211,12 +221,12 @@ class Switch:
         """
         now = self._clock()
         budget = TURN
-        done = 0
+        done = size = 0
         for frame in frames:
             done += 1
-            port.in_frames += 1
-            port.in_bytes += len(frame)
-            reason = self._forward(port, frame, now)
+            length = len(frame)
+            size += length
+            reason = self._forward(port, frame, length, now)
             if isinstance(reason, int):
                 budget -= reason
             else:
@@ -224,84 +234,85 @@ class Switch:
                 budget -= 1
             if budget <= 0:
                 break
+        port.in_frames += done
+        port.in_bytes += size
         self.table.sweep(now, 2)
         return done
 
-    def _forward(self, port: SwitchPort, frame: Frame, now: float) -> int | str:
+    def _forward(self, port: SwitchPort, frame: Frame, length: int, now: float) -> int | str:
         """Forward a frame; return what that has cost, or why it was dropped."""
         head = frame.head
         if len(head) < ETHERNET_HEADER:
             return "short"
-        config = port.config
         # The tag, beside the frame from here on.
-        inner = frame
-        if head[12:14] == ETHERTYPE_VLAN and frame.tci is None:
-            inner = frame.untagged()
-            head = inner.head
-            if inner is frame or len(head) < ETHERNET_HEADER:
+        tci = frame.tci
+        origin = port.origin
+        if port.joint:
+            origin = frame.origin if isinstance(frame, Crossing) else 0
+        if tci is None and head[12:14] == ETHERTYPE_VLAN:
+            frame = frame.untagged()
+            head, tci = frame.head, frame.tci
+            length -= VLAN_TAG
+            if tci is None or length < ETHERNET_HEADER:
                 return "short"
-        tci = inner.tci
-        vlan = tci & 0xFFF if tci is not None else 0
-        if config.vlan:
-            if vlan and vlan != config.vlan:
+        vlan = 0 if tci is None else tci & 0xFFF
+        if port.vlan:
+            if vlan and vlan != port.vlan:
                 return "vlan"
-            vlan = config.vlan
+            vlan = port.vlan
             tci = ((tci or 0) & 0xF000) | vlan
         elif vlan not in port.vlans:
             return "vlan"
         source, target = head[6:12], head[:6]
-        reason = self._check_source(port, vlan, source, now)
-        if reason:
-            return reason
-        origin = (FROM_ISOLATED if config.isolated else 0) | (FROM_UPLINK if config.uplink else 0)
-        if config.joint:
-            origin = frame.origin if isinstance(frame, Crossing) else 0
-        if target[0] & 1:
-            if target[:5] == _LINK_LOCAL and target[5] < 16:
-                return "link-local"
-        else:
-            claims = self._claims.get(target)
-            out = claims[0] if claims is not None else self.table.find(vlan, target, now)
+        owner = self._owners.get(source)
+        if owner is not port:
+            if owner is not None:
+                return "spoofed"
+            reason = self._learn(port, vlan, source, now)
+            if reason:
+                return reason
+        if not target[0] & 1:
+            out = self._owners.get(target)
+            if out is None:
+                out = self.table.find(vlan, target, now)
             if out is not None:
-                if out is port or (out.config.joint and config.joint):
+                if out is port or (out.joint and port.joint):
                     return "loop"
                 if vlan not in out.vlans:
                     return "vlan"
-                if not _may_pass(origin, out.config):
+                if origin | out.origin and not _may_pass(origin, out):
                     return "isolated"
                 if out.up:
-                    _deliver(port, out, inner, tci, origin)
+                    _deliver(port, out, frame.own() if frame.rest else frame, tci, origin)
                 return 1
+        elif target[:5] == _LINK_LOCAL and target[5] < 16:
+            return "link-local"
         if not port.spend_flood(now):
             return "storm"
         members = self._members.get(vlan)
         if members is None:
             members = self._find_members(vlan)
-        inner = inner.own()
+        frame = frame.own()
         for out in members:
-            if (
-                out is not port
-                and not (out.config.joint and config.joint)
-                and _may_pass(origin, out.config)
-            ):
-                _deliver(port, out, inner, tci, origin)
+            if out is not port and not (out.joint and port.joint) and _may_pass(origin, out):
+                _deliver(port, out, frame, tci, origin)
         return 1 + len(members)
 
-    def _check_source(self, port: SwitchPort, vlan: int, source: bytes, now: float) -> str:
+    def _learn(self, port: SwitchPort, vlan: int, source: bytes, now: float) -> str:
         """Learn where a frame came from; return why it may not, or nothing."""
-        claims = self._claims.get(source)
-        if claims is not None:
-            return "" if claims[0] is port else "spoofed"
+        table = self.table
+        if table.touch(vlan, source, port, now):
+            return ""
         if source[0] & 1 or not any(source):
             return "address"
         if not port.up:
             return "down"
         limit = port.config.addresses - len(port.stations)
-        if port.config.joint:
+        if port.joint:
             limit = UPLINK_ADDRESSES
         elif limit <= 0:
             return "spoofed"
-        learnt, before = self.table.learn(vlan, source, port, now, limit)
+        learnt, before = table.learn(vlan, source, port, now, limit)
         if learnt is Learnt.REFUSED:
             port.refused += 1
         elif before is not None:
@@ -337,28 +348,26 @@ class Switch:
         }
 
 
-def _may_pass(origin: int, config: PortConfig) -> bool:
+def _may_pass(origin: int, out: SwitchPort) -> bool:
     """Whether isolation lets a frame out at a port; a joint's other side looks for itself."""
-    if config.joint:
+    if out.joint:
         return True
-    if origin & FROM_ISOLATED and not config.uplink:
+    if origin & FROM_ISOLATED and not out.origin & FROM_UPLINK:
         return False
-    return not config.isolated or bool(origin & FROM_UPLINK)
+    return not out.origin & FROM_ISOLATED or bool(origin & FROM_UPLINK)
 
 
 def _deliver(port: SwitchPort, out: SwitchPort, frame: Frame, tci: int | None, origin: int) -> None:
-    """Have a frame wait at a port, in its VLAN as that port shows it."""
-    config = out.config
-    if config.joint:
-        head = frame.tobytes()
-        out.put(port, Crossing(head, frame.offload, tci, frame.flow, origin))
-        return
-    if config.trunk is None:
+    """Have a frame, which is its own, wait at a port, in its VLAN as that port shows it."""
+    if out.joint:
+        frame = Crossing(frame.head, frame.offload, tci, frame.flow, origin)
+    elif not out.trunk:
         if frame.head[12:14] == ETHERTYPE_VLAN:
             # A tag in a tag: without the outer one it would be in a VLAN of its sender's choice.
             out.dropped["vlan"] += 1
             return
-        tci = None
-    if frame.tci != tci:
-        frame = Frame(frame.head, frame.rest, frame.offload, tci, frame.flow)
-    out.put(port, frame.own())
+        if frame.tci is not None:
+            frame = Frame(frame.head, (), frame.offload, None, frame.flow)
+    elif frame.tci != tci:
+        frame = Frame(frame.head, (), frame.offload, tci, frame.flow)
+    out.put(port, frame, len(frame.head))

@@ -79,6 +79,14 @@ class AddressTable(Generic[P]):
             return None
         return entry.port
 
+    def touch(self, vlan: int, address: bytes, port: P, now: float) -> bool:
+        """Take note that a station is where it was; whether it is. Cannot block."""
+        entry = self._entries.get((vlan, address))
+        if entry is None or entry.port is not port:
+            return False
+        entry.seen = now
+        return True
+
     def learn(
         self, vlan: int, address: bytes, port: P, now: float, limit: int
     ) -> tuple[Learnt, P | None]:

@@ -89,17 +89,17 @@ def plan(*specs: str, allowed: tuple[str, ...] | None = None) -> Plan:
 
 
 async def test_adapters_of_all_guests_and_devices_are_on_one_switch():
-    async with Supervisor.open(plan("switch:lan", "switch:[vlan=5]lan", "switch:dmz")) as server:
-        async with guest(server, 1) as one, guest(server, 2) as two:
-            assert sorted(key.name for key in server._keepers) == ["switch:dmz", "switch:lan"]
-            for at in range(3):
-                await one[at].send(make_frame(10 + at, BROADCAST, bytes([at])))
-                await two[at].until(make_frame(10 + at, BROADCAST, bytes([at])).head)
-            assert not [frame for each in (*one, *two) for frame in each.frames]
-            for number in range(100):
-                frame = make_frame(10, 20, number.to_bytes(2, "big") + bytes(5000))
-                await one[0].send(frame)
-                await two[0].until(frame.head)
+    wanted = plan("switch:lan", "switch:[vlan=5]lan", "switch:dmz")
+    async with Supervisor.open(wanted) as server, guest(server, 1) as one, guest(server, 2) as two:
+        assert sorted(key.name for key in server._keepers) == ["switch:dmz", "switch:lan"]
+        for at in range(3):
+            await one[at].send(make_frame(10 + at, BROADCAST, bytes([at])))
+            await two[at].until(make_frame(10 + at, BROADCAST, bytes([at])).head)
+        assert not [frame for each in (*one, *two) for frame in each.frames]
+        for number in range(100):
+            frame = make_frame(10, 20, number.to_bytes(2, "big") + bytes(5000))
+            await one[0].send(frame)
+            await two[0].until(frame.head)
 
 
 async def test_a_keeper_that_dies_is_the_end_of_its_lines_and_another_comes(caplog):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from netvsp.switch.port import PortConfig
-from netvsp.switch.switch import FROM_ISOLATED, FROM_UPLINK, JOINT, Crossing
+from netvsp.switch.port import FROM_ISOLATED, FROM_UPLINK, PortConfig
+from netvsp.switch.switch import JOINT, Crossing
 from netvsp.switch.table import AGE
 from tests.support.switch import BROADCAST, Net, make_frame, station
 

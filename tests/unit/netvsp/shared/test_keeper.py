@@ -130,7 +130,7 @@ async def test_an_adapter_that_has_no_room_gets_the_rest_later_or_never():
             await trio.lowlevel.checkpoint()
         assert len(two.frames) == 10
         two.make_room(1 << 30)
-        await until(lambda: not len(port))
+        await until(lambda: not port.queue.count)
         await one.send(make_frame(1, 2, b"last"))
         await two.until(make_frame(1, 2, b"last").head)
         nursery.cancel_scope.cancel()

@@ -66,8 +66,8 @@ def test_a_port_is_described():
     woken: list[int] = []
     config = PortConfig(trunk=frozenset({1, 2}), uplink=True)
     port = SwitchPort("a", config, lambda: woken.append(1))
-    port.put(port, make_frame(1, 2))
-    port.put(port, make_frame(1, 2))
+    port.put(port, make_frame(1, 2), 14)
+    port.put(port, make_frame(1, 2), 14)
     assert woken == [1]  # who has been told need not be told again
     port.dropped["vlan"] += 3
     found = port.describe()

@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 
 from netvsp.frames.frame import GSO_TCPV4, NEEDS_CHECKSUM, Frame, Offload
-from netvsp.switch.port import FLOOD_RATE, PortConfig
+from netvsp.switch.port import FLOOD_RATE, FROM_ISOLATED, FROM_UPLINK, PortConfig
 from netvsp.switch.switch import (
-    FROM_ISOLATED,
-    FROM_UPLINK,
     JOINT,
     MAX_PORTS,
     MAX_STATIONS,
@@ -317,7 +315,7 @@ def test_a_port_without_a_station_is_down():
     here.got()
     here.send(1, make_frame(1, 3))
     here.switch.set_station(here.ports[3], None)
-    assert len(here.ports[3]) == 0
+    assert here.ports[3].queue.count == 0
     here.send(1, make_frame(1, BROADCAST))
     here.send(1, make_frame(1, 30))
     here.send(1, make_frame(1, 3))
