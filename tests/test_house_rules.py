@@ -32,6 +32,7 @@ CONTROL = "test_control.py: test_a_request_has_one_reply_that_drivers_take"
 WISHES = "test_frames.py: test_a_guest_may_wish_anything_of_any_frame"
 FRAMES = "test_transmit.py: test_any_messages_are_frames_or_refused"
 PAGES = "test_transmit.py: test_any_pages_are_bytes_or_refused"
+SWITCH = "test_switch_any_messages.py: test_no_stranger_and_no_other_switch_harms_one"
 SERVING = "test_requests_both_ways.py: test_the_fast_path_does_what_the_long_way_does"
 # Steps of a larger decoder. The property test of the whole, named here, gets into all of them:
 # looked up with a profiler, not guessed.
@@ -69,10 +70,12 @@ REACHED_THROUGH = {
     "_create_subchannels_untrusted": SESSION,
     "_decode_name_untrusted": SERVER,
     "_extend_untrusted": ENGINE,
+    "_greet_untrusted": SWITCH,
     "_negotiate_untrusted": SESSION,
     "_plan_untrusted": SCSI,
     "_read_cd_untrusted": SCSI,
     "_read_plan_untrusted": SCSI,
+    "_receive_untrusted": SWITCH,
     "agree_untrusted": ENGINE,
     "answer_untrusted": SERVER,
     "body_untrusted": ENGINE,

@@ -34,6 +34,7 @@ MODULES = sorted(modules())
 # Nothing here waits, sleeps or logs: a test, a fuzzer or another event loop can drive it.
 SANS_IO = ("vmbus.errors", "vmbus.wire", "vmbus.memory", "vmbus.ring", "vmbus.gpadl",
            "vmbus.engine", "vmbus.synic", "vmbus.watchers", "netvsp.wire", "netvsp.frames",
+           "netvsp.switch",
            "storvsp.wire")  # fmt: skip
 DEVICES = ("netvsp", "storvsp")
 WAITING = {

@@ -17,7 +17,7 @@ from vmbus.host.device import Device
 from vmbus.plugins.options import Option
 from vmbus.plugins.registry import Registry
 from vmbus.plugins.remarks import remark, remarks
-from vmbus.plugins.sharing import Line
+from vmbus.plugins.sharing import Line, Share
 from vmbus.plugins.specs import OptionReader, parse_number, parse_size
 
 logger = logging.getLogger("storvsp")
@@ -96,7 +96,7 @@ class ScsiPlugin:
             raise
         return controller
 
-    def shared(self, specs: Sequence[str], options: Mapping[str, Any]) -> dict[str, int]:
+    def shared(self, specs: Sequence[str], options: Mapping[str, Any]) -> dict[str, Share]:
         """See :class:`vmbus.plugins.sharing.SharingPlugin`."""
         largest = _max_transfer(OptionReader(_NAME, options))
         staging = max(2 * largest, MIN_STAGING)
@@ -107,10 +107,11 @@ class ScsiPlugin:
                     f"{spec}: leave out on-error=stop, for a shared disk does not stop for one of "
                     "its guests"
                 )
-        return dict.fromkeys(found, staging)
+        return dict.fromkeys(found, Share(staging=staging))
 
-    async def open_keeper(self, spec: str, *, identity: bytes) -> Keeper:
+    async def open_keeper(self, specs: Sequence[str], *, identity: bytes) -> Keeper:
         """See :class:`vmbus.plugins.sharing.SharingPlugin`."""
+        (spec,) = specs
         plain = DiskSpec.parse(spec).split()[0]
         with remarks() as warnings:
             disk = await open_disk(plain)
@@ -198,6 +199,7 @@ async def add_shared(controller: ScsiController, text: str, line: Line) -> Addre
         ConfigError: Its place is taken, or its keeper is gone.
     """
     path, target, lun = _place(text, DiskSpec.parse(text).split()[1])
+    assert line.staging_fd is not None  # as ``shared`` has asked for
     unit = SharedUnit(
         line.sock,
         line.staging_fd,

@@ -20,6 +20,7 @@ MODULES = (
     "bench_control",
     "bench_memory",
     "bench_turns",
+    "bench_switch",
     "bench_guests",
     "bench_channels",
 )

@@ -47,6 +47,7 @@ async def test_frames_go_both_ways(driver):
             assert await adapter.send(frame) == nvsp.SUCCESS
             assert (await wire.wait_sent(1)).pop().tobytes() == frame
             back = plain_frame(size, to=MAC, source=PEER, seed=size + 1)
+            assert wire.port is not None
             assert wire.port.receive([Frame(back)]) == 1
             assert (await adapter.receive()).data == back
         assert not there.bus.faults
@@ -61,6 +62,7 @@ async def test_many_frames_in_one_batch_come_in_order(driver):
         left = [Frame(frame) for frame in frames]
 
         async def bring() -> None:
+            assert wire.port is not None
             while left:
                 taken = wire.port.receive(left)
                 del left[:taken]

@@ -47,7 +47,10 @@ def wait_carrier(guest: Guest, *, up: bool) -> None:
 
 def nic(server: Server, **request: object) -> dict[str, object]:
     """Carry out an operator's request."""
-    return send_command(server.socket, {"backend": "endpoint", "index": 0, **request})
+    answer: dict[str, object] = send_command(
+        server.socket, {"backend": "endpoint", "index": 0, **request}
+    )
+    return answer
 
 
 def adapter(server: Server) -> dict[str, object]:

@@ -50,6 +50,8 @@ ROOMS: dict[str, str] = {
     "storvsp.demo": "the storage half of a demo's guest",
     "netvsp.wire": "NVSP and RNDIS as bytes",
     "netvsp.frames": "Ethernet frames, their checksums, what is left to do for them",
+    "netvsp.switch": "a learning switch, without I/O",
+    "netvsp.shared": "a switch that several guests are connected to, wherever they are served",
     "netvsp.endpoint": "the contract of an endpoint",
     "netvsp.endpoints": "endpoints",
     "netvsp": "the network adapter: handshake, RNDIS, frames both ways, plug-in",

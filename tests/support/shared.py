@@ -26,7 +26,8 @@ class Kept:
     def line(self, guest: str, staging: int = STAGING) -> Line:
         """A guest's end of a new line, whose staging descriptor is closed with the block."""
         ours, theirs = make_line(staging)
-        self.nursery.start_soon(self.keeper.serve, ours.sock, ours.staging_fd, guest)
+        self.nursery.start_soon(self.keeper.serve, ours, guest, "x")
+        assert theirs.staging_fd is not None
         self._descriptors.append(theirs.staging_fd)
         return theirs
 
@@ -62,7 +63,10 @@ async def visitor(
     """A guest's unit, known to its keeper, for the length of the block."""
     ours, theirs = make_line(staging)
     if keeper is not None:
-        keeper.nursery.start_soon(keeper.keeper.serve, theirs.sock, theirs.staging_fd, guest)
+        keeper.nursery.start_soon(keeper.keeper.serve, theirs, guest, "x")
+
+    assert ours.staging_fd is not None
+    assert theirs.staging_fd is not None
 
     def changed() -> None:
         unit.news += 1

@@ -31,7 +31,7 @@ from vmbus.errors import ConfigError
 from vmbus.host import Bus, BusConfig, open_bus
 from vmbus.partition.transport import Transport
 from vmbus.server.devices import DeviceSetup, MadeDevice, make_devices, pick_device
-from vmbus.server.keepers import LineMaker, NoKeepers, open_keeper, shared_backends
+from vmbus.server.keepers import LineMaker, NoKeepers, open_keeper, shared_backends, unshared
 from vmbus.server.process import resident_bytes
 
 _log = logging.getLogger("vmbus.server")
@@ -124,19 +124,13 @@ class GuestServer:
         Raises:
             ConfigError: One of them cannot be opened.
         """
-        shared = shared_backends(self.setups)
         fixed = [
             dataclasses.replace(
-                setup,
-                specs=tuple(
-                    spec
-                    for spec in setup.specs
-                    if "{guest}" not in spec and (place, spec) not in shared
-                ),
+                setup, specs=tuple(spec for spec in setup.specs if "{guest}" not in spec)
             )
-            for place, setup in enumerate(self.setups)
+            for setup in unshared(self.setups)
         ]
-        for key in shared:
+        for key in {how.keeper for how in shared_backends(self.setups).values()}:
             await (await open_keeper(self.setups, key)).aclose()
         for made in await make_devices("check", fixed):
             await made.device.aclose()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from uuid import uuid5
 
 import trio
@@ -15,30 +16,75 @@ from vmbus.plugins.sharing import Keeper, Line, can_share, make_line
 from vmbus.server.devices import INSTANCE_NAMESPACE, DeviceSetup, SharedKey
 
 
-def shared_backends(setups: Sequence[DeviceSetup]) -> dict[SharedKey, int]:
-    """Return what guests share, with the bytes of staging areas.
+class KeeperKey(NamedTuple):
+    """Which keeper."""
+
+    plugin: str
+    place: int
+    """Of the device whose back-end it keeps; -1 if it keeps something for several."""
+    name: str
+    """The back-end's specification, or what the plug-in calls the keeper."""
+
+
+class Shared(NamedTuple):
+    """How guests come to something that they share."""
+
+    keeper: KeeperKey
+    staging: int
+    """Bytes of a line's staging area."""
+
+
+def shared_backends(
+    setups: Sequence[DeviceSetup], *, within_process: bool = False
+) -> dict[SharedKey, Shared]:
+    """Return what guests share.
+
+    Args:
+        setups: Their devices.
+        within_process: Leave out what guests of one process need no keeper for.
 
     Raises:
         ConfigError: Something cannot be shared.
     """
-    found: dict[SharedKey, int] = {}
+    found: dict[SharedKey, Shared] = {}
     for place, setup in enumerate(setups):
         plugin = load_device(setup.plugin)
         if can_share(plugin):
-            for spec, staging in plugin.shared(setup.specs, setup.options).items():
+            for spec, share in plugin.shared(setup.specs, setup.options).items():
                 if "{guest}" in spec:
                     raise ConfigError(f"{spec}: what all guests share has no guest's name in it")
-                found[SharedKey(place, spec)] = staging
+                if within_process and not share.within_process:
+                    continue
+                keeper = KeeperKey(setup.plugin, place, spec)
+                if share.keeper:
+                    keeper = KeeperKey(setup.plugin, -1, share.keeper)
+                found[SharedKey(place, spec)] = Shared(keeper, share.staging)
     return found
 
 
-async def open_keeper(setups: Sequence[DeviceSetup], key: SharedKey) -> Keeper:
+def unshared(setups: Sequence[DeviceSetup]) -> list[DeviceSetup]:
+    """Return the same devices without the back-ends that guests share. Raises ConfigError."""
+    shared = shared_backends(setups)
+    return [
+        dataclasses.replace(
+            setup, specs=tuple(spec for spec in setup.specs if (place, spec) not in shared)
+        )
+        for place, setup in enumerate(setups)
+    ]
+
+
+def kept_specs(setups: Sequence[DeviceSetup], key: KeeperKey) -> list[str]:
+    """Return the specifications of what a keeper keeps, each once. Raises ConfigError."""
+    shared = shared_backends(setups)
+    return list(dict.fromkeys(each.spec for each, how in shared.items() if how.keeper == key))
+
+
+async def open_keeper(setups: Sequence[DeviceSetup], key: KeeperKey) -> Keeper:
     """Open what guests share. Is a checkpoint. Raises ConfigError."""
-    setup = setups[key.place]
-    plugin = load_device(setup.plugin)
+    plugin = load_device(key.plugin)
     assert can_share(plugin)
-    name = f"{setup.plugin}/{key.place}/{key.spec}"
-    return await plugin.open_keeper(key.spec, identity=uuid5(INSTANCE_NAMESPACE, name).bytes)
+    identity = uuid5(INSTANCE_NAMESPACE, f"{key.plugin}/{key.place}/{key.name}").bytes
+    return await plugin.open_keeper(kept_specs(setups, key), identity=identity)
 
 
 LINE_GRACE = 5.0
@@ -64,10 +110,10 @@ class NoKeepers:
 class Keepers:
     """Keepers as tasks of this process. Use :meth:`open`."""
 
-    def __init__(self, nursery: trio.Nursery, staging: Mapping[SharedKey, int]) -> None:
+    def __init__(self, nursery: trio.Nursery, shared: Mapping[SharedKey, Shared]) -> None:
         self._nursery = nursery
-        self._staging = staging
-        self._keepers: dict[SharedKey, Keeper] = {}
+        self._shared = shared
+        self._keepers: dict[KeeperKey, Keeper] = {}
         self._lines: set[trio.CancelScope] = set()
 
     @classmethod
@@ -79,9 +125,9 @@ class Keepers:
             ConfigError: Something cannot be opened.
         """
         async with trio.open_nursery() as nursery:
-            keepers = cls(nursery, shared_backends(setups))
+            keepers = cls(nursery, shared_backends(setups, within_process=True))
             try:
-                for key in keepers._staging:
+                for key in dict.fromkeys(how.keeper for how in keepers._shared.values()):
                     keepers._keepers[key] = await open_keeper(setups, key)
                 yield keepers
             finally:
@@ -91,18 +137,18 @@ class Keepers:
             for keeper in keepers._keepers.values():
                 await keeper.aclose()
 
-    async def _serve(self, keeper: Keeper, line: Line, guest: str) -> None:
+    async def _serve(self, keeper: Keeper, line: Line, guest: str, spec: str) -> None:
         """Serve a line to its end: guests that are cancelled with us let go of it first."""
         with trio.CancelScope(shield=True) as scope:
             self._lines.add(scope)
-            await keeper.serve(line.sock, line.staging_fd, guest)
+            await keeper.serve(line, guest, spec)
         self._lines.discard(scope)
 
     async def lines(self, guest: str) -> Mapping[SharedKey, Line]:
         """See :class:`LineMaker`."""
         await trio.lowlevel.checkpoint()
         made: dict[SharedKey, Line] = {}
-        for key, keeper in self._keepers.items():
-            ours, made[key] = make_line(self._staging[key])
-            self._nursery.start_soon(self._serve, keeper, ours, guest)
+        for key, how in self._shared.items():
+            ours, made[key] = make_line(how.staging)
+            self._nursery.start_soon(self._serve, self._keepers[how.keeper], ours, guest, key.spec)
         return made

@@ -27,7 +27,7 @@ MAX_UNASKED = 256 << 10
 MAX_DOWN = 128 << 10
 """Bytes of a message to a worker; a COMMAND has 32 KiB."""
 MAX_DESCRIPTORS = 64
-"""With a message to a worker: a connection, and two for each disk that the guest shares."""
+"""With a message to a worker: a connection, and one or two for each thing that guests share."""
 READ_SIZE = 64 << 10
 """Bytes that are taken from a worker's pipe in one turn."""
 

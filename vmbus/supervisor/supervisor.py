@@ -30,7 +30,7 @@ from vmbus.log_budget import LogBudget
 from vmbus.plugins.sharing import Line, make_line
 from vmbus.server.devices import SharedKey, need_names
 from vmbus.server.guests import check_kind, pick_guest
-from vmbus.server.keepers import shared_backends
+from vmbus.server.keepers import KeeperKey, shared_backends
 from vmbus.server.process import resident_bytes
 from vmbus.supervisor import relay
 from vmbus.supervisor.parcels import MAX_DOWN, send_down
@@ -91,8 +91,8 @@ class Supervisor:
         self._starting: dict[int, tuple[trio.Event, Worker]] = {}
         self._making = trio.CancelScope()
         self._listening: set[trio.CancelScope] = set()
-        self._staging = shared_backends(plan.setups)
-        self._keepers: dict[SharedKey, Worker] = {}
+        self._shared = shared_backends(plan.setups)
+        self._keepers: dict[KeeperKey, Worker] = {}
         self._keeping = trio.Lock()
         self._evictions = LogBudget()
         self._greeting: list[Worker] = []
@@ -316,11 +316,11 @@ class Supervisor:
         """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
         made: dict[SharedKey, Line] = {}
         try:
-            for key, staging in self._staging.items():
-                keeper = await self._keeper(key)
-                theirs, made[key] = make_line(staging)
+            for key, how in self._shared.items():
+                keeper = await self._keeper(how.keeper)
+                theirs, made[key] = make_line(how.staging)
                 try:
-                    keeper.send({"connect": guest}, theirs.filenos())
+                    keeper.send({"connect": guest, "spec": key.spec}, theirs.filenos())
                 finally:
                     theirs.close()
         except BaseException:
@@ -329,7 +329,7 @@ class Supervisor:
             raise
         return made
 
-    async def _keeper(self, key: SharedKey) -> Worker:
+    async def _keeper(self, key: KeeperKey) -> Worker:
         """Return the worker that keeps something, made when it is first needed."""
         async with self._keeping:
             keeper = self._keepers.get(key)

@@ -10,7 +10,8 @@ Down come (JSON, the first with the connection as a descriptor)::
     {"serve": true}
     {"answer": n, "value": ...}  or  {"answer": n, "error": text, "errno": e}
     {"ask": n, "query": kind}    or  {"ask": n, "command": {...}}
-    {"ask": n, "keep": [place, spec]}    and then, with a line: {"connect": guest}
+    {"ask": n, "keep": [plugin, place, name]}
+                                 and then, with a line: {"connect": guest, "spec": spec}
     {"stop": true}
 
 Up go::
@@ -26,7 +27,6 @@ Up go::
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import gc
 import logging
@@ -45,9 +45,9 @@ from vmbus.attach.server.admission import Peer
 from vmbus.errors import ConfigError, NotBackError, PeerProtocolError, ProtocolError, VMBusError
 from vmbus.plugins.devices import load_device
 from vmbus.plugins.sharing import Keeper, Line
-from vmbus.server import GuestServer, raise_descriptor_limit
+from vmbus.server import DeviceSetup, GuestServer, raise_descriptor_limit
 from vmbus.server.devices import SharedKey
-from vmbus.server.keepers import open_keeper
+from vmbus.server.keepers import KeeperKey, kept_specs, open_keeper, unshared
 from vmbus.supervisor import relay, sandbox
 from vmbus.supervisor.files import named_files
 from vmbus.supervisor.parcels import Parcel, pack, receive_down, write_all
@@ -147,10 +147,9 @@ class Worker:
                     event, answers = self._asked.pop(number)
                     answers.append((parcel, fds))
                     event.set()
-                case {"connect": str(guest)}:
+                case {"connect": str(guest), "spec": str(spec)}:
                     assert self._keeper is not None
-                    sock = socket.socket(fileno=fds[0])
-                    nursery.start_soon(self._keeper.serve, sock, fds[1], guest)
+                    nursery.start_soon(self._keeper.serve, Line.of(fds), guest, spec)
                 case {"ask": int(number)}:
                     nursery.start_soon(self._answer, number, parcel)
                 case _:  # to stop
@@ -180,7 +179,9 @@ class Worker:
         try:
             if plan.sandbox and plan.allowed is not None:
                 # No thread is there yet, or the guest is not served; those to come take this over.
-                sandbox.restrict_files([*plan.allowed, *named_files(plan.setups, transport.name)])
+                # What guests share is opened elsewhere.
+                named = named_files(unshared(plan.setups), transport.name)
+                sandbox.restrict_files([*plan.allowed, *named])
             await self._server.handle(transport)
         except ProtocolError:
             self.faults += 1
@@ -207,9 +208,9 @@ class Worker:
         answer, fds = answers[0]
         if "error" in answer:
             raise PeerProtocolError(answer["error"], errno=answer["errno"])
-        for at, key in enumerate(answer["value"]["shared"]):
-            line = Line(socket.socket(fileno=fds[2 * at]), fds[2 * at + 1])
-            self._lines[SharedKey(*key)] = line
+        for place, spec, count in answer["value"]["shared"]:
+            self._lines[SharedKey(place, spec)] = Line.of(fds[:count])
+            del fds[:count]
         name: str = answer["value"]["name"]
         sandbox.set_name(f"vmbus:{name}")
         return name
@@ -246,12 +247,12 @@ class Worker:
         lines, self._lines = self._lines, {}
         return lines
 
-    async def _keep(self, key: SharedKey) -> None:
+    async def _keep(self, key: KeeperKey) -> None:
         """Keep something for all guests."""
         plan = self._plan
         sandbox.set_name("vmbus-keeper")
         if plan.sandbox and plan.allowed is not None:
-            setup = dataclasses.replace(plan.setups[key.place], specs=(key.spec,))
+            setup = DeviceSetup(key.plugin, tuple(kept_specs(plan.setups, key)))
             sandbox.restrict_files([*plan.allowed, *named_files([setup], "")])
         self._keeper = await open_keeper(plan.setups, key)
 
@@ -261,8 +262,8 @@ class Worker:
         answer: dict[str, Any] = {"answer": number}
         try:
             match parcel:
-                case {"keep": [int(place), str(spec)]}:
-                    await self._keep(SharedKey(place, spec))
+                case {"keep": [str(plugin), int(place), str(name)]}:
+                    await self._keep(KeeperKey(plugin, place, name))
                 case {"query": str(kind)}:
                     answer["value"] = self._server.query(kind)
                 case _:

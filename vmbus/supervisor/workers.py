@@ -22,6 +22,7 @@ from vmbus.errors import ConfigError, NotBackError, PeerProtocolError
 from vmbus.log_budget import LogBudget
 from vmbus.plugins.sharing import Line
 from vmbus.server.devices import SharedKey
+from vmbus.server.keepers import KeeperKey
 from vmbus.supervisor import relay
 from vmbus.supervisor.parcels import READ_SIZE, Parcel, Unpacker, send_down
 
@@ -95,7 +96,7 @@ class Worker:
         self.name: str | None = None
         """The guest's, from its admission until it has left."""
         self._called = ""
-        self.keeps: SharedKey | None = None
+        self.keeps: KeeperKey | None = None
         """What it keeps for all guests, if it has none itself."""
         self.attached = False
         self.evicted = False
@@ -131,7 +132,7 @@ class Worker:
     def label(self) -> str:
         """What lines of the log call it."""
         if self.keeps is not None:
-            return self.keeps.spec
+            return self.keeps.name
         return self._called or f"worker {self.pid}"
 
     def discard(self) -> None:
@@ -272,11 +273,14 @@ class Worker:
                 raise PeerProtocolError(f"HELLO: {full}", errno=errno.EAGAIN)
             self.name = self._called = await admission.admit(said, peer)
             lines = await self._owner.lines(self.name)
-            answer["value"] = {"name": self.name, "shared": [list(key) for key in lines]}
+            answer["value"] = {
+                "name": self.name,
+                "shared": [[*key, len(line.filenos())] for key, line in lines.items()],
+            }
         except PeerProtocolError as error:
             answer |= {"error": str(error), "errno": error.errno}
         except (ConfigError, OSError, Gone) as error:
-            why = str(error) or "the process of a shared disk has ended"
+            why = str(error) or "the process that keeps what guests share has ended"
             answer |= {"error": f"HELLO: {why}", "errno": errno.EIO}
             self._give_back_name()
         try:

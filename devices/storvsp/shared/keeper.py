@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import socket
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
@@ -30,6 +29,7 @@ from storvsp.shared.messages import (
 from storvsp.shared.staging import Staging
 from vmbus.errors import PeerProtocolError
 from vmbus.host.undertakings import Undertakings
+from vmbus.plugins import sharing
 from vmbus.watchers import Watchers
 from vmbus.workers import work_for
 
@@ -79,16 +79,12 @@ class Keeper:
             self._told = found
             self.watchers.notify()
 
-    async def serve(self, sock: socket.socket, staging_fd: int, initiator: Hashable) -> None:
-        """Serve one guest until its line ends. Is a checkpoint.
-
-        Args:
-            sock: SOCK_SEQPACKET; owned.
-            staging_fd: The staging area, sealed; owned.
-            initiator: Who the guest is.
-        """
+    async def serve(self, line: sharing.Line, initiator: Hashable, spec: str) -> None:
+        """See :meth:`vmbus.plugins.sharing.Keeper.serve`."""
+        del spec  # there is one
+        assert line.staging_fd is not None
         work_for(initiator)
-        visit = _Visit(self, Line(sock), Staging(staging_fd), initiator)
+        visit = _Visit(self, Line(line.sock), Staging(line.staging_fd), initiator)
         # Its name may be that of a guest that is just leaving; the end of that one's commands is
         # not to be the end of this one's.
         try:

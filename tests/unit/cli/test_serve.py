@@ -76,12 +76,13 @@ def test_a_file_in_the_sockets_place_is_left_alone(tmp_path):
 
 
 def test_the_first_device_is_the_controller_of_the_disks():
-    assert device_setups(("ram:1M",), (), {}) == (DeviceSetup("storvsp", ("ram:1M",)),)
-    assert device_setups((), (), {}) == (DeviceSetup("storvsp"),)
-    assert device_setups((), ("nic",), {}) == (DeviceSetup("nic"),)
-    assert device_setups(("ram:1M",), ("nic",), {"monitor": True}) == (
+    assert device_setups(("ram:1M",), (), (), {}) == (DeviceSetup("storvsp", ("ram:1M",)),)
+    assert device_setups((), (), (), {}) == (DeviceSetup("storvsp"),)
+    assert device_setups((), (), ("nic",), {}) == (DeviceSetup("nic"),)
+    assert device_setups(("ram:1M",), ("null:",), ("nic",), {"monitor": True}) == (
         DeviceSetup("storvsp", ("ram:1M",), {"monitor": True}),
         DeviceSetup("nic"),
+        DeviceSetup("netvsp", ("null:",)),
     )
 
 

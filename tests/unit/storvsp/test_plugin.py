@@ -357,10 +357,10 @@ async def test_what_is_odd_about_a_shared_image_is_told_to_whoever_asks_for_it(t
     image = tmp_path / "odd\n.img"
     image.write_bytes(b"QFI\xfb" + bytes(4096 + 5))
     spec = f"raw:[shared]{image}"
-    keeper = await PLUGIN.open_keeper(spec, identity=bytes(16))
-    ours, theirs = make_line(PLUGIN.shared([spec], {})[spec])
+    keeper = await PLUGIN.open_keeper([spec], identity=bytes(16))
+    ours, theirs = make_line(PLUGIN.shared([spec], {})[spec].staging)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(keeper.serve, theirs.sock, theirs.staging_fd, "me")
+        nursery.start_soon(keeper.serve, theirs, "me", spec)
         caplog.clear()
         controller = ScsiController(initiator="me")
         with remarks() as warnings:

@@ -17,6 +17,7 @@ def staging() -> Staging:
     ours, theirs = make_line(PAGES * PAGE)
     ours.sock.close()
     theirs.close()
+    assert ours.staging_fd is not None
     return Staging(ours.staging_fd)
 
 

@@ -1,0 +1,74 @@
+"""What a specification says of a port: ``switch:[vlan=5,isolated]lan``."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from netvsp.switch.port import MAX_ADDRESSES, MAX_VLAN, UPLINK_ADDRESSES, PortConfig, parse_vlans
+from vmbus.errors import ConfigError
+from vmbus.plugins.specs import Spec
+
+OPTIONS = {
+    "vlan": f"1 to {MAX_VLAN}: the guest is in this VLAN and sees no tags; without it, where there "
+    "are none",
+    "trunk": "VLANs such as 1-10+20, or all: their frames pass with their tags; 0 stands for "
+    "frames without one; not with vlan",
+    "isolated": "the guest exchanges frames with uplinks only",
+    "uplink": "isolated guests may reach this one, and many stations may be behind it",
+    "addresses": "1 to 4096: source addresses of the guest's frames, its adapter's own included; 1 "
+    "by default",
+    "join": "a directory: switches of the same name that have it in common are one, on all servers "
+    "of this machine and user",
+}
+"""What the brackets may say."""
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+
+class SwitchOptions(NamedTuple):
+    """What a specification means."""
+
+    name: str
+    """Of the switch."""
+    port: PortConfig
+    join: str
+    """Directory where it meets others of its name; empty: it does not."""
+
+
+def parse_options(spec: Spec) -> SwitchOptions:
+    """Return what a specification means. Cannot block.
+
+    Raises:
+        ConfigError: An option or the name cannot be understood.
+    """
+    if not _NAME.fullmatch(spec.target):
+        raise spec.error(
+            "a switch needs a name of up to 64 letters, digits, '_', '-' and '.', which does not "
+            "begin with '-' or '.'"
+        )
+    reader = spec.reader()
+    vlan = reader.integer("vlan")
+    trunk = reader.text("trunk")
+    isolated = reader.flag("isolated")
+    uplink = reader.flag("uplink")
+    addresses = reader.integer("addresses")
+    join = reader.text("join")
+    reader.finish()
+    if vlan == 0:
+        raise spec.error(f"vlan is 1 to {MAX_VLAN}, not 0")
+    if addresses is None:
+        addresses = UPLINK_ADDRESSES if uplink else 1
+    elif addresses > MAX_ADDRESSES:
+        raise spec.error(f"addresses is 1 to {MAX_ADDRESSES}, not {addresses}")
+    try:
+        port = PortConfig(
+            vlan=vlan or 0,
+            trunk=None if trunk is None else parse_vlans(trunk),
+            isolated=isolated,
+            uplink=uplink,
+            addresses=addresses,
+        )
+    except ConfigError as error:
+        raise spec.error(str(error)) from None
+    return SwitchOptions(spec.target, port, join or "")
