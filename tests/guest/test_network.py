@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -45,15 +46,15 @@ def wait_carrier(guest: Guest, *, up: bool) -> None:
     )
 
 
-def nic(server: Server, **request: object) -> dict[str, object]:
+def nic(server: Server, **request: object) -> dict[str, Any]:
     """Carry out an operator's request."""
-    answer: dict[str, object] = send_command(
+    answer: dict[str, Any] = send_command(
         server.socket, {"backend": "endpoint", "index": 0, **request}
     )
     return answer
 
 
-def adapter(server: Server) -> dict[str, object]:
+def adapter(server: Server) -> dict[str, Any]:
     """What the server says of the guest's adapter."""
     (guest,) = server.guests()
     (found,) = [each for each in guest["devices"] if each.get("backend") == "endpoint"]
