@@ -57,8 +57,10 @@ def nic(server: Server, **request: object) -> dict[str, Any]:
 def adapter(server: Server) -> dict[str, Any]:
     """What the server says of the guest's adapter."""
     (guest,) = server.guests()
-    (found,) = [each for each in guest["devices"] if each.get("backend") == "endpoint"]
-    return found
+    found: list[dict[str, Any]] = [
+        each for each in guest["devices"] if each.get("backend") == "endpoint"
+    ]
+    return found[0]
 
 
 @pytest.fixture
