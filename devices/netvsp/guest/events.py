@@ -79,7 +79,7 @@ class Events:
             self.on_event(event)
         self._told.unpark_all()
 
-    async def wait(self, count: int) -> list[Event]:
+    async def wait_told(self, count: int) -> list[Event]:
         """Wait until there have been ``count`` events in all; return them. A checkpoint."""
         await trio.lowlevel.checkpoint()
         while len(self.log) < count:

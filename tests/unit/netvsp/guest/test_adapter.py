@@ -351,8 +351,7 @@ async def test_an_adapter_that_is_taken_away():
         await fails(lambda: adapter.send(FRAME))
         await fails(adapter.keepalive)
         await fails(adapter.down)
-        with trio.fail_after(60):
-            await adapter.close()
+        await adapter.close()
 
 
 async def test_who_waits_for_a_section_is_told_of_the_end():
@@ -394,8 +393,7 @@ async def test_an_adapter_that_is_taken_away_while_it_completes():
         nic.host.rescind(1)
         await settle()
         assert nic.completions == []
-        with trio.fail_after(60):
-            await adapter.close()
+        await adapter.close()
 
 
 # -- attach ----------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ async def test_the_link_goes_down_and_up():
         nic.indicate(rndis.STATUS_LINK_SPEED_CHANGE, struct.pack("<I", 4_000_000))
         nic.indicate(rndis.STATUS_NETWORK_CHANGE)
         nic.indicate(rndis.STATUS_TASK_OFFLOAD_CURRENT_CONFIG, bytes(40))
-        assert await adapter.events.wait(4) == [
+        assert await adapter.events.wait_told(4) == [
             Event("link", False),
             Event("speed", 4_000_000),
             Event("network", None),
@@ -52,7 +52,7 @@ async def test_the_link_goes_down_and_up():
         assert not adapter.link
         assert adapter.events.speed == 4_000_000
         nic.indicate(rndis.STATUS_MEDIA_CONNECT)
-        await adapter.events.wait(5)
+        await adapter.events.wait_told(5)
         assert adapter.link
         assert heard == adapter.events.log
 
@@ -75,20 +75,23 @@ async def test_an_indication_that_no_driver_takes(message, reason):
 async def test_a_virtual_function_comes_and_goes():
     async with plugged() as (adapter, nic):
         nic.notify(VF)
-        await adapter.events.wait(1)
+        await adapter.events.wait_told(1)
         assert adapter.events.virtual_function == (True, 7)
         nic.notify(nvsp.build_vf_association(allocated=False, serial=7))
-        assert await adapter.events.wait(2) == [Event("vf", (True, 7)), Event("vf", (False, 7))]
+        assert await adapter.events.wait_told(2) == [
+            Event("vf", (True, 7)),
+            Event("vf", (False, 7)),
+        ]
 
 
 async def test_linux_sends_where_the_table_says():
     async with plugged(vps=2) as (adapter, nic):
         nic.notify(table((1,) * 16))
-        await adapter.events.wait(1)
+        await adapter.events.wait_told(1)
         assert adapter.sender.table == (1,) * 16
         assert [adapter.sender.pick(number)[0] for number in range(5)] == [1] * 5
         nic.notify(nvsp.build_send_table((0,) * 16))
-        await adapter.events.wait(2)
+        await adapter.events.wait_told(2)
         assert adapter.sender.table == (0,) * 16
 
 
@@ -97,7 +100,7 @@ async def test_others_take_the_table_and_forget_it(personality):
     async with plugged(personality, vps=2) as (adapter, nic):
         before = adapter.sender.table
         nic.notify(table((1,) * 16))
-        assert await adapter.events.wait(1) == [Event("table", (1,) * 16)]
+        assert await adapter.events.wait_told(1) == [Event("table", (1,) * 16)]
         assert adapter.sender.table == before
 
 
@@ -105,7 +108,7 @@ async def test_the_table_stands_elsewhere_since_version_6_1():
     async with plugged(vps=2) as (adapter, nic):
         nic.notify(table(offset=48, gap=36))
         nic.notify(table(offset=12, gap=0))
-        assert await adapter.events.wait(2) == [Event("table", TABLE)] * 2
+        assert await adapter.events.wait_told(2) == [Event("table", TABLE)] * 2
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,7 @@ async def test_before_version_6_1_the_table_stands_at_40():
     async with plugged(vps=2, prepare=prepare) as (adapter, nic):
         nic.notify(table())
         nic.notify(nvsp.build_send_table(TABLE))
-        assert await adapter.events.wait(2) == [Event("table", TABLE)] * 2
+        assert await adapter.events.wait_told(2) == [Event("table", TABLE)] * 2
     with pytest.raises(GuestPanic, match="at 48; netvsc_send_table takes it from 40 on"):
         async with plugged(vps=2, prepare=prepare) as (_adapter, nic):
             nic.notify(table(offset=48, gap=36))
@@ -208,7 +211,7 @@ async def test_a_new_life_knows_no_old_events():
     async with plugged(LINUX_NEW) as (adapter, nic):
         nic.notify(VF)
         nic.indicate(rndis.STATUS_MEDIA_DISCONNECT)
-        await adapter.events.wait(2)
+        await adapter.events.wait_told(2)
         await adapter.reopen()
         assert adapter.events.log == []
         assert adapter.link
