@@ -12,6 +12,7 @@ from netvsp.guest import HABITS, AttachError, RndisError
 from netvsp.guest.habits import LINUX
 from netvsp.wire import ndis, nvsp, oids, ppi, rndis
 from tests.support.fake_nic_host import ADDRESS, frame_message, plugged
+from tests.support.ids import plain
 from vmbus.guest import (
     DPDK,
     FREEBSD,
@@ -98,7 +99,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("personality", DRIVERS, ids=str)
+@pytest.mark.parametrize("personality", DRIVERS, ids=plain)
 async def test_each_driver_comes_up_in_its_own_order(personality):
     async with plugged(personality, vps=3) as (adapter, nic):
         assert nic.log == ORDERS[personality.key]
@@ -110,7 +111,7 @@ async def test_each_driver_comes_up_in_its_own_order(personality):
         assert adapter.link
 
 
-@pytest.mark.parametrize("personality", DRIVERS, ids=str)
+@pytest.mark.parametrize("personality", DRIVERS, ids=plain)
 async def test_each_driver_takes_memory_in_its_own_size(personality):
     habits = HABITS[personality.key]
     async with plugged(personality, pages=20000, receive_size=None, send_size=None) as (_, nic):
@@ -140,7 +141,7 @@ async def test_an_old_version_has_a_smaller_receive_buffer():
         (DPDK, (1514, 0x0C, (6, 30), 40)),
         (UEFI, (1514, 0, (6, 0), 32)),
     ],
-    ids=str,
+    ids=plain,
 )
 async def test_what_each_driver_says_of_itself(personality, payloads):
     mtu, capabilities, version, size = payloads
@@ -162,7 +163,7 @@ async def test_what_each_driver_says_of_itself(personality, payloads):
         (MACOS, [1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3]),
         (UEFI, [1, 2, 3, 4, 5, 6, 7, 8], [0xBEEF, 0xFAAD, 0xFCAD]),
     ],
-    ids=str,
+    ids=plain,
 )
 async def test_each_driver_numbers_in_its_own_way(personality, ids, requests):
     async with plugged(personality, sub_channels=0) as (_adapter, nic):
@@ -231,7 +232,7 @@ def reply(key, *messages):
             "RNDIS INITIALIZE: status 0xc0000001",
         ),
     ],
-    ids=str,
+    ids=plain,
 )
 async def test_a_refused_step_is_told(personality, prepare, reason):
     with pytest.raises(AttachError, match=reason):
@@ -321,7 +322,7 @@ async def test_what_the_device_says_is_kept():
         (LINUX_6_1, lambda nic: setattr(nic, "sub_allocation", 60), "sub-allocations of 60 bytes"),
         (LINUX_6_1, lambda nic: setattr(nic, "offered", 2), "2 sub-channels offered, 1 wanted"),
     ],
-    ids=str,
+    ids=plain,
 )
 async def test_a_wrong_step_crashes_the_guest(personality, prepare, reason):
     with pytest.raises(GuestPanic, match=reason):

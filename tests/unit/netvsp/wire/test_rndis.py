@@ -7,6 +7,7 @@ import struct
 import pytest
 
 from netvsp.wire import rndis
+from tests.support.ids import plain
 from vmbus.errors import GuestProtocolError
 
 
@@ -65,7 +66,7 @@ SHORT = [
 ]
 
 
-@pytest.mark.parametrize(("parse", "size"), SHORT, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(("parse", "size"), SHORT, ids=plain)
 def test_each_message_is_refused_if_it_is_a_byte_too_short(parse, size):
     parse(bytes(size))
     with pytest.raises(GuestProtocolError, match=f"of {size - 1} bytes, needs {size}"):
