@@ -374,7 +374,7 @@ async def test_what_is_odd_about_a_shared_image_is_told_to_whoever_asks_for_it(t
         assert unit.name == f"me: disk 0:0:0 ({spec})"
         assert "warnings" not in controller.units.describe()[0]
         assert controller.continue_disk((0, 0, 0)) is False
-        with pytest.raises(ConfigError, match="0:0:0 is shared by guests, which cannot be"):
+        with pytest.raises(ConfigError, match="0:0:0 cannot be resized: it is a disk that"):
             await controller.resize_disk((0, 0, 0), None)
         await controller.aclose()
     await keeper.aclose()
