@@ -71,7 +71,8 @@ MAX_DATA = 128 << 10
 """Bytes of the frames of one message; a socket's buffer takes 208 KiB of one."""
 MAX_STATIONS = 256
 """Addresses in one message."""
-MAX_INFO = 4096
+MAX_INFO = 16 << 10
+"""Bytes of what a switch tells of its counters."""
 LONGEST = MAX_FRAME + 40 + VLAN_TAG
 """Bytes of a frame: a segment of IPv6 does not count its header, and may have a tag."""
 
