@@ -151,6 +151,13 @@ def almost_segments(draw: st.DrawFn) -> tuple[bytes, Offload]:
 
 @given(segment=st.tuples(HEADS, OFFLOADS) | almost_segments())
 @example(
+    # Nothing but headers.
+    segment=(
+        bytes(12) + b"\x08\x00\x45" + bytes(39),
+        Offload(NEEDS_CHECKSUM, GSO_TCPV4, 54, 48, 34, 16),
+    )
+)
+@example(
     # IPv6 by its first nibble, and headers that leave no room for those of IPv6.
     segment=(
         bytes(12) + b"\x08\x00\x60" + bytes(80),
