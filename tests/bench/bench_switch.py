@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import trio
 
@@ -36,9 +35,9 @@ def _frame(source: int, target: int, size: int) -> Frame:
     return Frame(head.ljust(size, b"\x11"))
 
 
-def _make(ports: int, **options: Any) -> tuple[Switch, list[SwitchPort]]:
+def _make(ports: int, *, uplink: bool = False) -> tuple[Switch, list[SwitchPort]]:
     switch = Switch(time.monotonic)
-    config = PortConfig(addresses=12_288, **options)
+    config = PortConfig(addresses=12_288, uplink=uplink)
     made = [switch.add_port(str(number), config, lambda: None) for number in range(ports)]
     for number, port in enumerate(made):
         switch.set_station(port, _address(1_000_000 + number))
@@ -100,7 +99,6 @@ def _flows() -> float:
 
 
 def _flood() -> float:
-    switch, ports = _make(16)
     now = 0.0
 
     def clock() -> float:

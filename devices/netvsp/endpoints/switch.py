@@ -26,17 +26,21 @@ from netvsp.shared.messages import (
     kind_untrusted,
     pack_station,
 )
-from netvsp.shared.options import SwitchOptions, parse_options
+from netvsp.shared.options import PORT_OPTIONS, SwitchOptions, parse_options
 from netvsp.switch.port import PortConfig
 from vmbus.errors import ConfigError, PeerProtocolError
 from vmbus.plugins.sharing import Line, Share
 from vmbus.plugins.specs import Spec
 
+OPTIONS = PORT_OPTIONS
 SCHEME = "switch"
 BATCH = 64
 """Frames that are handed to an adapter in one call."""
 BATCH_SIZE = 256 << 10
 """Their bytes."""
+
+_SOCKET_MESSAGES = 512
+"""More than a socket's buffer has."""
 
 _INFO = EndpointInfo(
     offloads=Offloads(checksum=True, tcp_segments=True, udp_segments=True, vlan=True), queues=64
@@ -50,9 +54,13 @@ async def open_spec(spec: Spec) -> SwitchEndpoint:
         ConfigError: The specification cannot be honoured.
     """
     options = parse_options(spec)
-    endpoint = SwitchEndpoint(get_hub(options.name, options.join), str(spec), options.port)
     await trio.lowlevel.checkpoint()
-    return endpoint
+    hub = get_hub(options.name, options.join)
+    try:
+        return SwitchEndpoint(hub, str(spec), options.port)
+    except ConfigError:
+        await hub.release()
+        raise
 
 
 def shared(specs: Sequence[str]) -> dict[str, Share]:
@@ -61,17 +69,13 @@ def shared(specs: Sequence[str]) -> dict[str, Share]:
     See :meth:`vmbus.plugins.sharing.SharingPlugin.shared`.
 
     Raises:
-        ConfigError: One cannot be understood, or two disagree.
+        ConfigError: One cannot be understood.
     """
     found: dict[str, Share] = {}
-    joins: dict[str, str] = {}
     for text in specs:
         options = _options_of(text)
-        if options is None:
-            continue
-        if joins.setdefault(options.name, options.join) != options.join:
-            raise ConfigError(f"{text}: all who name switch {options.name} have to say join alike")
-        found[text] = Share(keeper=f"{SCHEME}:{options.name}", within_process=False)
+        if options is not None:
+            found[text] = Share(keeper=f"{SCHEME}:{options.name}", within_process=False)
     return found
 
 
@@ -84,9 +88,17 @@ def _options_of(text: str) -> SwitchOptions | None:
 
 
 async def open_keeper(specs: Sequence[str]) -> SwitchKeeper:
-    """Make the switch that some specifications name. Is a checkpoint. Raises ConfigError."""
-    options = parse_options(Spec.parse(specs[0]))
-    hub = get_hub(options.name, options.join)
+    """Make the switch that some specifications name. Is a checkpoint.
+
+    Raises:
+        ConfigError: They disagree, or one cannot be understood.
+    """
+    found = [parse_options(Spec.parse(text)) for text in specs]
+    name = found[0].name
+    joins = sorted({each.join for each in found if each.join})
+    if len(joins) > 1:
+        raise ConfigError(f"switch {name}: join is one directory, not {' and '.join(joins)}")
+    hub = get_hub(name, *joins)
     await trio.lowlevel.checkpoint()
     return SwitchKeeper(hub)
 
@@ -227,6 +239,7 @@ class SwitchLineEndpoint(Endpoint):
         """See :meth:`netvsp.endpoint.Endpoint.run`."""
         self._adapter = port
         try:
+            self._skip()
             while not self._introduce(port.mac):
                 await self._line.wait_writable()
             await self._bring(port)
@@ -238,6 +251,14 @@ class SwitchLineEndpoint(Endpoint):
             self._adapter = None
             with contextlib.suppress(OSError):
                 self._introduce(None)
+
+    def _skip(self) -> None:
+        """Drop frames of an earlier life, of which the socket has a few."""
+        for _ in range(_SOCKET_MESSAGES):
+            data = self._line.receive_nowait()
+            if not data:
+                return
+            self._take_untrusted(data)
 
     async def _bring(self, port: Port) -> None:
         line = self._line

@@ -53,6 +53,9 @@ class Carrier:
         self._wake = trio.Event()
         self._posts: list[bytes] = []
         self._changes: dict[bytes, bool] = {}
+        """Stations of which the other end has to be told, and whether they are there."""
+        self._told: set[bytes] = set()
+        """Those that it believes to be there."""
         self.port = switch.add_port(name, config, self._ready)
 
     def _ready(self) -> None:
@@ -66,8 +69,13 @@ class Carrier:
 
     def tell_station(self, address: bytes, there: bool) -> None:
         """Tell the other end of a station that has come or gone. Cannot block."""
-        self._changes[address] = there
-        self._wake.set()
+        if there == (address in self._told):
+            # It has not heard of the change that this one undoes. So what waits here is bounded,
+            # however often a guest's address changes while the other end does not read.
+            self._changes.pop(address, None)
+        else:
+            self._changes[address] = there
+            self._wake.set()
 
     async def run(self) -> None:
         """Carry until the line ends; the port is gone then. Is a checkpoint.
@@ -135,6 +143,10 @@ class Carrier:
                 return False
             for each in some:
                 del self._changes[each]
+            if there:
+                self._told.update(some)
+            else:
+                self._told.difference_update(some)
         while self._posts:
             if not self._line.send(self._posts[0]):
                 return False

@@ -142,7 +142,7 @@ class Meeting:
             if not name.startswith(prefix) or len(peer) != 2 * _ID_SIZE or peer == self._id.hex():
                 continue
             with contextlib.suppress(ValueError):
-                if bytes.fromhex(peer) not in self._peers:
+                if bytes.fromhex(peer) not in self._peers and self._greeting < MAX_GREETING:
                     self._connect(os.path.join(self.directory, name), nursery)
         await trio.lowlevel.checkpoint()
 
@@ -157,6 +157,7 @@ class Meeting:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
             return
+        self._greeting += 1
         nursery.start_soon(self._meet, sock, True)
 
     async def _accept(self, nursery: trio.Nursery) -> None:
@@ -172,8 +173,9 @@ class Meeting:
                 continue
             if self._greeting >= MAX_GREETING or len(self._peers) >= MAX_PEERS:
                 sock.close()
-                continue
-            nursery.start_soon(self._meet, sock, False)
+            else:
+                self._greeting += 1
+                nursery.start_soon(self._meet, sock, False)
             await trio.lowlevel.checkpoint()
 
     # -- one connection --------------------------------------------------------------------------
@@ -181,7 +183,6 @@ class Meeting:
     async def _meet(self, sock: socket.socket, connected: bool) -> None:
         line = FrameLine(sock, self._buffer)
         try:
-            self._greeting += 1
             try:
                 with trio.fail_after(GREETING_PATIENCE):
                     peer = await self._greet_untrusted(line, connected=connected)

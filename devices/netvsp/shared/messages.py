@@ -71,7 +71,8 @@ MAX_DATA = 128 << 10
 """Bytes of the frames of one message; a socket's buffer takes 208 KiB of one."""
 MAX_STATIONS = 256
 """Addresses in one message."""
-MAX_INFO = 4096
+MAX_INFO = 16 << 10
+"""Bytes of what a switch tells of its counters."""
 LONGEST = MAX_FRAME + 40 + VLAN_TAG
 """Bytes of a frame: a segment of IPv6 does not count its header, and may have a tag."""
 
@@ -248,7 +249,7 @@ def check_offload_untrusted(head: bytes, offload: Offload) -> None:
     least, place = (8, 6) if kind == GSO_UDP else (20, 16)
     if start < network + (40 if version == 6 else 20) or offset != place:
         raise broken(f"a segment whose header is at byte {start}, its sum at {offset}")
-    if not start + least <= header_length <= len(head):
+    if not start + least <= header_length < len(head):
         raise broken(f"a segment whose headers end at byte {header_length} of {len(head)}")
     if gso_size < _MIN_MSS:
         raise broken(f"a segment to be cut into pieces of {gso_size} bytes")

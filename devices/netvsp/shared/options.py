@@ -7,21 +7,29 @@ from typing import NamedTuple
 
 from netvsp.switch.port import MAX_ADDRESSES, MAX_VLAN, UPLINK_ADDRESSES, PortConfig, parse_vlans
 from vmbus.errors import ConfigError
+from vmbus.plugins.options import Option
 from vmbus.plugins.specs import Spec
 
-OPTIONS = {
-    "vlan": f"1 to {MAX_VLAN}: the guest is in this VLAN and sees no tags; without it, where there "
-    "are none",
-    "trunk": "VLANs such as 1-10+20, or all: their frames pass with their tags; 0 stands for "
-    "frames without one; not with vlan",
-    "isolated": "the guest exchanges frames with uplinks only",
-    "uplink": "isolated guests may reach this one, and many stations may be behind it",
-    "addresses": "1 to 4096: source addresses of the guest's frames, its adapter's own included; 1 "
-    "by default",
-    "join": "a directory: switches of the same name that have it in common are one, on all servers "
-    "of this machine and user",
-}
-"""What the brackets may say."""
+PORT_OPTIONS = (
+    Option("vlan", "the guest is in this VLAN and sees no tags", "N", "none"),
+    Option(
+        "trunk",
+        "VLANs whose frames pass with their tags, 0 for frames without one; not with vlan",
+        "1-10+20|all",
+        "none",
+    ),
+    Option("isolated", "the guest exchanges frames with uplinks only"),
+    Option("uplink", "isolated guests may reach it; many stations may be behind it"),
+    Option(
+        "addresses",
+        "source addresses of the guest's frames, its adapter's own included",
+        "N",
+        "1",
+    ),
+    Option(
+        "join", "switches of this name that have the directory in common are one", "PATH", "none"
+    ),
+)
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 

@@ -164,7 +164,7 @@ class SwitchPort:
         }
         config = self.config
         if config.trunk is not None:
-            found["trunk"] = format_vlans(config.trunk)
+            found["trunk"] = format_vlans(config.trunk)[:200]
         elif config.vlan:
             found["vlan"] = config.vlan
         flags = [each for each in ("isolated", "uplink", "joint") if getattr(config, each)]

@@ -254,6 +254,20 @@ async def test_hot_plug_stays_within_what_is_allowed(tmp_path):
     assert (own / "named.img").read_bytes()[:512] == b"z" * 512
 
 
+async def test_what_guests_share_is_opened_by_nobody_but_its_keeper(tmp_path):
+    if not landlock_version():
+        pytest.skip("this kernel has no Landlock")
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "s.img").write_bytes(bytes(1 << 20))
+    plan = Plan(setups=(DeviceSetup("storvsp", (f"raw:[shared]{place}/s.img",)),), allowed=())
+    async with world(tmp_path, plan) as here, guest_on(here.path) as ((disk,), _, _):
+        await disk.write(0, b"z" * 512)
+        spec = f"raw:[ro,share]{place}/s.img"
+        with pytest.raises(ConfigError, match="Permission denied"):
+            await here.supervisor.command({"backend": "disk", "action": "add", "spec": spec})
+
+
 async def test_the_end_of_the_zygote_is_the_end_of_the_server_and_no_hang(tmp_path):
     with pytest.raises((AttachError, BaseExceptionGroup)) as caught:
         async with world(tmp_path) as here, guest_on(here.path):

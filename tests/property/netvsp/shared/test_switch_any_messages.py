@@ -130,14 +130,43 @@ def test_a_message_is_understood_or_refused(data, joint):
                 pass  # between switches, in the order of a greeting
 
 
-@given(head=HEADS, offload=OFFLOADS)
+@st.composite
+def almost_segments(draw: st.DrawFn) -> tuple[bytes, Offload]:
+    """Draw a segment that can be cut, or one that has something wrong with it."""
+    kind = draw(st.sampled_from([GSO_TCPV4, GSO_TCPV6, GSO_UDP, GSO_TCPV4 | GSO_ECN]))
+    ipv6 = draw(st.booleans()) if kind == GSO_UDP else kind == GSO_TCPV6
+    ends = bytes(12) + draw(st.sampled_from([b"", b"\x81\0\0\5"]))
+    ends += b"\x86\xdd" if ipv6 else b"\x08\0"
+    start = len(ends) + (40 if ipv6 else 20)
+    end = start + (8 if kind == GSO_UDP else 20)
+    size = draw(st.integers(40, 60))
+    head = (ends + (b"\x60" if ipv6 else b"\x45")).ljust(end + draw(st.integers(0, 300)), b"\0")
+    place = 6 if kind == GSO_UDP else 16
+    fields = [NEEDS_CHECKSUM, kind, end, size, start, place]
+    if draw(st.booleans()):
+        at = draw(st.integers(0, 5))
+        fields[at] = max(0, fields[at] + draw(st.integers(-30, 30)))
+    return head, Offload(*fields)
+
+
+@given(segment=st.tuples(HEADS, OFFLOADS) | almost_segments())
+@example(
+    # Nothing but headers.
+    segment=(
+        bytes(12) + b"\x08\x00\x45" + bytes(39),
+        Offload(NEEDS_CHECKSUM, GSO_TCPV4, 54, 48, 34, 16),
+    )
+)
 @example(
     # IPv6 by its first nibble, and headers that leave no room for those of IPv6.
-    head=bytes(12) + b"\x08\x00\x60" + bytes(80),
-    offload=Offload(NEEDS_CHECKSUM, GSO_UDP, 42, 100, 34, 6),
+    segment=(
+        bytes(12) + b"\x08\x00\x60" + bytes(80),
+        Offload(NEEDS_CHECKSUM, GSO_UDP, 42, 48, 34, 6),
+    )
 )
-def test_what_is_left_to_do_can_be_done_or_is_refused(head, offload):
+def test_what_is_left_to_do_can_be_done_or_is_refused(segment):
     """An adapter does it without looking any more."""
+    head, offload = segment
     try:
         check_offload_untrusted(head, offload)
     except PeerProtocolError:

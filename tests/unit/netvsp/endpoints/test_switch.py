@@ -23,6 +23,7 @@ from netvsp.endpoints.switch import (
 )
 from netvsp.frames.frame import Frame
 from netvsp.shared.line import FrameLine, make_buffer
+from netvsp.switch import switch as switch_module
 from netvsp.wire import ppi, rndis
 from tests.bench.bench_netvsp import RECEIVE_PAGES, RING_PAGES, SEND_PAGES, _Guest
 from tests.support.patience import until
@@ -235,6 +236,30 @@ async def test_a_life_that_is_over_gets_nothing_and_the_next_one_does():
         nursery.cancel_scope.cancel()
 
 
+async def test_what_an_earlier_life_did_not_read_is_not_for_the_next():
+    async with kept() as keeper, trio.open_nursery() as nursery:
+        one, two = (
+            await keeper.adapter(nursery, 1),
+            Adapter(connect(keeper.line("two")), station(2)),
+        )
+        two.room = 0
+        async with trio.open_nursery() as inner:
+            inner.start_soon(two.endpoint.run, two)
+            await until(lambda: station(2) in keeper.hub.switch.own_stations())
+            await one.send(*[make_frame(1, 2, bytes([number])) for number in range(200)])
+            await trio.testing.wait_all_tasks_blocked()
+            inner.cancel_scope.cancel()
+        await until(lambda: station(2) not in keeper.hub.switch.own_stations())
+        two.room = 1 << 30
+        nursery.start_soon(two.endpoint.run, two)
+        await until(lambda: station(2) in keeper.hub.switch.own_stations())
+        await one.send(make_frame(1, 2, b"for the next"))
+        await until(lambda: two.frames)
+        assert two.frames[0].head == make_frame(1, 2, b"for the next").head
+        nursery.cancel_scope.cancel()
+    await two.endpoint.aclose()
+
+
 async def test_an_adapter_without_room_holds_up_nobody_in_its_process():
     ends = [await open_spec(Spec.parse("switch:lan")) for _ in range(3)]
     one, two, three = (Adapter(end, station(n)) for n, end in enumerate(ends, 1))
@@ -309,11 +334,14 @@ def test_switches_of_one_name_are_in_one_place_and_need_no_line_in_one_process()
     assert not any(each.staging or each.within_process for each in found.values())
 
 
-def test_what_cannot_be_honoured_is_said_before_anybody_is_served():
+async def test_what_cannot_be_honoured_is_said_before_anybody_is_served(tmp_path):
     with pytest.raises(ConfigError, match="vlan is 1 to 4094"):
         shared(["switch:[vlan=0]lan"])
-    with pytest.raises(ConfigError, match="have to say join alike"):
-        shared(["switch:[join=/a]lan", "switch:lan"])
+    with pytest.raises(ConfigError, match="join is one directory, not /a and /b"):
+        await open_keeper(["switch:[join=/a]lan", "switch:lan", "switch:[join=/b]lan"])
+    keeper = await open_keeper(["switch:lan", f"switch:[join={tmp_path}]lan"])
+    assert keeper.hub.describe()["joined"] == {"directory": str(tmp_path), "with": []}
+    await keeper.aclose()
 
 
 async def test_a_switch_is_found_by_its_name_in_a_process():
@@ -327,3 +355,15 @@ async def test_a_switch_is_found_by_its_name_in_a_process():
         await endpoint.aclose()
     with pytest.raises(ConfigError):
         await open_spec(Spec.parse("switch:[vlan=0]a"))
+
+
+async def test_a_switch_without_a_port_left_refuses(monkeypatch):
+    monkeypatch.setattr(switch_module, "MAX_PORTS", 1)
+    one = await open_spec(Spec.parse("switch:a"))
+    with pytest.raises(ConfigError, match="1 ports at most"):
+        await open_spec(Spec.parse("switch:a"))
+    await one.aclose()
+    # Nobody has it any more: the next one is another.
+    again = await open_spec(Spec.parse("switch:[vlan=5]a"))
+    assert again.snapshot()["ports"] == 1
+    await again.aclose()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from netvsp.shared.options import OPTIONS, parse_options
+from netvsp.shared.options import PORT_OPTIONS, parse_options
 from netvsp.switch.port import EVERY_VLAN, UPLINK_ADDRESSES, PortConfig
 from vmbus.errors import ConfigError
 from vmbus.plugins.specs import Spec
@@ -29,7 +29,7 @@ from vmbus.plugins.specs import Spec
 )
 def test_a_port_is_what_it_is_said_to_be(text, name, port, join):
     assert parse_options(Spec.parse(text)) == (name, port, join)
-    assert set(Spec.parse(text).options) <= set(OPTIONS)
+    assert set(Spec.parse(text).options) <= {option.name for option in PORT_OPTIONS}
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,17 @@ def test_a_full_queue_takes_from_whoever_has_most():
     assert sorted(Counter(senders(queue.pop(1000, ALL))).items()) == [("b", 50), ("g", 50)]
 
 
+def test_the_longest_line_is_found_wherever_it_is():
+    queue: FairQueue[str] = FairQueue(100 * (100 + OVERHEAD))
+    for source, count in (("a", 10), ("greedy", 80), ("c", 10)):
+        for _ in range(count):
+            push(queue, source, make(source[0]))
+    for _ in range(20):
+        assert push(queue, "late", make("l")) == 1
+    found = Counter(senders(queue.pop(1000, ALL)))
+    assert found == {"a": 10, "g": 60, "c": 10, "l": 20}
+
+
 def test_a_long_frame_makes_room_for_itself_or_is_dropped():
     queue: FairQueue[str] = FairQueue(100 * (100 + OVERHEAD))
     for _ in range(100):
