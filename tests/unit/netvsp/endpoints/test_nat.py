@@ -21,6 +21,7 @@ from netvsp.frames.frame import Frame
 from netvsp.frames.offload import complete
 from netvsp.testing import ListeningPort
 from netvsp.testing.frames import Packet
+from tests.support.leaks import count_fds
 from tests.support.network import ip, setting
 from tests.support.network_guest import NetworkGuest, sums_are_right
 from tests.support.patience import until
@@ -126,7 +127,8 @@ async def test_a_forwarded_port_leads_to_the_guest(outside):
 
 
 @pytest.mark.root
-async def test_every_life_has_a_passt_of_its_own_and_none_is_left(outside, no_descriptor_is_leaked):
+async def test_every_life_has_a_passt_of_its_own_and_none_is_left(outside):
+    before = count_fds(collect=True)
     endpoint = await open_endpoint("nat:")
     pids = []
     for _ in range(2):
@@ -139,6 +141,7 @@ async def test_every_life_has_a_passt_of_its_own_and_none_is_left(outside, no_de
             nursery.cancel_scope.cancel()
     assert pids[0] != pids[1]
     await endpoint.aclose()
+    assert count_fds() == before
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
