@@ -4,8 +4,8 @@
 guest sends is outbound there, what it gets is inbound. They are as they cross: segments that are
 left whole are whole, and sums that are left to do are still to be done, which Wireshark may call
 wrong. ``snap=BYTES`` keeps the beginning of each only. The file is made new, and is written beside
-the traffic: frames that come faster than the disk takes them are left out, and counted in
-``vmbus top`` and its like; a disk that is full ends the capture, with a warning, and not the guest.
+the traffic: frames that come faster than the disk takes them are left out, and counted; a disk
+that is full ends the capture, with a warning, and not the guest.
 
 ``pcap:[read=old.pcapng]null:`` brings the frames of a capture to the guest, when it comes up, as
 fast as it takes them; with ``timed`` at the distances that they had. It reads pcapng and pcap.

@@ -159,9 +159,11 @@ class TapEndpoint(Endpoint):
         frames: list[Frame] = []
         large = 0
         buffer = buffers[0]
+        into = [buffer]
+        readv = os.readv
         for _ in range(TURN):
             try:
-                count = os.readv(fd, [buffer])
+                count = readv(fd, into)
             except BlockingIOError:
                 break
             except OSError as error:
@@ -169,7 +171,8 @@ class TapEndpoint(Endpoint):
             if not _HEADER < count <= _LONGEST:
                 self._dropped["too long"] += 1
                 continue
-            offload = unpack_virtio(buffer)
+            # Most have none: neither flags nor a kind of segment.
+            offload = unpack_virtio(buffer) if buffer[0] or buffer[1] else None
             if count <= SMALL:
                 frames.append(Frame(bytes(buffer[_HEADER:count]), (), offload))
                 continue
@@ -179,6 +182,7 @@ class TapEndpoint(Endpoint):
             if large == len(buffers):
                 break
             buffer = buffers[large]
+            into = [buffer]
         return frames
 
     def _open_queue(self, queue: int) -> int:
