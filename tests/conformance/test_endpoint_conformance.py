@@ -1,5 +1,7 @@
 """Every endpoint keeps the contract."""
 
+import itertools
+
 import pytest
 
 from netvsp.endpoints.specs import open_endpoint
@@ -59,3 +61,17 @@ async def test_a_network_by_passt_keeps_the_contract(namespace, no_descriptor_is
         endpoint.transmit(0, [Frame(ask)])
 
     await check_endpoint(lambda: open_endpoint("nat:[with=passt]"), provoke=provoke)
+
+
+async def test_a_capture_keeps_the_contract(tmp_path, no_descriptor_is_leaked):
+    numbers = itertools.count()
+    await check_endpoint(
+        lambda: open_endpoint(f"pcap:[write={tmp_path}/{next(numbers)}]loopback:[as-is]")
+    )
+    await check_endpoint(lambda: open_endpoint(f"pcap:[read={tmp_path}/0]null:"))
+
+
+async def test_a_script_keeps_the_contract(tmp_path):
+    path = tmp_path / "echo.py"
+    path.write_text("def answer(frame):\n    return frame\n")
+    await check_endpoint(lambda: open_endpoint(f"script:{path}"))

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from netvsp.frames.frame import HEADERS, MAX_FRAME, VIRTIO_HEADER, VLAN_TAG, Buf
 from netvsp.frames.offload import PLAIN, pack_virtio, unpack_virtio
 from vmbus.errors import ConfigError
 from vmbus.plugins.options import Option
+from vmbus.plugins.remarks import remark
 
 TURN = 64
 """Frames that are read before others have their turn."""
@@ -50,6 +52,9 @@ _LONGEST = _HEADER + MAX_FRAME + VLAN_TAG
 _GONE = {errno.EBADFD, errno.ENODEV, errno.ENXIO}
 
 OPTIONS = (Option("queues", "queues of the interface, for as many channels", "N", "1"),)
+
+
+_log = logging.getLogger("vmbus.netvsp")
 
 
 class TapEndpoint(Endpoint):
@@ -159,9 +164,11 @@ class TapEndpoint(Endpoint):
         frames: list[Frame] = []
         large = 0
         buffer = buffers[0]
+        into = [buffer]
+        readv = os.readv
         for _ in range(TURN):
             try:
-                count = os.readv(fd, [buffer])
+                count = readv(fd, into)
             except BlockingIOError:
                 break
             except OSError as error:
@@ -169,7 +176,8 @@ class TapEndpoint(Endpoint):
             if not _HEADER < count <= _LONGEST:
                 self._dropped["too long"] += 1
                 continue
-            offload = unpack_virtio(buffer)
+            # Most have none: neither flags nor a kind of segment.
+            offload = unpack_virtio(buffer) if buffer[0] or buffer[1] else None
             if count <= SMALL:
                 frames.append(Frame(bytes(buffer[_HEADER:count]), (), offload))
                 continue
@@ -179,6 +187,7 @@ class TapEndpoint(Endpoint):
             if large == len(buffers):
                 break
             buffer = buffers[large]
+            into = [buffer]
         return frames
 
     def _open_queue(self, queue: int) -> int:
@@ -255,8 +264,12 @@ async def open_spec(spec: EndpointSpec) -> TapEndpoint:
     except ConfigError as error:
         raise spec.error(str(error)) from error
     try:
-        return TapEndpoint(tap)
+        endpoint = TapEndpoint(tap)
     except BaseException:
         for fd in tap.queues:
             os.close(fd)
         raise
+    if not tun.is_set_up(tap.name):
+        advice = f"the guest's link is down until: ip link set {tap.name} up"
+        remark(_log, f"{spec}: the interface is down; {advice}")
+    return endpoint

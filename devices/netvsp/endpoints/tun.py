@@ -192,6 +192,11 @@ def is_up(name: str) -> bool | None:
     return flags & (_IFF_UP | _IFF_RUNNING) == _IFF_UP | _IFF_RUNNING
 
 
+def is_set_up(name: str) -> bool:
+    """Whether somebody has set an interface up; its carrier may come a moment later."""
+    return bool(_ask(name, _SIOCGIFFLAGS) & _IFF_UP)
+
+
 def queue_length(name: str) -> int:
     """Return how many frames an interface keeps for who reads them. Raises OSError."""
     return _ask(name, _SIOCGIFTXQLEN)

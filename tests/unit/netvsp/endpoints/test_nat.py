@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -17,10 +18,11 @@ from netvsp.endpoints.nat import parse_forwards
 from netvsp.endpoints.passt import Forward, PasstEndpoint, find_passt, resolvers
 from netvsp.endpoints.responder import ResponderEndpoint
 from netvsp.endpoints.specs import open_endpoint
-from netvsp.frames.frame import Frame
+from netvsp.frames.frame import Frame, Offload
 from netvsp.frames.offload import complete
 from netvsp.testing import ListeningPort
-from netvsp.testing.frames import Packet
+from netvsp.testing.frames import GuestFrame, Packet
+from tests.support.leaks import count_fds
 from tests.support.network import ip, setting
 from tests.support.network_guest import NetworkGuest, sums_are_right
 from tests.support.patience import until
@@ -126,7 +128,33 @@ async def test_a_forwarded_port_leads_to_the_guest(outside):
 
 
 @pytest.mark.root
-async def test_every_life_has_a_passt_of_its_own_and_none_is_left(outside, no_descriptor_is_leaked):
+async def test_a_segment_of_a_connection_passes_whole_and_without_its_sum(outside):
+    """The guest of an adapter leaves sums and cutting to us, and passt takes both."""
+    payload = os.urandom(30_000)
+    async with guest_of("nat:[tcp=8080:80]") as guest:
+        await guest.get_address()
+        await guest.mac_of(ROUTER)
+        async with trio.open_nursery() as nursery:
+            with trio.socket.socket() as client:
+                nursery.start_soon(client.connect, ("127.0.0.1", 8080))
+                syn = await guest.wait(lambda p: TCP in p and p[TCP].flags == "S")
+                ports: Any = {"sport": 80, "dport": syn[TCP].sport, "window": 65535}
+                ack = {"ack": syn[TCP].seq + 1, **ports}
+                head = await guest.ip(syn[IP].src)
+                guest.send(head / TCP(flags="SA", seq=100, **ack))
+                data = bytes(head / TCP(flags="PA", seq=101, **ack) / Raw(payload))
+                made = GuestFrame(data[:50] + b"\0\0" + data[52:], Offload(1, 1, 54, 1400, 34, 16))
+                assert guest.endpoint.transmit(0, [made.frame]) == 1
+                made.spoil()
+                received = b""
+                while len(received) < len(payload):
+                    received += await client.recv(1 << 16)
+    assert received == payload
+
+
+@pytest.mark.root
+async def test_every_life_has_a_passt_of_its_own_and_none_is_left(outside):
+    before = count_fds(collect=True)
     endpoint = await open_endpoint("nat:")
     pids = []
     for _ in range(2):
@@ -139,6 +167,7 @@ async def test_every_life_has_a_passt_of_its_own_and_none_is_left(outside, no_de
             nursery.cancel_scope.cancel()
     assert pids[0] != pids[1]
     await endpoint.aclose()
+    assert count_fds() == before
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

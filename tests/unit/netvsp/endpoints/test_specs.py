@@ -44,7 +44,7 @@ def plug_in(monkeypatch, request):
 
 
 async def test_the_schemes_of_this_project_are_installed_and_open():
-    known = {"loopback", "null"}
+    known = {"tap", "nat", "pcap", "script", "loopback", "null"}
     assert known <= set(specs.ENDPOINTS.names())
     endpoint = await open_endpoint(EndpointSpec.parse("null:"))
     assert isinstance(endpoint, NullEndpoint)

@@ -32,6 +32,7 @@ from tests.support.network import ip, packet_socket, setting
 from tests.support.patience import until, waits
 from tests.support.turns import counting
 from vmbus.errors import ConfigError
+from vmbus.plugins.remarks import remarks
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("namespace")]
 
@@ -394,12 +395,24 @@ async def test_a_new_interface_is_up_and_goes_with_the_endpoint():
 async def test_an_interface_that_was_made_for_us_stays_as_it_is():
     ip("tuntap add dev t0 mode tap", "link set t0 mtu 4000")
     for spec in ("tap:t0", "tap:t0"):
-        endpoint = await open_endpoint(spec)
+        with remarks() as said:
+            endpoint = await open_endpoint(spec)
+        assert said == [
+            "tap:t0: the interface is down; the guest's link is down until: ip link set t0 up"
+        ]
         assert endpoint.info.mtu == 4000
         assert endpoint.info.queues == 1
         assert not tun.is_up("t0")
         await endpoint.aclose()
     assert socket.if_nametoindex("t0")
+
+
+async def test_an_interface_that_is_up_is_not_called_down():
+    ip("tuntap add dev t0 mode tap", "link set t0 up")
+    with remarks() as said:
+        endpoint = await open_endpoint("tap:t0")
+    assert not said
+    await endpoint.aclose()
 
 
 async def test_one_with_several_queues_can_be_had_with_one():
