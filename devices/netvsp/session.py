@@ -227,7 +227,6 @@ class Session:
         if kind != nvsp.SEND_RNDIS_PACKET:
             self._message_untrusted(sender.channel, packet)
             return COST
-        # DPDK sends HALT when it has taken its buffers back (hn_detach).
         self._expect_agreed("SEND_RNDIS_PACKET")
         pieces = sender.message_untrusted(packet, section, length)
         # UEFI says 2, which is neither frames nor control, for its frames (NetvscTransmit).
@@ -250,8 +249,13 @@ class Session:
             raise GuestProtocolError(
                 f"a control message of {sum(map(len, pieces))} bytes", field="msg_len"
             )
-        self.receiver.check_control()  # from here on it is answered
         message = b"".join(pieces)
+        if self.stage is not Stage.READY and message[:4] != _HALT:
+            # There is no place for its reply. DPDK halts when it has taken its buffers back.
+            raise GuestProtocolError(
+                f"SEND_RNDIS_PACKET where {self.stage.value} is expected", field="msg_type"
+            )
+        self.receiver.check_control()  # from here on it is answered
         reply = self.control.request_untrusted(message)
         if packet.wants_completion:
             # Before the reply: macOS waits for this one first.
@@ -478,3 +482,4 @@ def _is_frame(piece: Buffer) -> bool:
 
 
 _PACKET = rndis.PACKET.to_bytes(4, "little")
+_HALT = rndis.HALT.to_bytes(4, "little")

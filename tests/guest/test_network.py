@@ -156,18 +156,18 @@ def test_a_guest_is_pinged_and_streams_through_a_tap(lab: Lab, tap: str, mtu: in
     guest.run("ping -c 3 -W 10 10.77.0.1")
     guest.run(f"ping -c 3 -W 10 -s {mtu - 28} 10.77.0.1")
     # A file each way, whose sums the guest's busybox compares.
-    digest = stream_to_host(guest)
-    assert digest == stream_from_host(guest)
+    digest = stream_to_host(lab, guest)
+    assert digest == stream_from_host(lab, guest)
 
     assert adapter(server)["refused"] == 0
     guest.check_log()
     guest.power_off()
 
 
-def stream_to_host(guest: Guest) -> str:
+def stream_to_host(lab: Lab, guest: Guest) -> str:
     """Send 16 MiB of the guest's to this machine; return their digest after comparing it."""
     with subprocess.Popen(
-        ["python3", "-c", RECEIVE], stdout=subprocess.PIPE, text=True
+        ["python3", "-c", RECEIVE, lab.file("stream")], stdout=subprocess.PIPE, text=True
     ) as receiver:
         assert receiver.stdout is not None
         assert receiver.stdout.readline() == "ready\n"
@@ -179,28 +179,30 @@ def stream_to_host(guest: Guest) -> str:
     return sent
 
 
-def stream_from_host(guest: Guest) -> str:
+def stream_from_host(lab: Lab, guest: Guest) -> str:
     """Have this machine send back what it got; return its digest in the guest."""
-    with subprocess.Popen(["python3", "-c", SEND], stdout=subprocess.PIPE, text=True) as sender:
+    with subprocess.Popen(
+        ["python3", "-c", SEND, lab.file("stream")], stdout=subprocess.PIPE, text=True
+    ) as sender:
         assert sender.stdout is not None
         assert sender.stdout.readline() == "ready\n"
         return guest.run("nc -w 60 10.77.0.1 4001 </dev/null | sha256sum").split()[0]
 
 
 RECEIVE = """
-import hashlib, socket
+import hashlib, socket, sys
 with socket.create_server(("10.77.0.1", 4000)) as server:
     print("ready", flush=True)
     connection, _ = server.accept()
     data = b"".join(iter(lambda: connection.recv(65536), b""))
-open("/tmp/vmbus-stream", "wb").write(data)
+open(sys.argv[1], "wb").write(data)
 print(hashlib.sha256(data).hexdigest(), flush=True)
 """
 SEND = """
-import socket
+import socket, sys
 with socket.create_server(("10.77.0.1", 4001)) as server:
     print("ready", flush=True)
     connection, _ = server.accept()
     with connection:
-        connection.sendall(open("/tmp/vmbus-stream", "rb").read())
+        connection.sendall(open(sys.argv[1], "rb").read())
 """

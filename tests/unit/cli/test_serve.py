@@ -30,7 +30,7 @@ from vmbus.server import DeviceSetup
         (["--max-transfer", "70000"], "is not a multiple of 4K from 64K to 128M"),
         (["--permissions", "rw"], "as in 660"),
         (["--fd", "3"], "--socket and --fd are two places"),
-        (["--device", "storvsc"], "did you mean 'storvsp'? known: storvsp"),
+        (["--device", "storvsc"], "did you mean 'storvsp'? known: netvsp and storvsp"),
         (
             ["--device", "storvsp speed=fast"],
             "unknown option 'speed'; known: max_subchannels, max",

@@ -19,7 +19,16 @@ from netvsp.link import AdapterConfig
 from netvsp.receive import MAX_RANGES, ROOM
 from netvsp.wire import ndis, nvsp, oids, ppi, rndis
 from tests.support.net_frames import SHAPES, TCI, Shape, packet, pieces_of, without_sum
-from tests.support.net_guest import MAC, PEER, NetGuest, Received, incoming, plain_frame, running
+from tests.support.net_guest import (
+    MAC,
+    PEER,
+    NetGuest,
+    Network,
+    Received,
+    incoming,
+    plain_frame,
+    running,
+)
 
 TCP_SHAPES = [each for each in SHAPES if each.protocol == "tcp"]
 RSC_ON = ndis.build_offload_parameters(
@@ -162,7 +171,7 @@ async def test_a_segment_is_in_parts_for_a_guest_that_takes_them(shape, size):
 
 async def test_a_segment_may_need_more_parts_than_a_packet_has_frames():
     """With a small MTU; linux takes 562 ranges."""
-    async with running(mtu=68, wants=PROMISCUOUS) as (guest, adapter):
+    async with running(Network(mtu=68), wants=PROMISCUOUS) as (guest, adapter):
         assert not await guest.set(oids.TCP_OFFLOAD_PARAMETERS, RSC_ON)
         guest.received.clear()
         shape = Shape(4, "tcp", "none")

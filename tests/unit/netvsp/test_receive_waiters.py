@@ -18,7 +18,7 @@ MAC = b"\2\0\0\0\0\1"
 async def test_all_who_wait_for_room_are_woken():
     control: Any = SimpleNamespace(filter=oids.FILTER_DIRECTED, scaling=None, rsc=False)
     link = Link(MAC, mtu=1500, speed=10**9)
-    receiver = Receiver(control, AdapterConfig(), link, Direction())
+    receiver = Receiver(control, AdapterConfig(), link, Direction(), lambda channel: None)
     receiver.buffer = full = SimpleNamespace(  # type: ignore[assignment]
         gone=False, free=[], part_size=2048, count=1000
     )

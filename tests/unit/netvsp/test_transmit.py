@@ -395,7 +395,7 @@ async def test_segments_are_cut_unless_the_endpoint_does(shape, offloads):
 @pytest.mark.parametrize("offloads", [Offloads(), ALL], ids=["software", "all"])
 async def test_nothing_goes_out_that_is_longer_than_was_agreed_on(offloads):
     """Neither with a sum that is left to us, nor in pieces."""
-    network = Network(offloads)
+    network = Network(offloads, mtu=1500)
     async with running(network) as (guest, adapter):
         shape = Shape(4, "tcp", "none")
         for size in (1460, 1461):

@@ -42,9 +42,10 @@ BUILT = [
 
 
 @pytest.mark.parametrize(("built", "wanted"), BUILT, ids=lambda each: f"{each[0]}")
-def test_a_message_has_40_bytes_and_its_fields_where_drivers_have_them(built, wanted):
-    """linux: sizeof(struct nvsp_message) with version 6.1, which is copied without a look."""
-    assert built == wanted.ljust(40, b"\0")
+def test_a_message_has_its_fields_where_drivers_have_them(built, wanted):
+    """linux: sizeof(struct nvsp_message) with version 6.1; UEFI has room for 32 of an answer."""
+    short = built[0] in {nvsp.INIT_COMPLETE, 102, 105}
+    assert built == wanted.ljust(32 if short else 40, b"\0")
 
 
 def test_a_completed_rndis_packet_has_8_bytes():
