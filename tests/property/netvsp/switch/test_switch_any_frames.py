@@ -48,6 +48,8 @@ def test_a_frame_is_dropped_with_a_reason_or_comes_out_as_it_was(configs, sent):
         net.add(number, config)
     for at, frame in sent:
         came = net.ports[at].config.vlan
+        for number in net.ports:
+            net.dropped(number)  # of the frame before: where it was to go out
         net.send(at, frame)
         out = {number: net.take(number) for number in net.ports}
         assert not out[at]
