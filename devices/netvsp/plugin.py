@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
 from netvsp.adapter import NetworkAdapter, parse_mac
+from netvsp.endpoints import switch
 from netvsp.endpoints.specs import ENDPOINTS, EndpointSpec, open_endpoint
 from netvsp.frames.frame import MAX_MTU, format_mac
 from netvsp.link import AdapterConfig
@@ -15,6 +17,7 @@ from vmbus.errors import ConfigError
 from vmbus.host.device import Device
 from vmbus.plugins.registry import Registry
 from vmbus.plugins.remarks import remarks
+from vmbus.plugins.sharing import Keeper, Line, Share
 from vmbus.plugins.specs import OptionReader, parse_number
 
 _PREFIX = bytes.fromhex("00155d")
@@ -34,6 +37,7 @@ class NetworkPlugin:
         instance_id: UUID,
         initiator: Hashable,
         options: Mapping[str, Any],
+        shared: Mapping[str, Line] | None = None,
     ) -> NetworkAdapter:
         """Make an adapter with an endpoint. Is a checkpoint.
 
@@ -43,10 +47,26 @@ class NetworkPlugin:
             instance_id: The offer's instance GUID.
             initiator: Who the guest is; its address is made from that, so that it stays.
             options: The same options as in the specification, where they come first.
+            shared: The line to a switch that is kept in another process; owned.
 
         Raises:
             ConfigError: Not exactly one specification, or it cannot be honoured.
         """
+        with contextlib.ExitStack() as lines:
+            for line in (shared or {}).values():
+                lines.callback(line.close)
+            adapter = await self._make(specs, instance_id, initiator, options, shared or {})
+            lines.pop_all()
+        return adapter
+
+    async def _make(
+        self,
+        specs: Sequence[str],
+        instance_id: UUID,
+        initiator: Hashable,
+        options: Mapping[str, Any],
+        shared: Mapping[str, Line],
+    ) -> NetworkAdapter:
         if len(specs) != 1:
             raise ConfigError(f"a network adapter has one endpoint, not {len(specs)}")
         spec, own = EndpointSpec.parse(specs[0]).split()
@@ -65,7 +85,8 @@ class NetworkPlugin:
         mac = parse_mac(address) if address else guest_mac(initiator, instance_id)
         monitor = reader.flag("monitor")
         reader.finish()
-        endpoint = await open_endpoint(spec)
+        line = shared.get(specs[0])
+        endpoint = switch.connect(line) if line is not None else await open_endpoint(spec)
         try:
             return NetworkAdapter(
                 endpoint,
@@ -78,6 +99,16 @@ class NetworkPlugin:
         except BaseException:
             await endpoint.aclose()
             raise
+
+    def shared(self, specs: Sequence[str], options: Mapping[str, Any]) -> dict[str, Share]:
+        """See :class:`vmbus.plugins.sharing.SharingPlugin`: switches are."""
+        del options
+        return switch.shared(specs)
+
+    async def open_keeper(self, specs: Sequence[str], *, identity: bytes) -> Keeper:
+        """See :class:`vmbus.plugins.sharing.SharingPlugin`."""
+        del identity  # it has a name
+        return await switch.open_keeper(specs)
 
     async def command(self, device: Device, request: Mapping[str, Any]) -> dict[str, Any]:
         """Carry out an operator's request on an adapter. Is a checkpoint.

@@ -51,6 +51,7 @@ ROOMS: dict[str, str] = {
     "netvsp.wire": "NVSP and RNDIS as bytes",
     "netvsp.frames": "Ethernet frames, their checksums, what is left to do for them",
     "netvsp.switch": "a learning switch, without I/O",
+    "netvsp.spec": "the grammar of endpoints",
     "netvsp.shared": "a switch that several guests are connected to, wherever they are served",
     "netvsp.endpoint": "the contract of an endpoint",
     "netvsp.endpoints": "endpoints",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from netvsp.spec import EndpointSpec
 from netvsp.switch.port import MAX_ADDRESSES, MAX_VLAN, UPLINK_ADDRESSES, PortConfig, parse_vlans
 from vmbus.errors import ConfigError
 from vmbus.plugins.options import Option
@@ -50,6 +51,7 @@ def parse_options(spec: Spec) -> SwitchOptions:
     Raises:
         ConfigError: An option or the name cannot be understood.
     """
+    spec = EndpointSpec(spec.scheme, spec.options, spec.target).split()[0]  # the adapter's own
     if not _NAME.fullmatch(spec.target):
         raise spec.error(
             "a switch needs a name of up to 64 letters, digits, '_', '-' and '.', which does not "
