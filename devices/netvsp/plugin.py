@@ -10,9 +10,10 @@ from uuid import UUID
 
 from netvsp.adapter import NetworkAdapter, parse_mac
 from netvsp.endpoints import switch
-from netvsp.endpoints.specs import ENDPOINTS, EndpointSpec, open_endpoint
+from netvsp.endpoints.specs import ENDPOINTS, open_endpoint
 from netvsp.frames.frame import MAX_MTU, format_mac
 from netvsp.link import AdapterConfig
+from netvsp.spec import EndpointSpec
 from vmbus.errors import ConfigError
 from vmbus.host.device import Device
 from vmbus.plugins.registry import Registry

@@ -13,8 +13,8 @@ from typing import Any
 import trio
 
 from netvsp.endpoint import Endpoint, EndpointInfo, Offloads, Port
-from netvsp.endpoints.specs import EndpointSpec
 from netvsp.frames.frame import Frame
+from netvsp.spec import EndpointSpec
 
 MAX_FRAMES = 1024
 TURN = 64

@@ -9,7 +9,8 @@ import runpy
 
 import pytest
 
-from netvsp.endpoints.specs import ENDPOINTS, EndpointSpec
+from netvsp.endpoints.specs import ENDPOINTS
+from netvsp.spec import EndpointSpec
 from tests.support.house import ROOT
 from vmbus.plugins.options import read_options
 from vmbus.plugins.specs import OptionReader

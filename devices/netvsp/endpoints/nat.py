@@ -22,7 +22,7 @@ import trio
 from netvsp.endpoint import Endpoint
 from netvsp.endpoints.passt import Forward, PasstEndpoint, find_passt
 from netvsp.endpoints.responder import ResponderEndpoint
-from netvsp.endpoints.specs import EndpointSpec
+from netvsp.spec import EndpointSpec
 from vmbus.errors import ConfigError
 from vmbus.plugins.options import Option
 from vmbus.plugins.remarks import remark

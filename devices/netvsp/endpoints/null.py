@@ -8,8 +8,8 @@ from typing import Any
 import trio
 
 from netvsp.endpoint import Endpoint, EndpointInfo, Offloads
-from netvsp.endpoints.specs import EndpointSpec
 from netvsp.frames.frame import Frame
+from netvsp.spec import EndpointSpec
 
 
 class NullEndpoint(Endpoint):

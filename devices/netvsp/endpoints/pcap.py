@@ -27,11 +27,12 @@ from typing import Any, BinaryIO
 import trio
 
 from netvsp.endpoint import Endpoint, EndpointError, Port
-from netvsp.endpoints.specs import EndpointSpec, open_endpoint
+from netvsp.endpoints.specs import open_endpoint
 from netvsp.endpoints.tasks import run_together
 from netvsp.endpoints.wrapper import EndpointWrapper, PortWrapper
 from netvsp.frames import pcapng
 from netvsp.frames.frame import ETHERNET_HEADER, MAX_FRAME, Frame
+from netvsp.spec import EndpointSpec
 from vmbus.plugins.options import Option
 from vmbus.workers import shared_pool
 

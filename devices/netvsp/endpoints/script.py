@@ -35,9 +35,9 @@ from typing import Any
 import trio
 
 from netvsp.endpoint import Endpoint, EndpointError, Port
-from netvsp.endpoints.specs import EndpointSpec
 from netvsp.endpoints.tasks import CLOSED
 from netvsp.frames.frame import ETHERNET_HEADER, MAX_FRAME, Frame
+from netvsp.spec import EndpointSpec
 from vmbus.log_budget import LogBudget
 from vmbus.workers import shared_pool
 

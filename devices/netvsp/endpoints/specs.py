@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import cast
 
 from netvsp.endpoint import Endpoint
-from netvsp.spec import EndpointSpec as EndpointSpec
+from netvsp.spec import EndpointSpec
 from vmbus.errors import ConfigError
 from vmbus.plugins.registry import Registry
 

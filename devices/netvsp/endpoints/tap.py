@@ -30,10 +30,10 @@ import trio
 
 from netvsp.endpoint import Endpoint, EndpointError, EndpointInfo, Port
 from netvsp.endpoints import tun
-from netvsp.endpoints.specs import EndpointSpec
 from netvsp.endpoints.tasks import CLOSED, run_together
 from netvsp.frames.frame import HEADERS, MAX_FRAME, VIRTIO_HEADER, VLAN_TAG, Buffer, Frame
 from netvsp.frames.offload import PLAIN, pack_virtio, unpack_virtio
+from netvsp.spec import EndpointSpec
 from vmbus.errors import ConfigError
 from vmbus.plugins.options import Option
 from vmbus.plugins.remarks import remark

@@ -7,7 +7,8 @@ import trio
 
 from netvsp.endpoints import specs
 from netvsp.endpoints.null import NullEndpoint
-from netvsp.endpoints.specs import EndpointSpec, open_endpoint
+from netvsp.endpoints.specs import open_endpoint
+from netvsp.spec import EndpointSpec
 from vmbus.errors import ConfigError
 
 
