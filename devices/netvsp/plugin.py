@@ -44,14 +44,14 @@ class NetworkPlugin:
 
         Args:
             specs: One, ``scheme:[options]target``; what of the options is the adapter's own is in
-                :attr:`EndpointSpec.reserved`.
+                :attr:`EndpointSpec.reserved`. None: its cable is not plugged in.
             instance_id: The offer's instance GUID.
             initiator: Who the guest is; its address is made from that, so that it stays.
             options: The same options as in the specification, where they come first.
             shared: The line to a switch that is kept in another process; owned.
 
         Raises:
-            ConfigError: Not exactly one specification, or it cannot be honoured.
+            ConfigError: More than one specification, or it cannot be honoured.
         """
         with contextlib.ExitStack() as lines:
             for line in (shared or {}).values():
@@ -68,10 +68,11 @@ class NetworkPlugin:
         options: Mapping[str, Any],
         shared: Mapping[str, Line],
     ) -> NetworkAdapter:
-        if len(specs) != 1:
+        if len(specs) > 1:
             raise ConfigError(f"a network adapter has one endpoint, not {len(specs)}")
-        spec, own = EndpointSpec.parse(specs[0]).split()
-        reader = OptionReader(specs[0], {**options, **own})
+        text = specs[0] if specs else "null:"
+        spec, own = EndpointSpec.parse(text).split()
+        reader = OptionReader(text, {**options, **own})
         config = AdapterConfig(
             max_queues=_or(reader.integer("channels"), 8),
             max_mtu=_or(reader.integer("mtu"), MAX_MTU),
@@ -86,20 +87,22 @@ class NetworkPlugin:
         mac = parse_mac(address) if address else guest_mac(initiator, instance_id)
         monitor = reader.flag("monitor")
         reader.finish()
-        line = shared.get(specs[0])
+        line = shared.get(text)
         endpoint = switch.connect(line) if line is not None else await open_endpoint(spec)
         try:
-            return NetworkAdapter(
+            adapter = NetworkAdapter(
                 endpoint,
                 mac=mac,
                 instance_id=instance_id,
                 config=config,
                 monitor=monitor,
-                source=str(spec),
+                source=str(spec) if specs else "",
             )
         except BaseException:
             await endpoint.aclose()
             raise
+        adapter.set_link(up=bool(specs))
+        return adapter
 
     def shared(self, specs: Sequence[str], options: Mapping[str, Any]) -> dict[str, Share]:
         """See :class:`vmbus.plugins.sharing.SharingPlugin`: switches are."""
