@@ -48,7 +48,9 @@ _INFO = EndpointInfo(
 
 
 async def open_spec(spec: Spec) -> SwitchEndpoint:
-    """Connect with a switch of this process; the first of its name makes it. Is a checkpoint.
+    """Open ``switch:[vlan=N,trunk=VLANS,isolated,uplink,addresses=N,join=DIRECTORY]NAME``.
+
+    Connects with a switch of this process; the first of its name makes it. Is a checkpoint.
 
     Raises:
         ConfigError: The specification cannot be honoured.
