@@ -19,6 +19,7 @@ MODULES = (
     "bench_storvsp",
     "bench_control",
     "bench_memory",
+    "bench_netvsp",
     "bench_turns",
     "bench_switch",
     "bench_guests",

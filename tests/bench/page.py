@@ -139,6 +139,15 @@ have full queues; without the guest's half.""",
         side_by_side([MEDIAN, LONGEST], ["median", "longest"], ": "),
     ),
     Section(
+        "network",
+        ("bench_netvsp", "bench_switch"),
+        """## Frames
+
+What a frame costs the host on its way, without the guest's half; through the switch, all processes
+together.""",
+        plain,
+    ),
+    Section(
         "turns",
         ("bench_turns",),
         """## Longest turns

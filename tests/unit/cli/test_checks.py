@@ -117,7 +117,7 @@ def test_huge_pages_for_guest_memory_are_the_kernels_choice(tmp_path, text, expe
 def test_plugins_are_tried(tmp_path, monkeypatch):
     check = check_plugins()
     assert outcome(check) is Outcome.OK
-    assert check.found.startswith("1 device, ")
+    assert check.found.startswith("2 devices, ")
     assert check.found.endswith(" disk back-ends, 0 broken")
     install_plugin(tmp_path, "storvsp.disks", "bad", "baddisk2:open_spec", "import nonsense_")
     monkeypatch.syspath_prepend(tmp_path)

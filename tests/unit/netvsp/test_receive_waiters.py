@@ -22,7 +22,7 @@ async def test_all_who_wait_for_room_are_woken():
     receiver.buffer = full = SimpleNamespace(  # type: ignore[assignment]
         gone=False, free=[], part_size=2048, count=1000
     )
-    receiver.channels[0] = SimpleNamespace(pending=0)  # type: ignore[assignment]
+    receiver.channels[0] = SimpleNamespace(pending=0, undertakings=SimpleNamespace(held=False))  # type: ignore[assignment]
     woken = []
 
     async def wait(number: int) -> None:

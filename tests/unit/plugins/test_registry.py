@@ -87,7 +87,7 @@ def device_module(monkeypatch):
 
 def test_the_device_with_disks_is_found_by_what_its_back_ends_are_called():
     assert device_with("disk") == "storvsp"
-    assert [each.noun for each in backend_registries()] == ["disk"]
+    assert [each.noun for each in backend_registries()] == ["endpoint", "disk"]
 
 
 def test_devices_without_back_ends_and_broken_ones_are_passed_over(install, device_module):
