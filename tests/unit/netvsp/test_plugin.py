@@ -38,7 +38,7 @@ async def test_options_are_those_of_the_specification_or_of_the_device():
     assert (config.max_mtu, config.max_queues, config.friendly_name) == (4000, 3, "wan")
     assert config.allow_spoofing
     assert not config.allow_mac_change
-    assert config.trunk == {0, 7, 20, 21, 22}
+    assert config.trunk == frozenset({0, 7, 20, 21, 22})
     assert adapter.offer.monitor_latency
     assert adapter.source == "null:"
     assert adapter.offer.instance_id == INSTANCE
