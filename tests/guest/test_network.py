@@ -133,7 +133,10 @@ def test_the_driver_goes_and_comes_back_twenty_times(lab: Lab):
     guest = boot(lab, server, "--cpus=2")
 
     guest.run(
-        "for round in $(seq 20); do rmmod hv_netvsc && modprobe hv_netvsc || exit 1;"
+        # Its work on sub-channels, which goes on when the interface is up, holds the module.
+        "for round in $(seq 20); do"
+        " for try in $(seq 100); do rmmod hv_netvsc 2>/dev/null && break; usleep 100000; done;"
+        " [ -e /sys/module/hv_netvsc ] && exit 1; modprobe hv_netvsc || exit 1;"
         " for try in $(seq 600); do [ -e /sys/class/net/eth0 ] && break; usleep 50000; done;"
         " ip link set eth0 up || exit 1; done"
     )
