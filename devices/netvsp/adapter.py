@@ -22,7 +22,7 @@ from vmbus.wire.guids import CLASS_NIC
 
 MONITOR_LATENCY = 500
 """Ticks of 100 ns: how often the monitor page is looked at, if the adapter has a bit there."""
-_PREFIX = bytes.fromhex("00155d")
+MAC_PREFIX = bytes.fromhex("00155d")
 """Of addresses made here: Microsoft's, by which Linux knows a Hyper-V adapter."""
 
 log = logging.getLogger("vmbus.netvsp")
@@ -191,7 +191,7 @@ class NetworkAdapter:
 
 def mac_of(instance_id: UUID) -> bytes:
     """Return the address that goes with an instance GUID. Cannot block."""
-    return _PREFIX + instance_id.bytes[-3:]
+    return MAC_PREFIX + instance_id.bytes[-3:]
 
 
 def parse_mac(text: str) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from netvsp.adapter import NetworkAdapter, parse_mac
+from netvsp.adapter import MAC_PREFIX, NetworkAdapter, parse_mac
 from netvsp.endpoints import switch
 from netvsp.endpoints.specs import ENDPOINTS, open_endpoint
 from netvsp.frames.frame import MAX_MTU, format_mac
@@ -20,9 +20,6 @@ from vmbus.plugins.registry import Registry
 from vmbus.plugins.remarks import remarks
 from vmbus.plugins.sharing import Keeper, Line, Share
 from vmbus.plugins.specs import OptionReader, parse_number
-
-_PREFIX = bytes.fromhex("00155d")
-"""Of addresses made here: Microsoft's, by which Linux knows a Hyper-V adapter."""
 
 
 class NetworkPlugin:
@@ -153,7 +150,7 @@ PLUGIN = NetworkPlugin()
 def guest_mac(initiator: Hashable, instance_id: UUID) -> bytes:
     """Return the address of a guest's adapter: always the same one, and another for each guest."""
     digest = hashlib.sha256(f"{initiator}/{instance_id}".encode()).digest()
-    return _PREFIX + digest[:3]
+    return MAC_PREFIX + digest[:3]
 
 
 def _or(value: int | None, default: int) -> int:

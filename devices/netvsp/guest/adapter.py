@@ -6,7 +6,6 @@ dpdk/drivers/net/netvsc, MacHyperVSupport/Network, mu_msvm/MsvmPkg/NetvscDxe.
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from collections.abc import Container, Sequence
 
@@ -17,16 +16,13 @@ from netvsp.guest.habits import HABITS, End, NetworkHabits, Teardown
 from netvsp.guest.handshake import Handshake
 from netvsp.guest.receiving import Expecting
 from netvsp.guest.replies import RndisError, check_bare_completion
-from netvsp.wire import ndis, nvsp, oids, ppi
+from netvsp.wire import ndis, nvsp, oids, ppi, rndis
 from vmbus.guest import Guest
 from vmbus.wire.messages import OfferChannel
 from vmbus.wire.versions import Version
 
 _LOOK_SECONDS = 0.001
 """How often a driver looks whether the host has read its ring; linux netvsc_wait_until_empty."""
-_CONFIG_PARAMETER = struct.Struct("<IIIII")
-"""Offset and length of a name, type of a value, its offset and length."""
-_TYPE_STRING = 2
 _DEFAULT_MTU = 1500
 
 
@@ -166,13 +162,8 @@ class NetvscAdapter(Handshake):
         """
         if not self.habits.changes_address:
             raise ValueError("this driver does not change the address")
-        name = "NetworkAddress".encode("utf-16-le")
-        value = address.hex().encode("utf-16-le")
-        size = _CONFIG_PARAMETER.size
-        words = (size, len(name), _TYPE_STRING, size + len(name), len(value))
-        await self.set(
-            oids.GEN_RNDIS_CONFIG_PARAMETER, _CONFIG_PARAMETER.pack(*words) + name + value
-        )
+        parameter = rndis.build_parameter("NetworkAddress", address.hex())
+        await self.set(oids.GEN_RNDIS_CONFIG_PARAMETER, parameter)
         self.address = address
 
     async def set_mtu(self, mtu: int) -> None:
