@@ -99,6 +99,12 @@ def _printable(text: str) -> str:
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text[:MAX_TEXT])
 
 
+def is_detail_untrusted(line: object) -> bool:
+    """Whether a line that a worker has sent is one for who debugs, if it is one at all."""
+    level = line.get("level") if isinstance(line, dict) else None
+    return isinstance(level, int) and level < logging.INFO
+
+
 def replay_untrusted(line: object) -> None:
     """Log a line that a worker has sent, as one line, so that it can pretend to be no other.
 

@@ -89,6 +89,9 @@ class Worker:
         self.peer: Peer | None = None
         """Who its VMM is; None if it has none."""
         self._lines = LogBudget(burst=200, interval=0.2)
+        # Who asks for debug lines wants each control message; a driver that comes and goes makes
+        # some hundred in a second.
+        self._details = LogBudget(burst=20_000, interval=0.001)
         self._left_out = 0
         self.pid = 0
         self.number = 0
@@ -146,12 +149,17 @@ class Worker:
         for event, _ in self._asked.values():
             event.set()
         self._asked.clear()
-        if self._left_out:
-            _log.warning("%s: %d lines of its log were left out", self.label, self._left_out)
+        self._say_left_out()
         self._give_back_name()
         self._owner.left(self)
         self.ready.set()
         self.gone.set()
+
+    def _say_left_out(self) -> None:
+        """Say it where the gap is, not only at the end."""
+        if self._left_out:
+            _log.warning("%s: %d lines of its log were left out", self.label, self._left_out)
+            self._left_out = 0
 
     def _give_back_name(self) -> None:
         if self.name is not None and self._admission is not None:
@@ -223,7 +231,9 @@ class Worker:
     def _take_untrusted(self, parcel: Parcel) -> None:
         match parcel:
             case {"log": line}:
-                if self._lines.spend():
+                budget = self._details if relay.is_detail_untrusted(line) else self._lines
+                if budget.spend():
+                    self._say_left_out()
                     relay.replay_untrusted(line)
                 else:
                     self._left_out += 1

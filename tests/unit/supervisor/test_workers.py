@@ -133,16 +133,47 @@ async def test_a_worker_that_talks_nonsense_is_killed(data, caplog):
     assert "worker 4711: killed, for it sent" in caplog.text
 
 
-async def test_a_worker_cannot_fill_the_log(caplog):
+@pytest.mark.parametrize(
+    ("level", "said", "most"), [(logging.WARNING, 1000, 300), (logging.DEBUG, 40_000, 30_000)]
+)
+async def test_a_worker_cannot_fill_the_log(caplog, autojump_clock, level, said, most):
+    caplog.set_level(logging.DEBUG)
     async with fake_worker(FakeOwner()) as (worker, ends):
-        for number in range(1000):
-            ends.say(log={"logger": "vmbus", "level": logging.WARNING, "text": f"line {number}"})
+        for number in range(said):
+            ends.say(log={"logger": "vmbus", "level": level, "text": f"line {number}"})
+            if number % 100 == 0:
+                await trio.testing.wait_all_tasks_blocked()
         ends.hang_up()
         await worker.gone.wait()
     lines = [record.getMessage() for record in caplog.records]
     assert lines[:2] == ["line 0", "line 1"]
-    assert len(lines) < 300
+    assert len(lines) < most
     assert lines[-1].endswith("lines of its log were left out")
+
+
+async def test_who_debugs_sees_each_control_message_of_a_driver_that_comes_and_goes(caplog):
+    caplog.set_level(logging.DEBUG)
+    async with fake_worker(FakeOwner()) as (worker, ends):
+        for number in range(5000):
+            ends.say(log={"logger": "vmbus", "level": logging.DEBUG, "text": f"line {number}"})
+            if number % 100 == 0:
+                await trio.testing.wait_all_tasks_blocked()
+        ends.hang_up()
+        await worker.gone.wait()
+    assert [record.getMessage() for record in caplog.records] == [f"line {n}" for n in range(5000)]
+
+
+async def test_a_gap_in_a_workers_log_is_said_where_it_is(caplog, autojump_clock):
+    async with fake_worker(FakeOwner()) as (worker, ends):
+        for number in range(250):
+            ends.say(log={"logger": "vmbus", "level": logging.WARNING, "text": f"line {number}"})
+        await trio.sleep(1)
+        ends.say(log={"logger": "vmbus", "level": logging.WARNING, "text": "afterwards"})
+        ends.hang_up()
+        await worker.gone.wait()
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[-2].endswith("50 lines of its log were left out")
+    assert lines[-1] == "afterwards"
 
 
 async def test_a_worker_that_does_not_read_is_killed_rather_than_waited_for():
