@@ -15,6 +15,10 @@ QUICK := tests/unit $(wildcard tests/test_*.py)
 KERNEL ?=
 SUITE ?=
 MODULES ?=
+# Emulated machines that share the tests out, if they are all to run: two, where there are two
+# processors and the memory for it.
+MACHINES ?= $(if $(GUEST_ARGS),1,$(shell $(PYTHON) -c 'import os; print(max(1, min(2, os.cpu_count(), \
+  os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (8 << 30))))'))
 RIG = $(BIN)/python -m tests.guest.rig \
   $(if $(KERNEL),--kernel $(KERNEL)) $(if $(MODULES),--modules $(MODULES)) $(if $(SUITE),--suite $(SUITE))
 # An emulated machine may lose a guest's registers (docs/explanation/nested-rig.md): what fails with
@@ -88,10 +92,10 @@ unit: $(VENV)/.dev tools
 	  --include='vmbus/wire/*,vmbus/ring.py,vmbus/gpadl.py,vmbus/engine/*'
 
 guest-test: $(VENV)/.dev
-	$(RIG) -- $(GUEST_PYTEST)
+	$(RIG) --machines $(MACHINES) -- $(GUEST_PYTEST)
 
 guest-test-full: $(VENV)/.dev
-	VMBUS_LONG=1 $(RIG) -- $(GUEST_PYTEST)
+	VMBUS_LONG=1 $(RIG) --machines $(MACHINES) -- $(GUEST_PYTEST)
 
 guest-bench: $(VENV)/.dev
 	$(RIG) --cpus 2 -- -m tests.guest.versus_qemu $(BENCH_ARGS)

@@ -14,6 +14,7 @@ import pytest
 
 from tests.guest.rig.account import Said, server_account
 from tests.guest.rig.assets import Assets, load_assets
+from tests.guest.rig.claims import load_claims
 from tests.guest.rig.guest import Guest, GuestError, until
 from tests.guest.rig.processes import Command, start_forking
 from tests.support.patience import PATIENCE
@@ -27,6 +28,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents and load_assets() is None:
             item.add_marker(pytest.mark.skip(reason="runs in the rig: make guest-test"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Leave a test to another machine that has taken it."""
+    claims = load_claims()
+    return None if claims is None or claims.take(item.nodeid) else True
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    claims = load_claims()
+    if claims is not None:
+        claims.finish(nodeid)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -58,6 +72,7 @@ class Server:
             lambda: not self.command.alive or "listening on" in self.command.log(),
             what="the server's start",
         )
+        assert self.command.alive, self.command.log()
         assert self.command.alive, self.command.log()
 
     def disk(self, *arguments: str) -> dict[str, Any]:

@@ -180,6 +180,8 @@ class Contest:
             yield guest, time.monotonic() - start
             self.memory["server at rest, MiB"] = rest
             self.memory["server with a guest that was busy, MiB"] = resident(server.command.pid)
+            worker = server.guests()[0]["pid"]
+            self.memory["that guest's worker beside the guest's memory, MiB"] = resident(worker)
             self.memory["vmbus boot beside the guest's memory, MiB"] = resident(guest.vmm.pid)
         finally:
             guest.kill()

@@ -59,6 +59,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--cpus", type=int, default=outer.CPUS, help="processors of the emulated machine"
     )
+    result.add_argument(
+        "--machines", type=int, default=1,
+        help="emulated machines that share the tests out; each needs 8 GiB",
+    )  # fmt: skip
     result.add_argument("--cache", type=Path, default=default_cache(), help="where to keep things")
     result.add_argument("--prepare", action="store_true", help="only make what the tests need")
     result.add_argument(
@@ -114,7 +118,7 @@ def _run(options: argparse.Namespace) -> int:
         return outer.run_inside(
             command, assets,
             kernel=outer_kernel, busybox=userland / "bin/busybox", cache=cache,
-            environment=environment, cpus=options.cpus,
+            environment=environment, cpus=options.cpus, machines=max(options.machines, 1),
         )  # fmt: skip
     say("this machine's KVM is used")
     assets.scratch.mkdir(exist_ok=True)

@@ -13,6 +13,7 @@ import compileall
 import contextlib
 import fcntl
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,10 +21,11 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.guest.rig.assets import ENVIRONMENT, Assets
+from tests.guest.rig.claims import ENVIRONMENT as CLAIMS_ENVIRONMENT, Claims
 from tests.guest.rig.code_tree import check_space, copy_repository, copy_tree
 from tests.guest.rig.contained import contained
 from tests.guest.rig.packages import RigError, run, say
@@ -50,6 +52,9 @@ _UNUSED_LIBRARY = ("test", "idlelib", "tkinter", "lib2to3", "ensurepip", "site-p
 _UNUSED_PACKAGES = ("mypy", "mypyc", "ruff", "pip", "scapy", "*.so.dbg", "typeshed")
 OUTPUT = Path("/run/rig-output")
 """What the outer machine shares with us, wherever it is outside."""
+CLAIMS = Path("/run/rig-claims")
+"""What it shares with other outer machines."""
+_SUMMARY = re.compile(rb"^=+ (?:FAILURES|ERRORS|rerun|short|slowest|\d+ )", re.MULTILINE)
 
 
 def _make_disk(path: Path, assets: Assets) -> list[tuple[str, str]]:
@@ -85,20 +90,20 @@ def _make_disk(path: Path, assets: Assets) -> list[tuple[str, str]]:
     return mounts
 
 
-def _script(mounts: Sequence[tuple[str, str]], shared: Path, command: Sequence[str],
+def _script(mounts: Sequence[tuple[str, str]], binds: Mapping[Path, Path], command: Sequence[str],
             environment: Mapping[str, str]) -> str:  # fmt: skip
     """Return what the outer machine runs.
 
-    The directory for temporary files comes before what is mounted over its originals, and the
-    shared directory gets another place before that: each may be below it.
+    The directory for temporary files comes before what is mounted over its originals, and shared
+    directories get another place before that: each may be below it.
     """
     temporary = shlex.quote(tempfile.gettempdir())
     lines = [
         "cd /",
         "modprobe -a virtio_blk kvm-amd loop tun 2>/dev/null",
-        f"mkdir -p {MOUNT_POINT} {OUTPUT}",
+        f"mkdir -p {MOUNT_POINT} {shlex.join(map(str, binds.values()))}",
         f"mount /dev/vda {MOUNT_POINT} || exit 1",
-        f"mount --bind {shlex.quote(str(shared))} {OUTPUT} || exit 1",
+        *(f"mount --bind {shlex.quote(str(at))} {there} || exit 1" for at, there in binds.items()),
         f"mount -t tmpfs temporary {temporary} || exit 1",
         *(
             f"mkdir -p {shlex.quote(at)}; "
@@ -143,7 +148,7 @@ def run_inside(
     cache: Path,
     environment: Mapping[str, str],
     cpus: int = CPUS,
-    memory: str = MEMORY,
+    machines: int = 1,
 ) -> int:
     """Run a command in an outer machine, with its output on ours.
 
@@ -152,16 +157,18 @@ def run_inside(
 
     Args:
         command: Runs in the repository, with the same paths as here.
-        assets: As they are here; the command finds them through :data:`ENVIRONMENT`.
+        assets: As they are here; the command finds them through
+            :data:`tests.guest.rig.assets.ENVIRONMENT`.
         kernel: The outer machine's bzImage, in an unpacked package that has its modules too.
         busybox: A static one, for the initramfs that mounts this machine's files.
         cache: The rig's; the disk image is made there.
         environment: For the command.
-        cpus: Processors of the outer machine.
-        memory: Its memory, for QEMU.
+        cpus: Processors of an outer machine.
+        machines: How many there are. Each runs the command, which shares out what it has to do by
+            :mod:`tests.guest.rig.claims`.
 
     Returns:
-        The command's exit code.
+        The command's exit code; the largest of several.
 
     Raises:
         RigError: There is no outer machine to be had.
@@ -171,81 +178,153 @@ def run_inside(
         raise RigError("virtme-ng is missing; make guest-test installs it")
     arguments = [
         *(str(program), "--qemu", str(assets.emulator), "--run", str(kernel), "--disable-kvm"),
-        *("--verbose", "--user", "root", "--memory", memory, "--cpus", str(cpus)),
-        *(
-            "--busybox",
-            str(busybox),
-            "--append",
-            OUTER_PARAMETERS,
-            "--qemu-opts=-cpu EPYC,+svm,+npt",
-        ),
+        *("--verbose", "--user", "root", "--memory", MEMORY, "--cpus", str(cpus)),
+        *("--busybox", str(busybox), "--append", OUTER_PARAMETERS),
+        "--qemu-opts=-cpu EPYC,+svm,+npt",
     ]
+    with _run_folder(cache) as folder, contextlib.ExitStack() as stack:
+        check_space(Path(folder), machines * FREE_SPACE)
+        common = _Common(Path(folder), command, environment, arguments, shared_out=machines > 1)
+        say("making the outer machine's disk")
+        common.mounts = _make_disk(common.disk, assets)
+        running = [
+            stack.enter_context(contextlib.closing(_runs(common, number)))
+            for number in range(1, machines + 1)
+        ]
+        code = 0
+        while running:
+            for each in tuple(running):
+                try:
+                    next(each)
+                except StopIteration as end:
+                    running.remove(each)
+                    code = max(code, end.value)
+            time.sleep(LOOK)
+        if machines > 1:
+            say(f"{Claims(common.claims, 0).finished} tests have run, on {machines} machines")
+    return code
+
+
+class _Common:
+    """What the machines of a run have in common."""
+
+    def __init__(
+        self,
+        folder: Path,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        arguments: Sequence[str],
+        *,
+        shared_out: bool,
+    ) -> None:
+        self.folder = folder
+        self.command = command
+        self.environment = environment
+        self.arguments = arguments
+        """Of virtme-ng."""
+        self.shared_out = shared_out
+        """Whether each does a part only."""
+        self.disk = folder / "disk.img"
+        self.mounts: list[tuple[str, str]] = []
+        self.claims = folder / "claims"
+        self.claims.mkdir()
+
+
+def _runs(common: _Common, number: int) -> Generator[None, None, int]:
+    """Run the command in a machine; yields while it does. Returns its exit code."""
+    claims = Claims(common.claims, number)
     for attempt in range(ATTEMPTS):
-        with _run_folder(cache) as folder:
-            try:
-                return _run_once(arguments, Path(folder), assets, command, environment)
-            except RigError as error:
-                if attempt == ATTEMPTS - 1:
-                    raise
-                say(f"{error}\nanother one is started")
+        with tempfile.TemporaryDirectory(dir=common.folder) as folder:
+            code, console = yield from _runs_once(common, number, Path(folder))
+        if code is not None:
+            return code
+        message = f"the outer machine came to an end:\n{console}"
+        if attempt == ATTEMPTS - 1:
+            raise RigError(message)
+        again = "".join(f"\nonce more: {test}" for test in claims.give_back())
+        say(f"{message}{again}\nanother one is started")
     raise AssertionError
 
 
-def _run_once(
-    arguments: Sequence[str],
-    folder: Path,
-    assets: Assets,
-    command: Sequence[str],
-    environment: Mapping[str, str],
-) -> int:
+def _runs_once(
+    common: _Common, number: int, folder: Path
+) -> Generator[None, None, tuple[int | None, str]]:
+    """As :func:`_runs`, once. Returns the exit code, if there is one, and the console's end."""
     shared, disk, console = folder / "shared", folder / "disk.img", folder / "console"
     shared.mkdir()
-    say("making the outer machine's disk")
-    check_space(folder, FREE_SPACE)
-    mounts = _make_disk(disk, assets)
+    run("cp", "--reflink=auto", "--sparse=always", common.disk, disk)
     script = shared / "run.sh"
-    script.write_text(_script(mounts, shared, command, environment))
-    say("starting the outer machine")
+    environment = dict(common.environment)
+    if common.shared_out:
+        environment[CLAIMS_ENVIRONMENT] = Claims(CLAIMS, number).environment
+    binds = {shared: OUTPUT, common.claims: CLAIMS}
+    script.write_text(_script(common.mounts, binds, common.command, environment))
+    say("starting the outer machine" + (f" {number}" if common.shared_out else ""))
     with (
         open(console, "wb") as output,
         contained(
             [
-                *(*arguments, "--rwdir", str(shared), "--disk", str(disk)),
-                *("--", f"sh {shlex.quote(str(script))}"),
+                *common.arguments,
+                *(word for each in binds for word in ("--rwdir", str(each))),
+                *("--disk", str(disk), "--", f"sh {shlex.quote(str(script))}"),
             ],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd="/",
-            env={**os.environ, "PATH": f"{Path(arguments[0]).parent}:{os.environ['PATH']}"},
+            env={
+                **os.environ,
+                "PATH": f"{Path(common.arguments[0]).parent}:{os.environ['PATH']}",
+            },
         ) as process,
     ):
-        code = _follow(process, shared, console)
-    if code is None:
-        tail = "\n".join(console.read_text(errors="replace").splitlines()[-40:])
-        raise RigError(f"the outer machine came to an end:\n{tail}")
-    return code
+        code = yield from _follows(process, shared, console, whole=common.shared_out)
+    return code, "\n".join(console.read_text(errors="replace").splitlines()[-40:])
 
 
-def _follow(process: subprocess.Popen[bytes], shared: Path, console: Path) -> int | None:
-    """Copy the log to standard output until the command or the machine ends."""
+def _follows(
+    process: subprocess.Popen[bytes], shared: Path, console: Path, *, whole: bool
+) -> Generator[None, None, int | None]:
+    """Copy the log to standard output until the command or the machine ends.
+
+    Args:
+        process: The emulator.
+        shared: Where the log is.
+        console: What the machine itself says.
+        whole: There are others: say whole lines only, and the summary in one piece.
+
+    Returns:
+        The command's exit code; None if there is none, and there will not be.
+    """
     log = shared / "log"
     position = 0
+    data = b""
     heard = time.monotonic()
     while True:
         ended = process.poll() is not None or b"Kernel panic" in console.read_bytes()
         finished = (shared / "exit").exists()
+        ended = ended or time.monotonic() > heard + SILENCE
         if log.exists():
             with open(log, "rb") as file:
                 file.seek(position)
-                data = file.read()
-            if data:
+                new = file.read()
+            if new:
                 heard = time.monotonic()
-            position += len(data)
-            sys.stdout.buffer.write(data)
+            position += len(new)
+            data += new
+            ready = len(data) if finished or ended or not whole else _ready(data)
+            sys.stdout.buffer.write(data[:ready])
             sys.stdout.buffer.flush()
+            data = data[ready:]
         if finished:
             return int((shared / "exit").read_text())
-        if ended or time.monotonic() > heard + SILENCE:
+        if ended:
             return None
-        time.sleep(LOOK)
+        yield
+
+
+def _ready(data: bytes) -> int:
+    """Return how many bytes of a log can be said: whole lines, before a summary begins."""
+    end = data.rfind(b"\n") + 1
+    summary = _SUMMARY.search(data)
+    return min(end, summary.start()) if summary else end

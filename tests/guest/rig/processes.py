@@ -191,7 +191,7 @@ class Command:
         console: bool = False,
     ) -> None:
         self.log_path = log
-        log.touch()
+        log.write_bytes(b"")  # what an earlier one said is not what this one says
         self._input: Connection | None = None
         self.output: Lines | None = None
         stdin = stdout = source = None
