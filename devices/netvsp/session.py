@@ -38,6 +38,10 @@ MAX_BUFFER = 32 << 20
 """Bytes of a receive or send buffer."""
 MIN_RECEIVE_PARTS = 64
 """Sub-allocations that a receive buffer has to have."""
+BUFFER_COST = TURN
+"""Of a message that shares a buffer, which may have 8192 pages: a turn."""
+REFUSAL_COST = TURN // 8
+"""Of a packet that is refused: one that shares a buffer may be, for its last page."""
 DEFAULT_MTU = 1500
 """Bytes of payload that there is always room for."""
 
@@ -197,6 +201,7 @@ class Session:
                 else:
                     budget -= self._packet_untrusted(sender, packet, batch)
             except GuestProtocolError as error:
+                budget -= REFUSAL_COST
                 self._complain(channel, packet, str(error))
                 self._refuse(channel, packet)
             if budget <= 0:
@@ -221,12 +226,10 @@ class Session:
         data = packet.data
         start = packet.payload_offset
         if len(data) - start < nvsp.RNDIS_PACKET.size:
-            self._message_untrusted(sender.channel, packet)
-            return COST
+            return self._message_untrusted(sender.channel, packet)
         kind, channel_type, section, length = nvsp.RNDIS_PACKET.unpack_from(data, start)
         if kind != nvsp.SEND_RNDIS_PACKET:
-            self._message_untrusted(sender.channel, packet)
-            return COST
+            return self._message_untrusted(sender.channel, packet)
         self._expect_agreed("SEND_RNDIS_PACKET")
         pieces = sender.message_untrusted(packet, section, length)
         # UEFI says 2, which is neither frames nor control, for its frames (NetvscTransmit).
@@ -267,7 +270,8 @@ class Session:
 
     # -- NVSP ------------------------------------------------------------------------------------
 
-    def _message_untrusted(self, channel: Channel, packet: Packet) -> None:
+    def _message_untrusted(self, channel: Channel, packet: Packet) -> int:
+        """Act on a message that is not RNDIS. Returns what it costs."""
         payload = packet.payload
         kind = nvsp.parse_type_untrusted(payload)
         name = nvsp.MESSAGE_NAMES.get(kind, str(kind))
@@ -304,6 +308,8 @@ class Session:
                 raise GuestProtocolError(f"NVSP {name} is not a request", field="msg_type")
         if packet.wants_completion:
             channel.complete(packet.transaction_id, answer)
+        shares = kind in {nvsp.SEND_RECEIVE_BUFFER, nvsp.SEND_SEND_BUFFER}
+        return BUFFER_COST if shares else COST
 
     def _expect_agreed(self, name: str) -> None:
         if self.stage is Stage.INIT:
