@@ -24,12 +24,14 @@ from netvsp.buffers import ReceiveBuffer
 from netvsp.control import Control
 from netvsp.frames.frame import (
     ETHERNET_HEADER,
+    ETHERTYPE_VLAN,
     GSO_ECN,
     GSO_UDP,
     NEEDS_CHECKSUM,
     VLAN_TAG,
     Frame,
     Offload,
+    hides_tag,
 )
 from netvsp.frames.offload import complete, fill_checksum, receive_value
 from netvsp.link import AdapterConfig, Link
@@ -51,6 +53,8 @@ CONTROL_PARTS = 16
 """Sub-allocations that frames leave to control messages."""
 ROOM = 256
 """Bytes of a sub-allocation beside the frame: RNDIS header and per-packet information."""
+LONGEST_CONTROL = 1024
+"""Bytes that a sub-allocation has for control messages at least; a name takes 536."""
 MAX_PENDING = 64
 """Packets in front of a full ring before frames wait."""
 MAX_CONTROL_QUEUE = 256
@@ -67,9 +71,11 @@ Ranges = list[tuple[int, int]]
 def part_size(max_frame: int) -> int:
     """Return how long a sub-allocation has to be for such frames, in bytes. Cannot block.
 
+    However short they are, what the guest asks for goes there as well.
+
     A power of two up to a page: then none of them is in two pages, whatever the guest's are.
     """
-    need = max_frame + VLAN_TAG + ROOM
+    need = max(max_frame + VLAN_TAG + ROOM, LONGEST_CONTROL)
     if need <= 4096:
         return 1 << (need - 1).bit_length()
     return (need + 4095) & ~4095
@@ -205,11 +211,12 @@ class Receiver:
             frame = frame.untagged()
             number = (frame.tci or 0) & 0xFFF
             if config.vlan is not None:
-                if number != config.vlan:
+                # In its one VLAN it sees no tags, so there is none behind that.
+                if number != config.vlan or frame.head[12:14] == ETHERTYPE_VLAN:
                     statistics.dropped["vlan"] += 1
                     return None
                 return Frame(frame.head, frame.rest, frame.offload, None, frame.flow)
-            if config.trunk is not None and number not in config.trunk:
+            if config.trunk is not None and (number not in config.trunk or hides_tag(frame)):
                 statistics.dropped["vlan"] += 1
                 return None
         return frame.untagged() if self.tags_beside else frame.tagged()

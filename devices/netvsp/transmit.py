@@ -24,6 +24,7 @@ from netvsp.frames.frame import (
     MAX_FRAME,
     Buffer,
     Frame,
+    hides_tag,
 )
 from netvsp.frames.offload import fill_checksum, from_guest_untrusted, segments
 from netvsp.link import AdapterConfig, Link
@@ -340,24 +341,27 @@ class Sender:
                     statistics.dropped["vlan"] += 1
                     continue
                 frame = tagged
-            if frame.tci is not None and not offloads.vlan:
-                frame = frame.tagged()
+            inside = frame.tci is not None and not offloads.vlan
             if offload is None:
-                found.append(frame)
+                found.append(frame.tagged() if inside else frame)
                 continue
             if segment:
                 statistics.segments += 1
             else:
                 statistics.checksums += 1
-            found += _done(frame, offloads)
+            # Cut first: with its tag inside, a segment with another one is no IP for who cuts it.
+            pieces = _done(frame, offloads)
+            found += [piece.tagged() for piece in pieces] if inside else pieces
         return found
 
     def _by_vlan(self, frame: Frame) -> Frame | None:
         """Return a frame in its VLAN; None if the guest may not send there."""
         frame = frame.untagged()
         config = self._config
+        if hides_tag(frame):
+            return None
         if config.vlan is not None:
-            if frame.tci is not None and frame.tci & 0xFFF:
+            if (frame.tci or 0) & 0xFFF or frame.head[12:14] == ETHERTYPE_VLAN:
                 return None
             priority = (frame.tci or 0) & 0xF000
             return Frame(frame.head, frame.rest, frame.offload, priority | config.vlan, frame.flow)
