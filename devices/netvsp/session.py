@@ -146,7 +146,7 @@ class Session:
             self.receiver.lose(channel)
         finally:
             self._flushing.discard(channel)
-        self.receiver.go_on()
+        self.receiver.go_on(channel)
 
     def _release(self) -> None:
         self.receiver.channels.clear()
