@@ -107,6 +107,8 @@ class Session:
         self._send_buffer: SendBuffer | None = None
         self._told_up = link.up
         self._told_speed = link.speed
+        self._untold = False
+        """Whether there was no place for what is to be said of the link."""
         self._table_sent = False
         self._max_frame = link.max_frame
         self._life = Life(primary, self.serve_batch, opened=self._opened, closed=self._closed)
@@ -208,6 +210,8 @@ class Session:
                 break
         if batch:
             sender.send(batch, nursery)
+        if self._untold:
+            self.link_changed()
         return done
 
     def _refuse(self, channel: Channel, packet: Packet) -> None:
@@ -458,21 +462,26 @@ class Session:
         if self.control.state.name == "DOWN" or self.stage is not Stage.READY:
             self._told_up, self._told_speed = link.up, link.speed
             return
+        self._untold = False
         if link.speed != self._told_speed:
-            self._told_speed = link.speed
             speed = min(link.speed // 100, 0xFFFFFFFF).to_bytes(4, "little")
-            self._indicate(rndis.STATUS_LINK_SPEED_CHANGE, speed)
-        if link.up != self._told_up:
+            if self._indicate(rndis.STATUS_LINK_SPEED_CHANGE, speed):
+                self._told_speed = link.speed
+        if link.up != self._told_up and self._indicate(
+            rndis.STATUS_MEDIA_CONNECT if link.up else rndis.STATUS_MEDIA_DISCONNECT
+        ):
             self._told_up = link.up
-            self._indicate(rndis.STATUS_MEDIA_CONNECT if link.up else rndis.STATUS_MEDIA_DISCONNECT)
 
-    def _indicate(self, status: int, buffer: bytes = b"") -> None:
+    def _indicate(self, status: int, buffer: bytes = b"") -> bool:
+        """Tell the guest of a change; False: later, when it has taken what it was told before."""
         try:
             self.receiver.check_control()
         except GuestProtocolError as error:
+            self._untold = True
             self.primary.complain(str(error))
-            return
+            return False
         self.receiver.send_control(rndis.build_indication(status, buffer))
+        return True
 
     def _settings_changed(self) -> None:
         self._told_up, self._told_speed = self._link.up, self._link.speed
