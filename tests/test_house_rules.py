@@ -30,8 +30,8 @@ ADAPTER = (
 )
 CONTROL = "test_control.py: test_a_request_has_one_reply_that_drivers_take"
 WISHES = "test_frames.py: test_a_guest_may_wish_anything_of_any_frame"
-FRAMES = "test_transmit.py: test_any_messages_are_frames_or_refused"
-PAGES = "test_transmit.py: test_any_pages_are_bytes_or_refused"
+FRAMES = "test_messages.py: test_any_messages_are_frames_or_refused"
+PAGES = "test_messages.py: test_any_pages_are_bytes_or_refused"
 SWITCH = "test_switch_any_messages.py: test_no_stranger_and_no_other_switch_harms_one"
 SERVING = "test_requests_both_ways.py: test_the_fast_path_does_what_the_long_way_does"
 # Steps of a larger decoder. The property test of the whole, named here, gets into all of them:
