@@ -21,7 +21,8 @@ from netvsp.control import MAX_CONTROL, Control
 from netvsp.endpoint import Endpoint
 from netvsp.frames.frame import ETHERNET_HEADER, MAX_MTU, Buffer
 from netvsp.link import AdapterConfig, Link
-from netvsp.receive import Receiver, part_size
+from netvsp.placing import part_size
+from netvsp.receive import Receiver
 from netvsp.statistics import AdapterStatistics
 from netvsp.transmit import COST, Sender
 from netvsp.wire import nvsp, rndis
@@ -142,7 +143,7 @@ class Session:
             self.receiver.lose(channel)
         finally:
             self._flushing.discard(channel)
-        self.receiver.go_on()
+        self.receiver.flushed()
 
     def _release(self) -> None:
         self.receiver.channels.clear()
@@ -166,15 +167,12 @@ class Session:
         sender.messages.send_buffer = self._send_buffer
         sender.max_frame = self._max_frame
         sender.ready = bool(self.control.filter)
-        self.receiver.channels[index] = channel
+        self.receiver.open(channel)
         self._send_table()
 
     def _closed(self, channel: Channel) -> None:
         self._senders.pop(channel, None)
-        index = channel.subchannel_index
-        if self.receiver.channels.get(index) is channel:
-            del self.receiver.channels[index]
-        self.receiver.forget(channel)
+        self.receiver.lose(channel)
 
     # -- packets ---------------------------------------------------------------------------------
 
@@ -466,6 +464,7 @@ class Session:
         self._told_up, self._told_speed = self._link.up, self._link.speed
         for sender in self._senders.values():
             sender.ready = bool(self.control.filter)
+        self.receiver.sort()
 
     def _complain(self, channel: Channel, packet: Packet, text: str) -> None:
         self.refused += 1
