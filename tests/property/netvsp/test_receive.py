@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from netvsp.frames.frame import Frame, Offload
 from netvsp.link import AdapterConfig
-from netvsp.receive import ROOM
+from netvsp.placing import ROOM
 from netvsp.wire import ndis, nvsp, oids, ppi, rndis
 from tests.support.net_frames import SHAPES, packet
 from tests.support.net_guest import MAC, NetGuest, running
