@@ -5,11 +5,15 @@ It outlives the lives of the device: a guest that boots anew finds what an opera
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+import trio
 
 from netvsp.frames.frame import ETHERNET_HEADER, MAX_MTU, MIN_MTU, format_mac
 from vmbus.errors import ConfigError
+from vmbus.plugins.specs import check_text
 
 MAX_QUEUES = 64
 """Channels: linux/drivers/net/hyperv/hyperv_net.h, VRSS_CHANNEL_MAX."""
@@ -51,6 +55,8 @@ class AdapterConfig:
             raise ConfigError(f"vlan is 1 to 4094, not {self.vlan}")
         if self.vlan is not None and self.trunk is not None:
             raise ConfigError("vlan and trunk exclude each other")
+        # Found out here, since it is a guest that has it encoded.
+        check_text(self.friendly_name, "name")
 
 
 class Link:
@@ -75,6 +81,7 @@ class Link:
         self._endpoint_up = True
         self._operator_up = True
         self._leaving = False
+        self._waits: set[trio.CancelScope] = set()
 
     @property
     def up(self) -> bool:
@@ -96,6 +103,17 @@ class Link:
         """The adapter is about to be taken away, or stays after all. Cannot block."""
         self._set(leaving=leaving)
 
+    @contextlib.contextmanager
+    def ends(self, scope: trio.CancelScope) -> Iterator[None]:
+        """Cancel what is waited for in a ``with`` block when the link is down, or goes down."""
+        self._waits.add(scope)
+        try:
+            if not self.up:
+                scope.cancel()
+            yield
+        finally:
+            self._waits.discard(scope)
+
     def set_mac(self, mac: bytes) -> None:
         """Give the adapter another address. Raises ConfigError if it cannot be one."""
         check_mac(mac)
@@ -116,6 +134,9 @@ class Link:
             self._operator_up = operator
         if leaving is not None:
             self._leaving = leaving
+        if not self.up:
+            for scope in self._waits:
+                scope.cancel()
         if self.up != before:
             self._tell()
 

@@ -8,6 +8,11 @@ array with it), and it is free again exactly when the packet has been completed.
 A segment that is longer than a sub-allocation goes to a guest that has asked for receive segment
 coalescing in several of them, marked first to last; to others it goes cut.
 
+The channels of a guest have one buffer. Half of it is anybody's; of the other half each has a
+share, so that one that gives nothing back leaves something to the others. Frames wait for a channel
+that has no room, and those behind them as well, whosever they are; so if it does not move for
+:data:`PATIENCE`, and there are others, its frames are dropped until it does.
+
 Frames come in tasks of an endpoint's, perhaps in that of another guest's adapter. So nothing that
 this guest does to its rings is found out there: what cannot be written at once, for want of room or
 because the partition stands still, is left to a task of its own.
@@ -15,6 +20,7 @@ because the partition stands still, is left to a task of its own.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 
@@ -24,12 +30,14 @@ from netvsp.buffers import ReceiveBuffer
 from netvsp.control import Control
 from netvsp.frames.frame import (
     ETHERNET_HEADER,
+    ETHERTYPE_VLAN,
     GSO_ECN,
     GSO_UDP,
     NEEDS_CHECKSUM,
     VLAN_TAG,
     Frame,
     Offload,
+    hides_tag,
 )
 from netvsp.frames.offload import complete, fill_checksum, receive_value
 from netvsp.link import AdapterConfig, Link
@@ -51,8 +59,12 @@ CONTROL_PARTS = 16
 """Sub-allocations that frames leave to control messages."""
 ROOM = 256
 """Bytes of a sub-allocation beside the frame: RNDIS header and per-packet information."""
+LONGEST_CONTROL = 1024
+"""Bytes that a sub-allocation has for control messages at least; a name takes 536."""
 MAX_PENDING = 64
 """Packets in front of a full ring before frames wait."""
+PATIENCE = 0.05
+"""Seconds for which frames for other channels wait for one that stands still."""
 MAX_CONTROL_QUEUE = 256
 """Control messages that wait for a sub-allocation; each answers a request of the guest's."""
 
@@ -67,9 +79,11 @@ Ranges = list[tuple[int, int]]
 def part_size(max_frame: int) -> int:
     """Return how long a sub-allocation has to be for such frames, in bytes. Cannot block.
 
+    However short they are, what the guest asks for goes there as well.
+
     A power of two up to a page: then none of them is in two pages, whatever the guest's are.
     """
-    need = max_frame + VLAN_TAG + ROOM
+    need = max(max_frame + VLAN_TAG + ROOM, LONGEST_CONTROL)
     if need <= 4096:
         return 1 << (need - 1).bit_length()
     return (need + 4095) & ~4095
@@ -107,6 +121,10 @@ class Receiver:
         self._statistics = statistics
         self._flush_later = flush_later
         self._outstanding: dict[int, tuple[Channel, list[int]]] = {}
+        self._held: dict[Channel, int] = {}
+        """Sub-allocations that are out, by channel."""
+        self._still: dict[Channel, float] = {}
+        """Channels that have had no room, and since when."""
         self._control_queue: list[bytes] = []
         self._segment = 0
         self._room = trio.Event()
@@ -126,8 +144,10 @@ class Receiver:
         room = buffer.part_size - ROOM
         primary = self.channels[0]
         if primary.undertakings.held:
+            self._still.clear()
             self._wait_for(primary)
             return 0
+        reserve = (buffer.count - CONTROL_PARTS) // 2 if len(self.channels) > 1 else 0
         try:
             for frame in frames:
                 wanted = self._wanted(frame)
@@ -137,6 +157,9 @@ class Receiver:
                 number, hashed = self._channel_of(wanted)
                 channel = self.channels.get(number, primary)
                 if channel.pending > MAX_PENDING:
+                    if self._gives_up(channel):
+                        done += 1
+                        continue
                     self._wait_for(channel)
                     break
                 if wanted.offload is None and len(wanted) <= room:
@@ -148,7 +171,11 @@ class Receiver:
                     statistics.dropped["too long"] += 1
                     done += 1
                     continue
-                if len(free) - CONTROL_PARTS < need:
+                left = len(free) - CONTROL_PARTS - need
+                if left < reserve and not self._may_have(channel, need, left, reserve):
+                    if self._gives_up(channel):
+                        done += 1
+                        continue
                     self._wait_for(None)
                     break
                 if wanted.offload is not None:
@@ -156,6 +183,7 @@ class Receiver:
                 stored = groups.setdefault(channel, [])
                 for piece in pieces:
                     stored.append(self._store(buffer, piece, hashed))
+                    self._held[channel] = self._held.get(channel, 0) + len(stored[-1])
                     statistics.count(piece.head, len(piece))
                 done += 1
         except GuestProtocolError:
@@ -166,6 +194,23 @@ class Receiver:
             self._send(channel, stored, _DATA)
         return done
 
+    def _may_have(self, channel: Channel, need: int, left: int, reserve: int) -> bool:
+        """Whether a channel may have sub-allocations of those that are kept for others, too."""
+        if left < 0:
+            return False
+        held = self._held.get(channel, 0)
+        return not held or held + need <= reserve // len(self.channels)
+
+    def _gives_up(self, channel: Channel) -> bool:
+        """Whether a frame is dropped since its channel stands still, and others are to go on."""
+        if len(self.channels) < 2:
+            return False
+        now = trio.current_time()
+        if now - self._still.setdefault(channel, now) < PATIENCE:
+            return False
+        self._statistics.dropped["no buffer"] += 1
+        return True
+
     def _wait_for(self, channel: Channel | None) -> None:
         """Have who waits wait for room in the ring of a channel; None: in the buffer."""
         if self._room.is_set():
@@ -175,7 +220,8 @@ class Receiver:
 
     async def wait_room(self) -> None:
         """See :meth:`netvsp.endpoint.Port.wait_room`. Is a checkpoint."""
-        await self._room.wait()
+        with trio.move_on_after(PATIENCE if self._still else math.inf):
+            await self._room.wait()
 
     def _wanted(self, frame: Frame) -> Frame | None:
         """Return the frame as the guest sees it, or None if it does not want it."""
@@ -205,11 +251,12 @@ class Receiver:
             frame = frame.untagged()
             number = (frame.tci or 0) & 0xFFF
             if config.vlan is not None:
-                if number != config.vlan:
+                # In its one VLAN it sees no tags, so there is none behind that.
+                if number != config.vlan or frame.head[12:14] == ETHERTYPE_VLAN:
                     statistics.dropped["vlan"] += 1
                     return None
                 return Frame(frame.head, frame.rest, frame.offload, None, frame.flow)
-            if config.trunk is not None and number not in config.trunk:
+            if config.trunk is not None and (number not in config.trunk or hides_tag(frame)):
                 statistics.dropped["vlan"] += 1
                 return None
         return frame.untagged() if self.tags_beside else frame.tagged()
@@ -296,8 +343,9 @@ class Receiver:
         if not written:
             self._flush_later(channel)
 
-    def go_on(self) -> None:
-        """There may be room again, in a ring or in the buffer. Cannot block."""
+    def go_on(self, channel: Channel) -> None:
+        """There may be room again, in the ring of a channel or in the buffer. Cannot block."""
+        self._still.pop(channel, None)
         self._send_controls()
         self._room.set()
 
@@ -338,6 +386,7 @@ class Receiver:
             except GuestProtocolError:
                 break  # its pages are no memory any more
             del self._control_queue[0]
+            self._held[primary] = self._held.get(primary, 0) + 1
             self._send(primary, stored, _CONTROL)
 
     # -- completions -----------------------------------------------------------------------------
@@ -355,14 +404,20 @@ class Receiver:
                 field="transaction_id",
             )
         del self._outstanding[transaction_id]
+        self._held[channel] -= len(found[1])
         if self.buffer is not None:
             self.buffer.free += found[1]
-        self.go_on()
+        self.go_on(channel)
 
     def forget(self, channel: Channel | None = None) -> None:
         """Take back what is out on a channel that is over; None: everything. Cannot block."""
         if channel is None:
             self._control_queue.clear()
+            self._held.clear()
+            self._still.clear()
+        else:
+            self._held.pop(channel, None)
+            self._still.pop(channel, None)
         for number, (where, indexes) in tuple(self._outstanding.items()):
             if channel is None or where is channel:
                 del self._outstanding[number]

@@ -38,6 +38,10 @@ MAX_BUFFER = 32 << 20
 """Bytes of a receive or send buffer."""
 MIN_RECEIVE_PARTS = 64
 """Sub-allocations that a receive buffer has to have."""
+BUFFER_COST = TURN
+"""Of a message that shares a buffer, which may have 8192 pages: a turn."""
+REFUSAL_COST = TURN // 8
+"""Of a packet that is refused: one that shares a buffer may be, for its last page."""
 DEFAULT_MTU = 1500
 """Bytes of payload that there is always room for."""
 
@@ -103,6 +107,8 @@ class Session:
         self._send_buffer: SendBuffer | None = None
         self._told_up = link.up
         self._told_speed = link.speed
+        self._untold = False
+        """Whether there was no place for what is to be said of the link."""
         self._table_sent = False
         self._max_frame = link.max_frame
         self._life = Life(primary, self.serve_batch, opened=self._opened, closed=self._closed)
@@ -142,7 +148,7 @@ class Session:
             self.receiver.lose(channel)
         finally:
             self._flushing.discard(channel)
-        self.receiver.go_on()
+        self.receiver.go_on(channel)
 
     def _release(self) -> None:
         self.receiver.channels.clear()
@@ -197,12 +203,15 @@ class Session:
                 else:
                     budget -= self._packet_untrusted(sender, packet, batch)
             except GuestProtocolError as error:
+                budget -= REFUSAL_COST
                 self._complain(channel, packet, str(error))
                 self._refuse(channel, packet)
             if budget <= 0:
                 break
         if batch:
             sender.send(batch, nursery)
+        if self._untold:
+            self.link_changed()
         return done
 
     def _refuse(self, channel: Channel, packet: Packet) -> None:
@@ -221,12 +230,10 @@ class Session:
         data = packet.data
         start = packet.payload_offset
         if len(data) - start < nvsp.RNDIS_PACKET.size:
-            self._message_untrusted(sender.channel, packet)
-            return COST
+            return self._message_untrusted(sender.channel, packet)
         kind, channel_type, section, length = nvsp.RNDIS_PACKET.unpack_from(data, start)
         if kind != nvsp.SEND_RNDIS_PACKET:
-            self._message_untrusted(sender.channel, packet)
-            return COST
+            return self._message_untrusted(sender.channel, packet)
         self._expect_agreed("SEND_RNDIS_PACKET")
         pieces = sender.message_untrusted(packet, section, length)
         # UEFI says 2, which is neither frames nor control, for its frames (NetvscTransmit).
@@ -267,7 +274,8 @@ class Session:
 
     # -- NVSP ------------------------------------------------------------------------------------
 
-    def _message_untrusted(self, channel: Channel, packet: Packet) -> None:
+    def _message_untrusted(self, channel: Channel, packet: Packet) -> int:
+        """Act on a message that is not RNDIS. Returns what it costs."""
         payload = packet.payload
         kind = nvsp.parse_type_untrusted(payload)
         name = nvsp.MESSAGE_NAMES.get(kind, str(kind))
@@ -304,6 +312,8 @@ class Session:
                 raise GuestProtocolError(f"NVSP {name} is not a request", field="msg_type")
         if packet.wants_completion:
             channel.complete(packet.transaction_id, answer)
+        shares = kind in {nvsp.SEND_RECEIVE_BUFFER, nvsp.SEND_SEND_BUFFER}
+        return BUFFER_COST if shares else COST
 
     def _expect_agreed(self, name: str) -> None:
         if self.stage is Stage.INIT:
@@ -452,21 +462,26 @@ class Session:
         if self.control.state.name == "DOWN" or self.stage is not Stage.READY:
             self._told_up, self._told_speed = link.up, link.speed
             return
+        self._untold = False
         if link.speed != self._told_speed:
-            self._told_speed = link.speed
             speed = min(link.speed // 100, 0xFFFFFFFF).to_bytes(4, "little")
-            self._indicate(rndis.STATUS_LINK_SPEED_CHANGE, speed)
-        if link.up != self._told_up:
+            if self._indicate(rndis.STATUS_LINK_SPEED_CHANGE, speed):
+                self._told_speed = link.speed
+        if link.up != self._told_up and self._indicate(
+            rndis.STATUS_MEDIA_CONNECT if link.up else rndis.STATUS_MEDIA_DISCONNECT
+        ):
             self._told_up = link.up
-            self._indicate(rndis.STATUS_MEDIA_CONNECT if link.up else rndis.STATUS_MEDIA_DISCONNECT)
 
-    def _indicate(self, status: int, buffer: bytes = b"") -> None:
+    def _indicate(self, status: int, buffer: bytes = b"") -> bool:
+        """Tell the guest of a change; False: later, when it has taken what it was told before."""
         try:
             self.receiver.check_control()
         except GuestProtocolError as error:
+            self._untold = True
             self.primary.complain(str(error))
-            return
+            return False
         self.receiver.send_control(rndis.build_indication(status, buffer))
+        return True
 
     def _settings_changed(self) -> None:
         self._told_up, self._told_speed = self._link.up, self._link.speed

@@ -24,6 +24,7 @@ from netvsp.frames.frame import (
     MAX_FRAME,
     Buffer,
     Frame,
+    hides_tag,
 )
 from netvsp.frames.offload import fill_checksum, from_guest_untrusted, segments
 from netvsp.link import AdapterConfig, Link
@@ -63,6 +64,10 @@ SEGMENT_COST = 16 << 10
 """Of each frame that a segment is cut into."""
 WAITING_WEIGHT = 2048
 """Bytes of host memory of a packet that waits, beside its frames."""
+FRAME_WEIGHT = 1024
+"""The same of each frame, beside its bytes, and what it costs to look at it again and again."""
+TURN_FRAMES = 256
+"""Frames that a task sends before others have their turn, and the rest of a packet."""
 
 _SUCCESS = RNDIS_PACKET_COMPLETE.pack(SEND_RNDIS_PACKET_COMPLETE, SUCCESS)
 
@@ -340,24 +345,27 @@ class Sender:
                     statistics.dropped["vlan"] += 1
                     continue
                 frame = tagged
-            if frame.tci is not None and not offloads.vlan:
-                frame = frame.tagged()
+            inside = frame.tci is not None and not offloads.vlan
             if offload is None:
-                found.append(frame)
+                found.append(frame.tagged() if inside else frame)
                 continue
             if segment:
                 statistics.segments += 1
             else:
                 statistics.checksums += 1
-            found += _done(frame, offloads)
+            # Cut first: with its tag inside, a segment with another one is no IP for who cuts it.
+            pieces = _done(frame, offloads)
+            found += [piece.tagged() for piece in pieces] if inside else pieces
         return found
 
     def _by_vlan(self, frame: Frame) -> Frame | None:
         """Return a frame in its VLAN; None if the guest may not send there."""
         frame = frame.untagged()
         config = self._config
+        if hides_tag(frame):
+            return None
         if config.vlan is not None:
-            if frame.tci is not None and frame.tci & 0xFFF:
+            if (frame.tci or 0) & 0xFFF or frame.head[12:14] == ETHERTYPE_VLAN:
                 return None
             priority = (frame.tci or 0) & 0xF000
             return Frame(frame.head, frame.rest, frame.offload, priority | config.vlan, frame.flow)
@@ -369,21 +377,37 @@ class Sender:
 
     def _keep(self, packet: Packet, frames: list[Frame]) -> None:
         own = [frame.own() for frame in frames]
-        weight = WAITING_WEIGHT + sum(map(len, own))
+        weight = WAITING_WEIGHT + sum([FRAME_WEIGHT + len(frame) for frame in own])
         undertaking = self.channel.undertakings.begin(weight, lambda: "frames to be sent")
         self._waiting.append((packet, own, undertaking))
+
+    async def _wait_writable(self) -> None:
+        """Wait until the endpoint may take more, or the link is down. Is a checkpoint."""
+        with trio.CancelScope() as scope, self._link.ends(scope):
+            await self._endpoint.wait_writable(self._queue)
+
+    def _give_up(self) -> None:
+        """Drop what the endpoint has not taken, for the link is down. Cannot block."""
+        for packet, frames, undertaking in self._waiting:
+            self._statistics.dropped["link down"] += len(frames)
+            undertaking.end()
+            if packet.flags & 1:
+                self.channel.complete(packet.transaction_id, _SUCCESS)
+        self._waiting.clear()
 
     async def _send_later(self) -> None:
         channel = self.channel
         try:
             while self._waiting and not channel.ended:
                 # An endpoint that never takes any more must not keep the channel from its end.
-                await self._waiting[0][2].rest(lambda: self._endpoint.wait_writable(self._queue))
-                for _ in range(256):
-                    if not self._waiting or channel.ended:
-                        break
+                await self._waiting[0][2].rest(self._wait_writable)
+                if not self._link.up:
+                    self._give_up()
+                budget = TURN_FRAMES
+                while budget > 0 and self._waiting and not channel.ended:
                     packet, frames, undertaking = self._waiting[0]
                     taken = self._endpoint.transmit(self._queue, frames)
+                    budget -= max(taken, 1)
                     for frame in frames[:taken]:
                         self._statistics.count(frame.head, len(frame))
                     if taken < len(frames):

@@ -4,7 +4,8 @@ Rules, in the order in which they are looked at; what breaks one is dropped, and
 where it came in by the word in brackets:
 
 * A frame has an Ethernet header ("short"), and is from one station ("address").
-* The port may send in the frame's VLAN ("vlan").
+* The port may send in the frame's VLAN ("vlan"), and there is no other VLAN behind it: a tag of
+  VLAN 0 before another one is none ("vlan").
 * The source is the port's station, or one that the port may have besides. It is not the station of
   another port ("spoofed"): what an adapter is known to have, nobody takes from it by sending.
 * What 802.1D keeps between two bridges goes no further ("link-local").
@@ -28,10 +29,12 @@ from typing import Any
 from netvsp.frames.frame import (
     ETHERNET_HEADER,
     ETHERTYPE_VLAN,
+    TAGS,
     VLAN_TAG,
     Frame,
     Offload,
     format_mac,
+    hides_tag,
 )
 from netvsp.switch.port import (
     EVERY_VLAN,
@@ -256,6 +259,8 @@ class Switch:
             if tci is None or length < ETHERNET_HEADER:
                 return "short"
         vlan = 0 if tci is None else tci & 0xFFF
+        if not vlan and head[12:14] in TAGS and hides_tag(frame):
+            return "vlan"
         if port.vlan:
             if vlan and vlan != port.vlan:
                 return "vlan"

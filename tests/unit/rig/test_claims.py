@@ -19,7 +19,9 @@ def test_each_test_is_one_machines(tmp_path):
 
 def test_what_a_machine_was_doing_when_it_ended_is_run_by_another(tmp_path):
     first, second = Claims(tmp_path, 1), Claims(tmp_path, 2)
-    assert first.take("done") and first.take("under way") and second.take("elsewhere")
+    assert first.take("done")
+    assert first.take("under way")
+    assert second.take("elsewhere")
     first.finish("done")
     assert first.give_back() == ["under way"]
     assert not second.take("done")
