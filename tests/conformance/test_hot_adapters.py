@@ -164,7 +164,7 @@ async def test_a_linux_that_sends_on_while_its_adapter_is_taken_away_would_hang(
     """The rule that the others keep is one that can be broken."""
     device = network_adapter(LINUX_6_1, Wire())
     async with world(device) as there:
-        with pytest.raises(BaseExceptionGroup) as caught:
+        with pytest.raises(GuestPanic, match=r"1 packet\(s\) unanswered: the driver waits for"):
             async with there.boot(LINUX_6_1) as guest:
                 await guest.connection.connect()
                 adapter = await started(guest, device)
@@ -176,6 +176,3 @@ async def test_a_linux_that_sends_on_while_its_adapter_is_taken_away_would_hang(
                     await there.settle()
                     there.bus.engine.revoke(runners[0].event.primary_key)
                     there.bus.pump()
-        assert caught.group_contains(
-            GuestPanic, match=r"1 packet\(s\) unanswered: the driver waits for ever"
-        )
