@@ -48,8 +48,8 @@ class Control:
     Attributes:
         state: How far RNDIS has come.
         filter: ``FILTER_*``: which frames the guest wants. No frame goes to it while this is 0.
-        coalesces: Whether its driver can take segments that are longer than the MTU: CAPABILITY_RSC,
-            which Linux sets from version 6.1 on (netvsc.c: negotiate_nvsp_ver).
+        coalesces: Whether its driver can take segments that are longer than the MTU:
+            CAPABILITY_RSC, which Linux sets from version 6.1 on (netvsc.c: negotiate_nvsp_ver).
         scaling: Receive-side scaling; None: all frames go on the primary channel.
         mtu: Bytes of payload, as agreed on by NVSP.
         version: NVSP version.

@@ -306,3 +306,14 @@ async def test_a_life_ends_in_the_middle_of_anything():
         assert guest.channel.undertakings.load.total == 0
         assert adapter.snapshot()["stage"] == "not open"
         assert adapter.receive([incoming()]) == 1
+
+
+async def test_a_guest_can_ask_how_many_frames_were_lost_for_want_of_room():
+    network = Network()
+    async with running(network) as (guest, adapter):
+        assert network.port is not None
+        network.port.lost(3)
+        network.port.lost(4)
+        found = await guest.query(oids.GEN_RCV_NO_BUFFER)
+        assert int.from_bytes(found.buffer, "little") == 7
+        assert adapter.statistics.receive.dropped == {"no buffer": 7}
