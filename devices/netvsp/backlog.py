@@ -34,6 +34,8 @@ MAX_PIECES = 64
 """Frames that one packet may become on the spot; with more of them it waits."""
 WAITING_WEIGHT = 2048
 """Bytes of host memory of a packet that waits, beside its frames."""
+FRAME_WEIGHT = 1024
+"""The same of each frame, beside its bytes, and what it costs to look at it again and again."""
 
 ANSWER = RNDIS_PACKET_COMPLETE.pack(SEND_RNDIS_PACKET_COMPLETE, SUCCESS)
 """What a packet of frames is answered with."""
@@ -87,7 +89,7 @@ class Backlog:
             nursery: For the task that sends them.
         """
         own = [frame.own() for frame in frames]
-        weight = WAITING_WEIGHT + sum(map(len, own))
+        weight = WAITING_WEIGHT + sum([FRAME_WEIGHT + len(frame) for frame in own])
         undertaking = self._channel.undertakings.begin(weight, lambda: "frames to be sent")
         made = finished(own, self._endpoint.info.offloads)
         self._waiting.append(_Waiting(packet, made, undertaking))
@@ -155,11 +157,14 @@ def finished(frames: Sequence[Frame], offloads: Offloads) -> Iterator[Frame]:
     sums = not (offloads.checksum or offloads.tcp_segments)
     for frame in frames:
         offload = frame.offload
+        inside = frame.tci is not None and not offloads.vlan
         if offload is None or (offload.gso_type and _whole(offload, offloads)):
-            yield frame
+            yield frame.tagged() if inside else frame
             continue
+        # Cut first: with its tag inside, a segment with another one is no IP for who cuts it.
         for piece in cut(frame) if offload.gso_type else (frame,):
-            yield fill_checksum(piece) if sums else piece
+            done = fill_checksum(piece) if sums else piece
+            yield done.tagged() if inside else done
 
 
 def _whole(offload: Offload, offloads: Offloads) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from netvsp.frames.frame import ETHERNET_HEADER, MAX_MTU, MIN_MTU, format_mac
 from vmbus.errors import ConfigError
+from vmbus.plugins.specs import check_text
 
 MAX_QUEUES = 64
 """Channels: linux/drivers/net/hyperv/hyperv_net.h, VRSS_CHANNEL_MAX."""
@@ -51,6 +52,8 @@ class AdapterConfig:
             raise ConfigError(f"vlan is 1 to 4094, not {self.vlan}")
         if self.vlan is not None and self.trunk is not None:
             raise ConfigError("vlan and trunk exclude each other")
+        # Found out here, since it is a guest that has it encoded.
+        check_text(self.friendly_name, "name")
 
 
 class Link:

@@ -87,7 +87,9 @@ def _friendly_name(facts: Facts) -> bytes:
     """Its end is marked: Linux goes on into what its stack held before (ucs2_as_utf8)."""
     if not facts.friendly_name:
         return b""
-    return facts.friendly_name.encode("utf-16-le")[:_LONGEST_NAME] + b"\0\0"
+    whole = facts.friendly_name.encode("utf-16-le")[:_LONGEST_NAME]
+    # Half of a pair is no character.
+    return whole.decode("utf-16-le", "ignore").encode("utf-16-le") + b"\0\0"
 
 
 ANSWERS: dict[int, Callable[[Facts], bytes]] = {

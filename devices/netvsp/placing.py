@@ -15,6 +15,8 @@ from vmbus.wire.packets import FLAG_COMPLETION_REQUESTED, RANGES_OFFSET, TRANSFE
 
 ROOM = 256
 """Bytes of a sub-allocation beside the frame: RNDIS header and per-packet information."""
+LONGEST_CONTROL = 1024
+"""Bytes that a sub-allocation has for control messages at least; a name takes 536."""
 
 _HEADERS = 2048
 """Lengths of frames whose header is remembered; then all are forgotten."""
@@ -23,9 +25,11 @@ _HEADERS = 2048
 def part_size(max_frame: int) -> int:
     """Return how long a sub-allocation has to be for such frames, in bytes. Cannot block.
 
+    However short they are, what the guest asks for goes there as well.
+
     A power of two up to a page: then none of them is in two pages, whatever the guest's are.
     """
-    need = max_frame + VLAN_TAG + ROOM
+    need = max(max_frame + VLAN_TAG + ROOM, LONGEST_CONTROL)
     if need <= 4096:
         return 1 << (need - 1).bit_length()
     return (need + 4095) & ~4095

@@ -35,7 +35,9 @@ from netvsp.frames.frame import (
 from netvsp.frames.offload import complete, cut, fill_checksum
 from netvsp.link import AdapterConfig, Link
 from netvsp.placing import ROOM, Headers, build_packet, put, store, summed
+from netvsp.shares import Shares
 from netvsp.statistics import DIRECTED, Direction
+from netvsp.view import guests_view
 from netvsp.wire import nvsp, oids
 from vmbus.errors import GuestProtocolError
 from vmbus.host.channel import Channel
@@ -105,6 +107,7 @@ class Receiver:
         self._targets: list[Channel] = []
         """The channel of each entry of the indirection table; empty: all is for the primary."""
         self._cutting: _Cutting | None = None
+        self._shares = Shares(statistics)
 
     # -- channels --------------------------------------------------------------------------------
 
@@ -116,6 +119,8 @@ class Receiver:
         among those that are open.
         """
         scaling, channels = self._control.scaling, self.channels
+        parts = 0 if self.buffer is None else self.buffer.count - CONTROL_PARTS
+        self._shares.resize(len(channels), parts)
         self._targets = []
         if scaling is None or not channels:
             return
@@ -155,13 +160,19 @@ class Receiver:
             statistics.dropped["not ready"] += len(frames)
             return len(frames)
         primary = self.channels[0]
-        if primary.undertakings.held or self._cutting is not None:
-            self._wait_for(primary if self._cutting is None else None)
+        if primary.undertakings.held:
+            self._shares.stop()
+            self._wait_for(primary)
+            return 0
+        if self._cutting is not None and not self._gives_cutting_up(buffer):
+            self._wait_for(None)
             return 0
         groups: Groups = {}
         done = directed = size = 0
         budget = TURN
         free, parts = buffer.free, buffer.parts
+        shares = self._shares
+        low = CONTROL_PARTS + shares.reserve
         room = buffer.part_size - ROOM
         mac = self._plain_address()
         targets, scaling = self._targets, self._control.scaling
@@ -191,11 +202,16 @@ class Receiver:
                 hashed = scaling.hash(head) if scaling is not None else 0
                 channel = targets[hashed % len(targets)] if hashed else primary
                 group = groups.get(channel) or self._group(groups, channel)
-                if group is None:
-                    break
-                if len(free) <= CONTROL_PARTS:
-                    self._wait_for(None)
-                    break
+                if group is None or (
+                    len(free) <= low
+                    and not shares.may_have(channel, 1, len(free) - CONTROL_PARTS - 1, group)
+                ):
+                    if not shares.gives_up(channel):
+                        self._wait_for(channel if group is None else None)
+                        break
+                    done += 1
+                    budget -= COST
+                    continue
                 header = headers.hashed(length, hashed) if hashed else headers.plain(length)
                 data = header + (frame.tobytes() if frame.rest else head)
                 index = free[-1]
@@ -238,7 +254,6 @@ class Receiver:
         found = groups.get(channel)
         if found is None:
             if channel.pending > MAX_PENDING:
-                self._wait_for(channel)
                 return None
             found = groups[channel] = [[]]
         return found
@@ -254,12 +269,19 @@ class Receiver:
             GuestProtocolError: The buffer is no memory any more.
         """
         statistics, scaling = self._statistics, self._control.scaling
-        wanted = self._wanted(frame)
+        wanted = guests_view(
+            frame, self._control.filter, self._link, self._config, statistics,
+            tags_beside=self.tags_beside,
+        )  # fmt: skip
         if wanted is None:
             return COST
         hashed = scaling.hash(wanted.head) if scaling is not None else 0
-        group = self._group(groups, self._target(hashed))
+        channel = self._target(hashed)
+        group = self._group(groups, channel)
         if group is None:
+            if self._shares.gives_up(channel):
+                return COST
+            self._wait_for(channel)
             return 0
         room = buffer.part_size - ROOM
         offload = wanted.offload
@@ -282,7 +304,9 @@ class Receiver:
             pieces = map(fill_checksum, cut(wanted.own()))
             self._cutting = _Cutting(pieces, hashed)
             return COST + length
-        if len(buffer.free) - CONTROL_PARTS < need:
+        if not self._shares.may_have(channel, need, len(buffer.free) - CONTROL_PARTS - need, group):
+            if self._shares.gives_up(channel):
+                return COST
             self._wait_for(None)
             return 0
         self._count_offload(offload)
@@ -313,6 +337,16 @@ class Receiver:
                 group.append([])
             group[-1] += found
             self._statistics.count(frame.head, length)
+
+    def _gives_cutting_up(self, buffer: ReceiveBuffer) -> bool:
+        """Whether the rest of a segment is dropped since its channel stands still."""
+        assert self._cutting is not None
+        channel = self._target(self._cutting.hashed)
+        stuck = channel.pending > MAX_PENDING or len(buffer.free) <= CONTROL_PARTS
+        if not stuck or not self._shares.gives_up(channel):
+            return False
+        self._cutting = None
+        return True
 
     def _cut_on(self) -> None:
         """Hand over more pieces of a segment, as many as one turn is for, and as there is room."""
@@ -352,51 +386,13 @@ class Receiver:
 
     async def wait_room(self) -> None:
         """See :meth:`netvsp.endpoint.Port.wait_room`. Is a checkpoint."""
-        await self._room.wait()
-
-    def _wanted(self, frame: Frame) -> Frame | None:
-        """Return the frame as the guest sees it, or None if it does not want it."""
-        statistics, config = self._statistics, self._config
-        head = frame.head
-        if len(head) < ETHERNET_HEADER:
-            statistics.dropped["short"] += 1
-            return None
-        wants = self._control.filter
-        if not wants & oids.FILTER_PROMISCUOUS:
-            if head[0] & 1:
-                kind = (
-                    oids.FILTER_BROADCAST
-                    if head[:6] == b"\xff" * 6
-                    else oids.FILTER_MULTICAST | oids.FILTER_ALL_MULTICAST
-                )
-                if not wants & kind:
-                    statistics.dropped["filtered"] += 1
-                    return None
-            elif head[:6] != self._link.mac or not wants & oids.FILTER_DIRECTED:
-                statistics.dropped["filtered"] += 1
-                return None
-        if not self._link.up:
-            statistics.dropped["link down"] += 1
-            return None
-        if config.vlan is not None or config.trunk is not None:
-            frame = frame.untagged()
-            number = (frame.tci or 0) & 0xFFF
-            if config.vlan is not None:
-                if number != config.vlan:
-                    statistics.dropped["vlan"] += 1
-                    return None
-                return Frame(frame.head, frame.rest, frame.offload, None, frame.flow)
-            if config.trunk is not None and number not in config.trunk:
-                statistics.dropped["vlan"] += 1
-                return None
-        return frame.untagged() if self.tags_beside else frame.tagged()
+        with trio.move_on_after(self._shares.patience):
+            await self._room.wait()
 
     def _count_offload(self, offload: Offload | None) -> None:
-        if offload is None:
-            return
-        if offload.gso_type:
+        if offload is not None and offload.gso_type:
             self._statistics.segments += 1
-        elif offload.flags & NEEDS_CHECKSUM:
+        elif offload is not None and offload.flags & NEEDS_CHECKSUM:
             self._statistics.checksums += 1
 
     def _send(self, channel: Channel, group: list[list[int]], message: bytes) -> None:
@@ -408,6 +404,7 @@ class Receiver:
                 indexes = [offset // size for offset in ranges[1::2]]
                 channel.send_packet(build_packet(self.buffer_id, ranges, indexes[0], message))
                 self._outstanding[indexes[0]] = channel, indexes
+                self._shares.took(channel, len(indexes))
         try:
             written = channel.try_flush()
         except GuestProtocolError:
@@ -415,16 +412,18 @@ class Receiver:
         if not written:
             self._flush_later(channel)
 
-    def go_on(self) -> None:
-        """There may be room again in the buffer. Cannot block."""
+    def go_on(self, channel: Channel) -> None:
+        """There may be room again in the buffer: a channel gives some back. Cannot block."""
+        self._shares.moves(channel)
         self._send_controls()
         if self._cutting is None:
             self._room.set()
         elif 0 in self.channels:
             self._flush_later(self._target(self._cutting.hashed))
 
-    def flushed(self) -> None:
+    def flushed(self, channel: Channel) -> None:
         """There may be room again in a ring: go on, with no more than one turn is for."""
+        self._shares.moves(channel)
         self._send_controls()
         self._cut_on()
         if self._cutting is None:
@@ -479,13 +478,15 @@ class Receiver:
         del self._outstanding[transaction_id]
         if self.buffer is not None:
             self.buffer.free += found[1]
-        self.go_on()
+        self._shares.gave(channel, len(found[1]))
+        self.go_on(channel)
 
     def forget(self, channel: Channel | None = None) -> None:
         """Take back what is out on a channel that is over; None: everything. Cannot block."""
         if channel is None:
             self._control_queue.clear()
             self._cutting = None
+        self._shares.forget(channel)
         for number, (where, indexes) in tuple(self._outstanding.items()):
             if channel is None or where is channel:
                 del self._outstanding[number]

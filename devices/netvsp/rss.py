@@ -36,13 +36,10 @@ class Toeplitz:
         width = 8 * (_LONGEST + 4)
         self._tables: list[list[int]] = []
         for place in range(_LONGEST):
-            table = [0] * 256
-            for bit in range(8):
+            table = [0]
+            for bit in range(7, -1, -1):  # from the lowest bit of the byte on
                 window = number >> (width - 32 - 8 * place - bit) & 0xFFFFFFFF
-                flag = 0x80 >> bit
-                for value in range(256):
-                    if value & flag:
-                        table[value] ^= window
+                table += [each ^ window for each in table]
             self._tables.append(table)
 
     def hash(self, data: bytes) -> int:
@@ -66,7 +63,8 @@ class Scaling:
         self.key = key
         self.kinds = kinds
         self.table = table
-        self._toeplitz = Toeplitz(key)
+        self._toeplitz: Toeplitz | None = None
+        """Made for the first frame: a guest can set another key more often than it gets one."""
         self._tcp_v4 = bool(kinds & HASH_TCP_IPV4)
         self._v4 = bool(kinds & (HASH_IPV4 | HASH_TCP_IPV4))
         self._tcp_v6 = bool(kinds & (HASH_TCP_IPV6 | HASH_TCP_IPV6_EX))
@@ -100,5 +98,7 @@ class Scaling:
         if found is None:
             if len(self._flows) >= MAX_FLOWS:
                 self._flows.clear()
+            if self._toeplitz is None:
+                self._toeplitz = Toeplitz(self.key)
             found = self._flows[flow] = self._toeplitz.hash(flow)
         return found

@@ -16,6 +16,7 @@ import enum
 
 import trio
 
+from netvsp.backlog import TURN
 from netvsp.buffers import ReceiveBuffer, SendBuffer
 from netvsp.control import MAX_CONTROL, Control
 from netvsp.endpoint import Endpoint
@@ -39,6 +40,10 @@ MAX_BUFFER = 32 << 20
 """Bytes of a receive or send buffer."""
 MIN_RECEIVE_PARTS = 64
 """Sub-allocations that a receive buffer has to have."""
+BUFFER_COST = TURN
+"""Of a message that shares a buffer, which may have 8192 pages: a turn."""
+REFUSAL_COST = TURN // 8
+"""Of a packet that is refused: one that shares a buffer may be, for its last page."""
 DEFAULT_MTU = 1500
 """Bytes of payload that there is always room for."""
 
@@ -104,6 +109,8 @@ class Session:
         self._send_buffer: SendBuffer | None = None
         self._told_up = link.up
         self._told_speed = link.speed
+        self._untold = False
+        """Whether there was no place for what is to be said of the link."""
         self._table_sent = False
         self._max_frame = link.max_frame
         self._life = Life(primary, self.serve_batch, opened=self._opened, closed=self._closed)
@@ -143,7 +150,7 @@ class Session:
             self.receiver.lose(channel)
         finally:
             self._flushing.discard(channel)
-        self.receiver.flushed()
+        self.receiver.flushed(channel)
 
     def _release(self) -> None:
         self.receiver.channels.clear()
@@ -183,7 +190,10 @@ class Session:
             How many; the rest is to come again.
         """
         sender = self._senders[channel]
-        return sender.serve_batch_untrusted(packets, nursery, self._act, parts=self._life.parts)
+        done = sender.serve_batch_untrusted(packets, nursery, self._act, parts=self._life.parts)
+        if self._untold:
+            self.link_changed()
+        return done
 
     def _act(self, sender: Sender, packet: Packet, nursery: trio.Nursery) -> int:
         """Act on a packet, or refuse it. Returns what that costs beside what any packet does."""
@@ -197,6 +207,7 @@ class Session:
         except GuestProtocolError as error:
             self._complain(channel, packet, str(error))
             self._refuse(channel, packet)
+            return REFUSAL_COST
         return 0
 
     def _refuse(self, channel: Channel, packet: Packet) -> None:
@@ -213,12 +224,10 @@ class Session:
         data = packet.data
         start = packet.payload_offset
         if len(data) - start < nvsp.RNDIS_PACKET.size:
-            self._message_untrusted(sender.channel, packet)
-            return COST
+            return self._message_untrusted(sender.channel, packet)
         kind, channel_type, section, length = nvsp.RNDIS_PACKET.unpack_from(data, start)
         if kind != nvsp.SEND_RNDIS_PACKET:
-            self._message_untrusted(sender.channel, packet)
-            return COST
+            return self._message_untrusted(sender.channel, packet)
         self._expect_agreed("SEND_RNDIS_PACKET")
         pieces = sender.messages.pieces_untrusted(packet, section, length)
         # UEFI says 2, which is neither frames nor control, for its frames (NetvscTransmit).
@@ -259,7 +268,8 @@ class Session:
 
     # -- NVSP ------------------------------------------------------------------------------------
 
-    def _message_untrusted(self, channel: Channel, packet: Packet) -> None:
+    def _message_untrusted(self, channel: Channel, packet: Packet) -> int:
+        """Act on a message that is not RNDIS. Returns what it costs."""
         payload = packet.payload
         kind = nvsp.parse_type_untrusted(payload)
         name = nvsp.MESSAGE_NAMES.get(kind, str(kind))
@@ -296,6 +306,8 @@ class Session:
                 raise GuestProtocolError(f"NVSP {name} is not a request", field="msg_type")
         if packet.wants_completion:
             channel.complete(packet.transaction_id, answer)
+        shares = kind in {nvsp.SEND_RECEIVE_BUFFER, nvsp.SEND_SEND_BUFFER}
+        return BUFFER_COST if shares else COST
 
     def _expect_agreed(self, name: str) -> None:
         if self.stage is Stage.INIT:
@@ -368,6 +380,7 @@ class Session:
             raise
         self.receiver.forget()
         self.receiver.buffer, self.receiver.buffer_id = buffer, number
+        self.receiver.sort()
         self.stage = Stage.READY
         return nvsp.build_receive_buffer_complete(nvsp.SUCCESS, buffer.part_size, buffer.count)
 
@@ -445,21 +458,26 @@ class Session:
         if self.control.state.name == "DOWN" or self.stage is not Stage.READY:
             self._told_up, self._told_speed = link.up, link.speed
             return
+        self._untold = False
         if link.speed != self._told_speed:
-            self._told_speed = link.speed
             speed = min(link.speed // 100, 0xFFFFFFFF).to_bytes(4, "little")
-            self._indicate(rndis.STATUS_LINK_SPEED_CHANGE, speed)
-        if link.up != self._told_up:
+            if self._indicate(rndis.STATUS_LINK_SPEED_CHANGE, speed):
+                self._told_speed = link.speed
+        if link.up != self._told_up and self._indicate(
+            rndis.STATUS_MEDIA_CONNECT if link.up else rndis.STATUS_MEDIA_DISCONNECT
+        ):
             self._told_up = link.up
-            self._indicate(rndis.STATUS_MEDIA_CONNECT if link.up else rndis.STATUS_MEDIA_DISCONNECT)
 
-    def _indicate(self, status: int, buffer: bytes = b"") -> None:
+    def _indicate(self, status: int, buffer: bytes = b"") -> bool:
+        """Tell the guest of a change; False: later, when it has taken what it was told before."""
         try:
             self.receiver.check_control()
         except GuestProtocolError as error:
+            self._untold = True
             self.primary.complain(str(error))
-            return
+            return False
         self.receiver.send_control(rndis.build_indication(status, buffer))
+        return True
 
     def _settings_changed(self) -> None:
         self._told_up, self._told_speed = self._link.up, self._link.speed

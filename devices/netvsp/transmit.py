@@ -18,7 +18,7 @@ import trio
 
 from netvsp.backlog import ANSWER, MAX_PIECES, SEGMENT_COST, TURN, Backlog, count_pieces, finished
 from netvsp.endpoint import Endpoint
-from netvsp.frames.frame import ETHERNET_HEADER, ETHERTYPE_VLAN, Frame
+from netvsp.frames.frame import ETHERNET_HEADER, ETHERTYPE_VLAN, Frame, hides_tag
 from netvsp.frames.offload import from_guest_untrusted
 from netvsp.link import AdapterConfig, Link
 from netvsp.messages import FIRST_OFFSET, Messages, whereabouts
@@ -260,8 +260,8 @@ class Sender:
         ends.clear()
 
     def _allowed(self, frames: Sequence[Frame]) -> list[Frame]:
-        """Drop what may not go out; the others get the tag that they need."""
-        config, statistics, offloads = self._config, self._statistics, self._offloads
+        """Drop what may not go out; the others get the tag that they need, beside the frame."""
+        config, statistics = self._config, self._statistics
         mac = self._link.mac
         longest = self.max_frame
         found: list[Frame] = []
@@ -291,8 +291,6 @@ class Sender:
                     statistics.dropped["vlan"] += 1
                     continue
                 frame = tagged
-            if frame.tci is not None and not offloads.vlan:
-                frame = frame.tagged()
             if segment:
                 statistics.segments += 1
             elif offload is not None:
@@ -304,8 +302,10 @@ class Sender:
         """Return a frame in its VLAN; None if the guest may not send there."""
         frame = frame.untagged()
         config = self._config
+        if hides_tag(frame):
+            return None
         if config.vlan is not None:
-            if frame.tci is not None and frame.tci & 0xFFF:
+            if (frame.tci or 0) & 0xFFF or frame.head[12:14] == ETHERTYPE_VLAN:
                 return None
             priority = (frame.tci or 0) & 0xF000
             return Frame(frame.head, frame.rest, frame.offload, priority | config.vlan, frame.flow)

@@ -29,6 +29,7 @@ from tests.bench.harness import Figure
 from tests.support.turns import watched
 from vmbus.host.channel import Channel
 from vmbus.memory import GuestMemory, allocate_memory
+from vmbus.supervisor.garbage import collect_when_idle
 from vmbus.testing import GuestEnd, channel_pair, make_offer
 from vmbus.wire.gpa import build_range
 from vmbus.wire.packets import FLAG_COMPLETION_REQUESTED, GPA_DIRECT, IN_BAND, build_packet
@@ -96,6 +97,7 @@ async def _waits(
     async with make() as disk:
         controller.add_disk(disk, owned=False)
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(collect_when_idle)  # this, too
             nursery.start_soon(controller.run, primary)
             await _handshake(guest)
             for channel, end in others if packets else ():

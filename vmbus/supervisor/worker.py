@@ -48,7 +48,7 @@ from vmbus.plugins.sharing import Keeper, Line
 from vmbus.server import DeviceSetup, GuestServer, raise_descriptor_limit
 from vmbus.server.devices import SharedKey
 from vmbus.server.keepers import KeeperKey, kept_specs, open_keeper, unshared
-from vmbus.supervisor import relay, sandbox
+from vmbus.supervisor import garbage, relay, sandbox
 from vmbus.supervisor.files import named_files
 from vmbus.supervisor.parcels import Parcel, pack, receive_down, write_all
 from vmbus.supervisor.plan import Plan
@@ -123,6 +123,7 @@ class Worker:
         gc.freeze()
         self.send({"ready": True})
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(garbage.collect_when_idle)
             try:
                 await self._listen(nursery)
             finally:

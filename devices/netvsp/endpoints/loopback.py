@@ -18,6 +18,8 @@ from vmbus.plugins.options import Option
 
 MAX_FRAMES = 1024
 """Frames on their way back; there is room for no more until some have arrived."""
+MAX_SIZE = 4 << 20
+"""Bytes of them."""
 TURN = 64
 """Frames that are handed back before others have their turn."""
 
@@ -40,6 +42,7 @@ class LoopbackEndpoint(Endpoint):
     def __init__(self, *, exchange: bool = True) -> None:
         self._exchange = exchange
         self._frames: deque[Frame] = deque()
+        self._size = 0
         self._arrived = trio.Event()
         self._room = trio.Event()
         self._closed = False
@@ -50,9 +53,13 @@ class LoopbackEndpoint(Endpoint):
         del queue
         if self._closed:
             return len(frames)
-        taken = min(len(frames), MAX_FRAMES - len(self._frames))
-        for frame in frames[:taken]:
+        taken = 0
+        for frame in frames:
+            if not self._has_room:
+                break
             own = frame.own()
+            taken += 1
+            self._size += len(own.head)
             if self._exchange:
                 head = own.head
                 own = Frame(head[6:12] + head[:6] + head[12:], (), own.offload, own.tci, own.flow)
@@ -62,10 +69,14 @@ class LoopbackEndpoint(Endpoint):
         self._arrived.set()
         return taken
 
+    @property
+    def _has_room(self) -> bool:
+        return len(self._frames) < MAX_FRAMES and self._size < MAX_SIZE
+
     async def wait_writable(self, queue: int) -> None:
         """See :meth:`netvsp.endpoint.Endpoint.wait_writable`."""
         del queue
-        if len(self._frames) < MAX_FRAMES:
+        if self._has_room:
             await trio.lowlevel.checkpoint()
         else:
             await self._room.wait()
@@ -80,7 +91,7 @@ class LoopbackEndpoint(Endpoint):
             some = [frames[i] for i in range(min(len(frames), TURN))]
             taken = port.receive(some)
             for _ in range(taken):
-                frames.popleft()
+                self._size -= len(frames.popleft().head)
             self._returned += taken
             if taken:
                 self._room.set()
@@ -91,6 +102,7 @@ class LoopbackEndpoint(Endpoint):
 
     def _forget(self) -> None:
         self._frames.clear()
+        self._size = 0
         self._arrived = trio.Event()
         self._room.set()
 

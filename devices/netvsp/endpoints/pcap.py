@@ -3,7 +3,8 @@
 ``pcap:[write=guest.pcapng]tap:vnet0`` writes all frames of both directions, for Wireshark: what the
 guest sends is outbound there, what it gets is inbound. They are as they cross: segments that are
 left whole are whole, and sums that are left to do are still to be done, which Wireshark may call
-wrong. ``snap=BYTES`` keeps the beginning of each only. The file is made new, and is written beside
+wrong. ``snap=BYTES`` keeps the beginning of each only. The file is made new, is no other capture's
+and no pipe, and is written beside
 the traffic: frames that come faster than the disk takes them are left out, and counted; a disk
 that is full ends the capture, with a warning, and not the guest.
 
@@ -15,18 +16,19 @@ group or to everybody.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import trio
 
 from netvsp.endpoint import Endpoint, EndpointError, Port
+from netvsp.endpoints.files import open_to_read, open_to_write
 from netvsp.endpoints.specs import open_endpoint
 from netvsp.endpoints.tasks import run_together
 from netvsp.endpoints.wrapper import EndpointWrapper, PortWrapper
@@ -40,6 +42,8 @@ MAX_WAITING = 16 << 20
 """Bytes that wait to be written; what is more is left out."""
 TURN = 64
 """Frames that are read from a file at a time."""
+TURN_SIZE = 1 << 20
+"""Bytes of them, but for the last one."""
 
 OPTIONS = (
     Option("write", "a file for all frames", "FILE", "none"),
@@ -73,7 +77,7 @@ class Capture:
         self.left_out = 0
         self.failure = ""
         self._snap = snap
-        self._file: BinaryIO | None = Path(path).open("wb", buffering=0)  # noqa: SIM115 - until aclose
+        self._file: BinaryIO | None = open_to_write(path)
         self._waiting: deque[bytes] = deque([pcapng.build_header("guest", snap)])
         self._size = 0
         self._frames = 0
@@ -111,21 +115,20 @@ class Capture:
     async def _write(self) -> None:
         async with self._turn:
             self._arrived = trio.Event()
-            data, count = b"".join(self._waiting), self._frames
+            blocks, count = tuple(self._waiting), self._frames
             self._waiting.clear()
             self._size = self._frames = 0
             if self.failure or self._file is None:
                 return
-            try:
-                # What has begun is not left: half a block is the end of a capture.
-                with trio.CancelScope(shield=True):
-                    await self._pool.run(_write_all, self._file, data)
-            except OSError as error:
+            # What has begun is not left: half a block is the end of a capture.
+            with trio.CancelScope(shield=True):
+                left, error = await self._pool.run(_write_all, self._file, blocks)
+            lost = min(left, count)
+            self.written += count - lost
+            self.left_out += lost
+            if error is not None:
                 self.failure = error.strerror or str(error)
-                self.left_out += count
                 _log.warning("%s: %s; the capture has ended", self.path, self.failure)
-            else:
-                self.written += count
 
     async def aclose(self) -> None:
         """Write what is left and close the file. Idempotent; waits even if cancelled."""
@@ -139,10 +142,24 @@ class Capture:
             await trio.lowlevel.checkpoint()
 
 
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+def _write_all(file: BinaryIO, blocks: Sequence[bytes]) -> tuple[int, OSError | None]:
+    """Write blocks. Blocks.
+
+    Returns:
+        How many are not in the file, nor is a part of one; and why.
+    """
+    data = memoryview(b"".join(blocks))
+    done = 0
+    start = file.tell()
+    try:
+        while done < len(data):
+            done += file.write(data[done:])
+    except OSError as error:
+        ends = [end for end in itertools.accumulate(map(len, blocks)) if end <= done]
+        with contextlib.suppress(OSError):  # a device has no end
+            file.truncate(start + (ends[-1] if ends else 0))
+        return len(blocks) - len(ends), error
+    return 0, None
 
 
 class _CapturingPort(PortWrapper):
@@ -207,7 +224,7 @@ class PcapEndpoint(EndpointWrapper):
         pool = shared_pool()
         try:
             try:
-                file = await pool.run(_open, self._read)
+                file = await pool.run(open_to_read, self._read)
             except OSError as error:
                 raise EndpointError(f"{self._read}: {error.strerror}") from error
             try:
@@ -259,19 +276,27 @@ class PcapEndpoint(EndpointWrapper):
                 await self._capture.aclose()
 
 
-def _open(path: str) -> BinaryIO:
-    return Path(path).open("rb")
-
-
 def _next(frames: Iterator[pcapng.Captured]) -> list[pcapng.Captured]:
     """Read some frames. Blocks."""
-    return list(itertools.islice(frames, TURN))
+    some = []
+    size = 0
+    for each in itertools.islice(frames, TURN):
+        some.append(each)
+        size += len(each.data)
+        if size > TURN_SIZE:
+            break
+    return some
 
 
-def _check(path: str) -> None:
-    """Look at the first frame of a capture. Blocks; raises OSError and CaptureError."""
-    with Path(path).open("rb") as file:
+def _check(path: str) -> BinaryIO:
+    """Open a capture and look at its first frame. Blocks; raises OSError and CaptureError."""
+    file = open_to_read(path)
+    try:
         next(pcapng.read_capture(file.read), None)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 async def open_spec(spec: EndpointSpec) -> PcapEndpoint:
@@ -286,17 +311,19 @@ async def open_spec(spec: EndpointSpec) -> PcapEndpoint:
         raise spec.error("needs write=FILE or read=FILE")
     if (snap is not None and not write) or (timed and not read):
         raise spec.error("snap is for write=FILE, and timed for read=FILE")
-    if read:
+    with contextlib.ExitStack() as stack:
+        if read:
+            try:
+                # Held until the other one is open, which must not be the same.
+                stack.enter_context(_check(read))
+            except OSError as error:
+                raise spec.error(f"{read}: {error.strerror}") from error
+            except pcapng.CaptureError as error:
+                raise spec.error(f"{read}: {error}") from error
+        inner = await open_endpoint(spec.inner())
         try:
-            _check(read)
+            capture = Capture(write, snap or 0) if write else None
         except OSError as error:
-            raise spec.error(f"{read}: {error.strerror}") from error
-        except pcapng.CaptureError as error:
-            raise spec.error(f"{read}: {error}") from error
-    inner = await open_endpoint(spec.inner())
-    try:
-        capture = Capture(write, snap or 0) if write else None
-    except OSError as error:
-        await inner.aclose()
-        raise spec.error(f"{write}: {error.strerror}") from error
+            await inner.aclose()
+            raise spec.error(f"{write}: {error.strerror}") from error
     return PcapEndpoint(inner, capture=capture, read=read or "", timed=timed)

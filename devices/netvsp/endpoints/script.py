@@ -35,6 +35,7 @@ from typing import Any
 import trio
 
 from netvsp.endpoint import Endpoint, EndpointError, Port
+from netvsp.endpoints.files import open_to_read
 from netvsp.endpoints.tasks import CLOSED
 from netvsp.frames.frame import ETHERNET_HEADER, MAX_FRAME, Frame
 from netvsp.spec import EndpointSpec
@@ -47,6 +48,10 @@ TURN = 64
 """Frames that it gets in one call of a thread."""
 MAX_ANSWERS = 4096
 """Frames that one call may return; a generator without an end is a mistake."""
+MAX_ANSWER_SIZE = 1 << 20
+"""Bytes of them."""
+_LONGEST_TEXT = 200
+"""Characters of an error that are logged."""
 
 Answer = bytes | Iterable[bytes] | None
 Said = tuple[list[bytes], str]
@@ -176,31 +181,42 @@ def _call_all(function: Callable[[bytes], Answer], items: Sequence[bytes]) -> li
 
 
 def _call_one(function: Callable[[bytes], Answer], item: bytes) -> Said:
+    found: list[bytes] = []
+    left = MAX_ANSWER_SIZE
     try:
         answer = function(item)
         if answer is None:
             return [], ""
         if isinstance(answer, bytes | bytearray | memoryview):
             answer = [bytes(answer)]
-        found = [bytes(memoryview(each)) for each in itertools.islice(answer, MAX_ANSWERS)]
-    except (Exception, SystemExit) as error:
+        for each in itertools.islice(answer, MAX_ANSWERS):
+            found.append(bytes(memoryview(each)))
+            size = len(found[-1])
+            if not ETHERNET_HEADER <= size <= MAX_FRAME:
+                text = f"it returned a frame of {size} bytes; {ETHERNET_HEADER} to {MAX_FRAME}"
+                return [], f"{text} are possible"
+            left -= size
+            if left < 0:
+                return [], f"it returned more than {MAX_ANSWER_SIZE} bytes for a frame"
+    except BaseException as error:  # whatever it raises is its own, in a thread that is ours
         return [], _where(error)
-    wrong = [len(each) for each in found if not ETHERNET_HEADER <= len(each) <= MAX_FRAME]
-    if wrong:
-        return [], f"it returned a frame of {wrong[0]} bytes; {ETHERNET_HEADER} to {MAX_FRAME}"
     return found, ""
 
 
 def _where(error: BaseException) -> str:
-    """Return an error of somebody's file in one line, with its last place."""
+    """Return an error of somebody's file in one short line, with its last place."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
+    try:
+        text = " ".join(str(error)[: 5 * _LONGEST_TEXT].split())[:_LONGEST_TEXT]
+    except Exception:  # its text is the file's own, too
+        text = "?"
+    return f"{type(error).__name__}: {text} ({Path(last.filename).name}, line {last.lineno})"
 
 
 def load_script(path: str) -> ModuleType:
     """Import a file under a name of its own. Blocks; raises whatever the file does, and OSError."""
-    with Path(path).open("rb"):
-        pass
+    with open_to_read(path):
+        pass  # it can be read, and reading it does not wait for anybody
     name = f"netvsp_script_{next(_numbers)}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

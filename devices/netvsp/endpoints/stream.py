@@ -116,21 +116,28 @@ class FrameStream:
                 self.over = True
                 raise EndpointError(f"{self._peer} is gone")
             data += chunk
-            frames, used = self._cut(data)
-            del data[:used]
-            while frames:
-                some = frames[:TURN]
-                taken = port.receive(some)
-                del frames[:taken]
-                if taken < len(some):
-                    await port.wait_room()
-                await trio.lowlevel.checkpoint()
+            used = 0
+            try:
+                while True:
+                    before = used
+                    frames, used = self._cut(data, used)
+                    if used == before:
+                        break
+                    while frames:
+                        taken = port.receive(frames)
+                        del frames[:taken]
+                        if frames:
+                            await port.wait_room()
+                    await trio.lowlevel.checkpoint()
+            finally:
+                del data[:used]
 
-    def _cut(self, data: bytearray) -> tuple[list[Frame], int]:
-        """Return the frames that are there, each with bytes of its own, and where they end."""
-        frames = []
-        position = 0
-        while len(data) - position >= _LENGTH:
+    def _cut(self, data: bytearray, position: int) -> tuple[list[Frame], int]:
+        """Return some of the frames from a place on, each with bytes of its own; and their end."""
+        frames: list[Frame] = []
+        for _ in range(TURN):
+            if len(data) - position < _LENGTH:
+                break
             length = int.from_bytes(data[position : position + _LENGTH], "big")
             if length > _LONGEST:
                 self.over = True

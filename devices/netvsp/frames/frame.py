@@ -26,6 +26,8 @@ HEADERS = 256
 ETHERTYPE_IPV4 = b"\x08\x00"
 ETHERTYPE_IPV6 = b"\x86\xdd"
 ETHERTYPE_VLAN = b"\x81\x00"
+TAGS = frozenset((ETHERTYPE_VLAN, b"\x88\xa8"))
+"""Types of VLAN tags: of 802.1Q, and of 802.1ad."""
 BROADCAST = b"\xff" * 6
 PROTOCOL_TCP = 6
 PROTOCOL_UDP = 17
@@ -132,6 +134,24 @@ class Frame:
         return Frame(
             head[:12] + head[16:], self.rest, _shifted(self.offload, -VLAN_TAG), tci, self.flow
         )
+
+
+def hides_tag(frame: Frame) -> bool:
+    """Whether a tag of VLAN 0 stands before another one. Cannot block.
+
+    Who looks at the first only takes such a frame for one of no VLAN. Its receiver may not: Linux
+    takes tags of VLAN 0 off until it finds one that means something (net/core/dev.c:
+    __netif_receive_skb_core). So it would be in a VLAN of its sender's choice: CVE-2021-27853.
+
+    Args:
+        frame: Its outermost tag is beside it, if it is one of 802.1Q: see :meth:`Frame.untagged`.
+    """
+    head = frame.head
+    if head[12:14] not in TAGS:
+        return False
+    if frame.tci is not None:
+        return not frame.tci & 0xFFF
+    return not int.from_bytes(head[14:16], "big") & 0xFFF and head[16:18] in TAGS
 
 
 def _shifted(offload: Offload | None, count: int) -> Offload | None:

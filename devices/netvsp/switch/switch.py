@@ -4,7 +4,8 @@ Rules, in the order in which they are looked at; what breaks one is dropped, and
 where it came in by the word in brackets:
 
 * A frame has an Ethernet header ("short"), and is from one station ("address").
-* The port may send in the frame's VLAN ("vlan").
+* The port may send in the frame's VLAN ("vlan"), and there is no other VLAN behind it: a tag of
+  VLAN 0 before another one is none ("vlan").
 * The source is the port's station, or one that the port may have besides. It is not the station of
   another port ("spoofed"): what an adapter is known to have, nobody takes from it by sending.
 * What 802.1D keeps between two bridges goes no further ("link-local").
@@ -28,10 +29,12 @@ from typing import Any
 from netvsp.frames.frame import (
     ETHERNET_HEADER,
     ETHERTYPE_VLAN,
+    TAGS,
     VLAN_TAG,
     Frame,
     Offload,
     format_mac,
+    hides_tag,
 )
 from netvsp.switch.port import (
     EVERY_VLAN,
@@ -47,7 +50,7 @@ from vmbus.errors import ConfigError
 MAX_PORTS = 1024
 MAX_STATIONS = 4096
 """Stations of a joint."""
-TURN = 2048
+TURN = 256
 """What is done in one call: each frame is one, and each port to which a frame is copied."""
 
 JOINT = PortConfig(trunk=EVERY_VLAN, joint=True, addresses=UPLINK_ADDRESSES)
@@ -256,6 +259,8 @@ class Switch:
             if tci is None or length < ETHERNET_HEADER:
                 return "short"
         vlan = 0 if tci is None else tci & 0xFFF
+        if not vlan and head[12:14] in TAGS and hides_tag(frame):
+            return "vlan"
         if port.vlan:
             if vlan and vlan != port.vlan:
                 return "vlan"
@@ -287,11 +292,11 @@ class Switch:
                 return 1
         elif target[:5] == _LINK_LOCAL and target[5] < 16:
             return "link-local"
-        if not port.spend_flood(now):
-            return "storm"
         members = self._members.get(vlan)
         if members is None:
             members = self._find_members(vlan)
+        if not port.spend_flood(now, len(members)):
+            return "storm"
         frame = frame.own()
         for out in members:
             if out is not port and not (out.joint and port.joint) and _may_pass(origin, out):

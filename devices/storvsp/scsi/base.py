@@ -49,6 +49,7 @@ from storvsp.scsi.table import (
     find_untrusted,
     report_supported_opcodes_untrusted,
     usage,
+    where,
 )
 from storvsp.scsi.target import report_luns_untrusted
 from storvsp.scsi.unit import (
@@ -138,7 +139,9 @@ class DispatchUnit(LogicalUnit):
         spec: Spec | None = None
         try:
             spec = self._admit(command)
-            if spec.quick is None or (spec.slow is not None and self.gate.closed):
+            if spec.quick is None or (
+                spec.slow is not None and self.gate.closed and self.gate.bars(where(spec, command))
+            ):
                 return None
             return spec.quick(self, command)
         except Exception as error:
@@ -159,18 +162,34 @@ class DispatchUnit(LogicalUnit):
             work = partial(spec.slow, self, command)
             if not spec.gated:
                 return await work()
-            return await self.in_turn(command, work, exclusive=spec.exclusive)
+            return await self.in_turn(
+                command, work, exclusive=spec.exclusive, where=where(spec, command)
+            )
         except Exception as error:
             return self.failed(command, error, writing=_writes(spec))
 
     async def in_turn(
-        self, command: Command, work: Callable[[], Awaitable[Outcome]], *, exclusive: bool
+        self,
+        command: Command,
+        work: Callable[[], Awaitable[Outcome]],
+        *,
+        exclusive: bool,
+        where: int,
     ) -> Outcome:
-        """Let a command that waits for the disk do so, unless it is aborted. A checkpoint."""
+        """Let a command that waits for the disk do so, unless it is aborted. A checkpoint.
+
+        Args:
+            command: Which.
+            work: Does it.
+            exclusive: Alone, or beside others.
+            where: In these sections of the medium.
+        """
         with trio.CancelScope() as scope:
             self._running.begin(scope, command)
             try:
-                async with Turn(self.gate, exclusive=exclusive, initiator=command.initiator):
+                async with Turn(
+                    self.gate, exclusive=exclusive, initiator=command.initiator, where=where
+                ):
                     await may_act()
                     return await work()
             finally:

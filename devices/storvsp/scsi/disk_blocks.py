@@ -198,19 +198,33 @@ READ, WRITE, FREE = Access.READ, Access.WRITE, Access.FREE
 
 COMMANDS: Final = (
     Spec(op.FORMAT_UNIT, usage("04 f8 00 00 00 04"), WRITE, slow=format_unit, exclusive=True),
-    Spec(op.READ_6, usage("08 1f ffff ff 04"), READ, read_now, read),
-    Spec(op.WRITE_6, usage("0a 1f ffff ff 04"), WRITE, write_now, write),
+    Spec(op.READ_6, usage("08 1f ffff ff 04"), READ, read_now, read, ranged=True),
+    Spec(op.WRITE_6, usage("0a 1f ffff ff 04"), WRITE, write_now, write, ranged=True),
     Spec(op.START_STOP_UNIT, usage("1b 00 00 00 f7 04"), Access.START_STOP, slow=start_stop),
     Spec(op.READ_CAPACITY_10, usage("25 00 ffffffff 00 00 01 04"), FREE, read_capacity_10),
-    Spec(op.READ_10, usage("28 f9 ffffffff 00 ffff 04"), READ, read_now, read),
-    Spec(op.WRITE_10, usage("2a f9 ffffffff 00 ffff 04"), WRITE, write_now, write),
+    Spec(op.READ_10, usage("28 f9 ffffffff 00 ffff 04"), READ, read_now, read, ranged=True),
+    Spec(op.WRITE_10, usage("2a f9 ffffffff 00 ffff 04"), WRITE, write_now, write, ranged=True),
     Spec(op.PRE_FETCH_10, usage("34 01 ffffffff 00 ffff 04"), READ, pre_fetch),
     Spec(
         op.SYNCHRONIZE_CACHE_10, usage("35 00 ffffffff 00 ffff 04"), WRITE, slow=synchronize_cache
     ),
     Spec(op.READ_DEFECT_DATA_10, usage("37 00 1f 00000000 ffff 04"), READ, read_defect_data_10),
-    Spec(op.READ_16, usage("88 f8 ffffffffffffffff ffffffff 00 04"), READ, read_now, read),
-    Spec(op.WRITE_16, usage("8a f8 ffffffffffffffff ffffffff 00 04"), WRITE, write_now, write),
+    Spec(
+        op.READ_16,
+        usage("88 f8 ffffffffffffffff ffffffff 00 04"),
+        READ,
+        read_now,
+        read,
+        ranged=True,
+    ),
+    Spec(
+        op.WRITE_16,
+        usage("8a f8 ffffffffffffffff ffffffff 00 04"),
+        WRITE,
+        write_now,
+        write,
+        ranged=True,
+    ),
     Spec(op.PRE_FETCH_16, usage("90 00 ffffffffffffffff ffffffff 00 04"), READ, pre_fetch),
     Spec(
         op.SYNCHRONIZE_CACHE_16,
@@ -225,8 +239,8 @@ COMMANDS: Final = (
         read_capacity_16,
         service_action=op.SA_READ_CAPACITY_16,
     ),
-    Spec(op.READ_12, usage("a8 f9 ffffffff ffffffff 00 04"), READ, read_now, read),
-    Spec(op.WRITE_12, usage("aa f9 ffffffff ffffffff 00 04"), WRITE, write_now, write),
+    Spec(op.READ_12, usage("a8 f9 ffffffff ffffffff 00 04"), READ, read_now, read, ranged=True),
+    Spec(op.WRITE_12, usage("aa f9 ffffffff ffffffff 00 04"), WRITE, write_now, write, ranged=True),
     Spec(op.READ_DEFECT_DATA_12, usage("b7 1f 00000000 ffffffff 00 04"), READ, read_defect_data_12),
 )
 """Rows of the dispatch table."""

@@ -10,6 +10,7 @@ from storvsp.scsi import disk_blocks, disk_provision, disk_verify, reserve_comma
 from storvsp.scsi.base import COMMON
 from storvsp.scsi.cdb import FIELDS_10, FIELDS_16, READ_10, READ_16, WRITE_10, WRITE_16
 from storvsp.scsi.disk_core import DiskCore
+from storvsp.scsi.gate import sections
 from storvsp.scsi.removable import PREVENT_ALLOW
 from storvsp.scsi.table import Table, make_table
 from storvsp.scsi.unit import STATUS_GOOD, Command, DataDirection, Outcome, good_outcomes
@@ -121,7 +122,13 @@ class DiskUnit(DiskCore):
         if not self._is_plain(command):
             return await super().execute(command)
         try:
-            return await self.in_turn(command, partial(self._move, command), exclusive=False)
+            lba, count, _ = command.plan
+            return await self.in_turn(
+                command,
+                partial(self._move, command),
+                exclusive=False,
+                where=sections(lba, count),
+            )
         except Exception as error:
             return self.failed(command, error, writing=writing)
 

@@ -114,7 +114,7 @@ async def write_and_verify(unit: DiskCore, command: Command) -> Outcome:
 
 
 async def compare_and_write(unit: DiskCore, command: Command) -> Outcome:
-    """COMPARE AND WRITE, SBC-3 5.2; alone on the medium while it runs.
+    """COMPARE AND WRITE, SBC-3 5.2; alone on its part of the medium while it runs.
 
     INFORMATION of a miscompare is the offset of the first differing byte in the data-out buffer.
     """
@@ -142,7 +142,7 @@ async def compare_and_write(unit: DiskCore, command: Command) -> Outcome:
 
 
 async def orwrite(unit: DiskCore, command: Command) -> Outcome:
-    """ORWRITE(16), SBC-3 5.4: sets bits on the medium; alone on it while it runs."""
+    """ORWRITE(16), SBC-3 5.4: sets bits on the medium; alone on its part while it runs."""
     transfer = unit.range_untrusted(command, writing=True)
     sector = unit.sector_size
     size = transfer.blocks * sector
@@ -170,24 +170,42 @@ COMMANDS: Final = (
         usage("2e f7 ffffffff 00 ffff 04"),
         Access.WRITE,
         slow=write_and_verify,
+        ranged=True,
     ),
-    Spec(op.VERIFY_10, usage("2f f7 ffffffff 00 ffff 04"), Access.READ, slow=verify),
+    Spec(op.VERIFY_10, usage("2f f7 ffffffff 00 ffff 04"), Access.READ, slow=verify, ranged=True),
     Spec(
         op.COMPARE_AND_WRITE,
         usage("89 f8 ffffffffffffffff 000000 ff 00 04"),
         Access.WRITE,
         slow=compare_and_write,
         exclusive=True,
+        ranged=True,
     ),
-    Spec(op.ORWRITE_16, usage("8b f8" + _LONG), Access.WRITE, slow=orwrite, exclusive=True),
-    Spec(op.WRITE_AND_VERIFY_16, usage("8e f6" + _LONG), Access.WRITE, slow=write_and_verify),
-    Spec(op.VERIFY_16, usage("8f f6" + _LONG), Access.READ, slow=verify),
+    Spec(
+        op.ORWRITE_16,
+        usage("8b f8" + _LONG),
+        Access.WRITE,
+        slow=orwrite,
+        exclusive=True,
+        ranged=True,
+    ),
+    Spec(
+        op.WRITE_AND_VERIFY_16,
+        usage("8e f6" + _LONG),
+        Access.WRITE,
+        slow=write_and_verify,
+        ranged=True,
+    ),
+    Spec(op.VERIFY_16, usage("8f f6" + _LONG), Access.READ, slow=verify, ranged=True),
     Spec(
         op.WRITE_AND_VERIFY_12,
         usage("ae f7 ffffffff ffffffff 00 04"),
         Access.WRITE,
         slow=write_and_verify,
+        ranged=True,
     ),
-    Spec(op.VERIFY_12, usage("af f7 ffffffff ffffffff 00 04"), Access.READ, slow=verify),
+    Spec(
+        op.VERIFY_12, usage("af f7 ffffffff ffffffff 00 04"), Access.READ, slow=verify, ranged=True
+    ),
 )
 """Rows of the dispatch table."""

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 import trio
 
-from storvsp.scsi.gate import Gate
+from storvsp.scsi.gate import EVERYWHERE, Gate
 
 
 class Pace(Protocol):
@@ -106,24 +106,33 @@ class Turn:
         gate: Which.
         exclusive: Alone, or beside others.
         initiator: Who sent the command; its channels take turns as well.
+        where: The sections of the medium that it is about.
     """
 
-    def __init__(self, gate: Gate, *, exclusive: bool, initiator: Hashable = None) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        *,
+        exclusive: bool,
+        initiator: Hashable = None,
+        where: int = EVERYWHERE,
+    ) -> None:
         self._gate = gate
         self._exclusive = exclusive
+        self._where = where
         self._whose = (initiator, _pace.get().whose)
         self._inside = False
 
     async def enter(self) -> None:
         """Wait for it. A checkpoint if it has to."""
-        await self._gate.acquire(exclusive=self._exclusive, whose=self._whose)
+        await self._gate.acquire(exclusive=self._exclusive, whose=self._whose, where=self._where)
         self._inside = True
 
     def leave(self) -> None:
         """Let others have theirs. Idempotent. Cannot block."""
         if self._inside:
             self._inside = False
-            self._gate.release(exclusive=self._exclusive)
+            self._gate.release(exclusive=self._exclusive, where=self._where)
 
     async def __aenter__(self) -> None:
         _turn.set(self)

@@ -13,6 +13,8 @@ import struct
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
+from storvsp.scsi.cdb import decode_transfer_untrusted
+from storvsp.scsi.gate import EVERYWHERE, sections
 from storvsp.scsi.sense import invalid_cdb_field
 from storvsp.scsi.unit import Command, Outcome
 
@@ -56,7 +58,9 @@ class Spec:
         slow: Does the command, waiting for the disk.
         service_action: The service action, if the operation code has any.
         polite: False for the few commands that do not report unit attentions.
-        exclusive: ``slow`` needs the medium for itself.
+        exclusive: ``slow`` needs the medium for itself, or the range that the CDB names.
+        ranged: The range of :func:`storvsp.scsi.cdb.decode_transfer_untrusted` is all that the
+            command reads and writes of the medium.
         least: Bytes of CDB that will do, 0 for all. What is missing has to mean nothing.
         gated: ``slow`` moves data, so it waits for its turn and can be aborted. False for the one
             that waits for others to end.
@@ -70,6 +74,7 @@ class Spec:
     service_action: int | None = None
     polite: bool = True
     exclusive: bool = False
+    ranged: bool = False
     gated: bool = True
     least: int = 0
 
@@ -103,6 +108,19 @@ def make_table(specs: Iterable[Spec]) -> Table:
             assert isinstance(actions, dict)
             actions[spec.service_action] = spec
     return Table(table)
+
+
+def where(spec: Spec, command: Command) -> int:
+    """Return the sections of the medium that a command is about; see :mod:`storvsp.scsi.gate`.
+
+    Args:
+        spec: The command's entry.
+        command: With a CDB of full length.
+    """
+    if not spec.ranged:
+        return EVERYWHERE
+    transfer = decode_transfer_untrusted(command.cdb)
+    return sections(transfer.lba, transfer.blocks)
 
 
 def usage(template: str) -> bytes:

@@ -317,3 +317,30 @@ async def test_a_guest_can_ask_how_many_frames_were_lost_for_want_of_room():
         found = await guest.query(oids.GEN_RCV_NO_BUFFER)
         assert int.from_bytes(found.buffer, "little") == 7
         assert adapter.statistics.receive.dropped == {"no buffer": 7}
+
+
+async def test_a_guest_that_was_not_told_of_its_link_is_told_when_it_takes_messages_again():
+    async with running() as (guest, adapter):
+        guest.gives_back = False
+        states = []
+        for number in range(2 * guest.part_count):
+            adapter.set_link(up=bool(number % 2))
+        adapter.link_changed(up=True, speed=12_345_600)
+        adapter.set_link(up=False)
+        while True:
+            await guest.settle()
+            if not guest.received:
+                break
+            states += [each.messages[0] for each in guest.received]
+            guest.give_back(*[each.transaction_id for each in guest.received])
+            guest.received.clear()
+        assert len(states) < 2 * guest.part_count, "it was not told of all"
+        last, *_ = [parse(each) for each in reversed(states)]
+        assert last == (rndis.STATUS_MEDIA_DISCONNECT, b"")
+        speed = (123456).to_bytes(4, "little")
+        assert (rndis.STATUS_LINK_SPEED_CHANGE, speed) in [parse(each) for each in states]
+
+
+def parse(message: bytes) -> tuple[int, bytes]:
+    found = rndis.parse_indication_untrusted(message)
+    return found.status, found.buffer

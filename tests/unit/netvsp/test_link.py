@@ -19,6 +19,8 @@ from vmbus.errors import ConfigError
         ({"vlan": 0}, "vlan is 1 to 4094, not 0"),
         ({"vlan": 4095}, "vlan"),
         ({"vlan": 5, "trunk": frozenset({5})}, "exclude each other"),
+        ({"friendly_name": "caf\udce9"}, "a name with NUL or undecodable bytes"),
+        ({"friendly_name": "a\0b"}, "a name with NUL or undecodable bytes"),
     ],
 )
 def test_values_out_of_their_range_are_refused(options, says):

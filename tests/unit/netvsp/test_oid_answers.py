@@ -123,6 +123,11 @@ def test_a_name_ends_where_linux_sees_it(length):
     assert len(answer) <= 512
 
 
+def test_a_name_that_is_cut_ends_with_a_whole_character():
+    answer = ANSWERS[oids.GEN_FRIENDLY_NAME](facts(friendly_name="\U0001f5a7" * 200))
+    assert answer.decode("utf-16-le") == "\U0001f5a7" * 127 + "\0"
+
+
 def test_counters_count_the_way_that_the_guest_means():
     found = facts()
     frames = [Frame(first + bytes(50 + more)) for more, first in enumerate((MAC, b"\1" * 6))]

@@ -11,7 +11,8 @@ import trio.testing
 from netvsp.adapter import NetworkAdapter
 from netvsp.frames.frame import Frame
 from netvsp.link import AdapterConfig
-from netvsp.placing import ROOM, part_size
+from netvsp.oid_answers import SUPPORTED
+from netvsp.placing import LONGEST_CONTROL, ROOM, part_size
 from netvsp.receive import (
     CONTROL_PARTS,
     MAX_CONTROL_QUEUE,
@@ -38,6 +39,9 @@ def frames(count: int, first: int = 0, size: int = 64) -> list[Frame]:
     return [incoming(size, number=number) for number in range(first, first + count)]
 
 
+QUERY_HEADER = 24
+
+
 def numbers(found: list[bytes]) -> list[int]:
     return [int.from_bytes(each[14:18], "little") for each in found]
 
@@ -58,12 +62,22 @@ def fill_ring(guest: NetGuest) -> None:
 
 @pytest.mark.parametrize(
     ("mtu", "size"),
-    [(68, 512), (1500, 2048), (1770, 2048), (1774, 2048), (1775, 4096), (3822, 4096),
+    [(68, 1024), (750, 1024), (1500, 2048), (1770, 2048), (1774, 2048), (1775, 4096), (3822, 4096),
      (3823, 8192), (9000, 12288), (9202, 12288)],
 )  # fmt: skip
 def test_a_part_has_room_for_a_frame_and_is_in_one_page_if_it_can_be(mtu, size):
     assert part_size(mtu + 14) == size
     assert mtu + 14 + 4 + ROOM <= size
+
+
+async def test_a_part_has_room_for_all_answers_however_short_frames_are():
+    config = AdapterConfig(max_mtu=68, friendly_name="n" * 300)
+    async with running(config=config) as (guest, _adapter):
+        assert guest.part_size == LONGEST_CONTROL
+        for oid in SUPPORTED:
+            answer = await guest.query(oid)
+            assert QUERY_HEADER + len(answer.buffer) <= guest.part_size
+        assert len((await guest.query(oids.GEN_FRIENDLY_NAME)).buffer) == 512
 
 
 @pytest.mark.parametrize("size", [14, 60, 64, 1514])

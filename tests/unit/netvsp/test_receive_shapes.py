@@ -259,7 +259,7 @@ async def test_only_tcp_is_in_parts():
 
 async def test_a_segment_that_can_never_fit_is_dropped():
     """A guest chooses the buffer, and so do those who bring frames their segments."""
-    guest = NetGuest(receive_pages=8)
+    guest = NetGuest(receive_pages=16)
     async with running(Network(mtu=68), guest=guest, wants=PROMISCUOUS) as (_guest, adapter):
         assert not await guest.set(oids.TCP_OFFLOAD_PARAMETERS, RSC_ON)
         guest.received.clear()
@@ -331,6 +331,24 @@ async def test_a_guest_sees_its_vlans(config, gets, outer, beside):
             for tci in wanted
         ]
         assert adapter.statistics.receive.dropped["vlan"] == 4 - len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("config", "tags"),
+    [
+        ({"vlan": 5}, "8100 0005 8100 0007"),
+        ({"vlan": 5}, "8100 0000 8100 0005"),
+        ({"trunk": frozenset({0, 5})}, "8100 0000 8100 0007"),
+        ({"trunk": frozenset({0, 5})}, "88a8 0000 8100 0007"),
+    ],
+)
+async def test_no_tag_is_hidden_behind_another_one(config, tags):
+    async with running(config=AdapterConfig(**config)) as (guest, adapter):
+        frame = Frame(MAC + PEER + bytes.fromhex(tags) + plain_frame(60)[12:])
+        assert adapter.receive([frame]) == 1
+        await guest.settle()
+        assert guest.take_frames() == []
+        assert adapter.statistics.receive.dropped == {"vlan": 1}
 
 
 # -- receive-side scaling --------------------------------------------------------------------------

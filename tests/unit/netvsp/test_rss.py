@@ -10,6 +10,7 @@ import pytest
 from netvsp import rss
 from netvsp.wire import ndis
 from tests.support.net_frames import Shape, packet
+from tests.support.turns import counting
 
 # "Verifying the RSS hash calculation" of the WDK: destination, source, hash of addresses and ports,
 # hash of addresses.
@@ -108,3 +109,13 @@ def test_no_more_than_so_many_flows_are_remembered():
     assert len(scaling._flows) == 10
     target, source, with_ports, _ = EXAMPLES[0]
     assert scaling.hash(frame(target, source)) == with_ports
+
+
+async def test_a_key_that_is_set_costs_nothing_before_a_frame_is_hashed():
+    with counting(rss, "Toeplitz") as made:
+        for number in range(100):
+            scaling = rss.Scaling(bytes((number,)) * 40, ALL, (0,))
+        assert made.total == 0
+        for target, source, _with_ports, _without in EXAMPLES:
+            assert scaling.hash(frame(target, source))
+    assert made.total == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio.testing
 
-from netvsp.backlog import SEGMENT_COST, TURN, WAITING_WEIGHT
+from netvsp.backlog import FRAME_WEIGHT, SEGMENT_COST, TURN, WAITING_WEIGHT
 from netvsp.endpoint import Offloads
 from netvsp.frames.frame import Frame, Offload
 from netvsp.transmit import PIECE_COST
@@ -107,7 +107,7 @@ async def test_no_more_is_read_when_enough_waits():
         first = guest.section(0, message_of(numbered(0)), number=0)
         await guest.exchange(first)
         load = guest.channel.undertakings.load
-        assert load.total == WAITING_WEIGHT + 60
+        assert load.total == WAITING_WEIGHT + FRAME_WEIGHT + 60
         load.change(CHANNEL_LOAD)
         await guest.exchange(guest.section(1, message_of(numbered(1)), number=1))
         await guest.exchange(guest.section(2, message_of(numbered(2)), number=2))

@@ -3,7 +3,7 @@
 import pytest
 import trio
 
-from netvsp.endpoints.loopback import MAX_FRAMES
+from netvsp.endpoints.loopback import MAX_FRAMES, MAX_SIZE
 from netvsp.endpoints.specs import open_endpoint
 from netvsp.frames.frame import Frame, Offload
 from netvsp.testing import ListeningPort
@@ -50,6 +50,21 @@ async def test_what_does_not_come_back_makes_the_sender_wait():
         port.make_room(5)
         await endpoint.wait_writable(0)
         assert endpoint.transmit(0, frames) == 5
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_does_not_come_back_is_bounded_in_bytes():
+    endpoint, port = await open_endpoint("loopback:"), ListeningPort(room=0)
+    frames = [Frame(ONE + OTHER + bytes(60000))] * 200
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(endpoint.run, port)
+        await trio.testing.wait_all_tasks_blocked()
+        taken = endpoint.transmit(0, frames)
+        assert taken == MAX_SIZE // len(frames[0]) + 1
+        assert await waits(lambda: endpoint.wait_writable(0))
+        port.make_room(3)
+        await endpoint.wait_writable(0)
+        assert endpoint.transmit(0, frames) == 3
         nursery.cancel_scope.cancel()
 
 

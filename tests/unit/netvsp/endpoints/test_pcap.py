@@ -1,6 +1,10 @@
 """Captures: written, and brought in."""
 
 import contextlib
+import errno
+import functools
+import io
+import os
 import struct
 import time
 from contextlib import asynccontextmanager
@@ -105,6 +109,40 @@ async def test_a_full_disk_ends_the_capture_and_nothing_else(caplog):
         assert endpoint.snapshot()["write"]["failure"] == "No space left on device"
     warnings = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
     assert warnings == ["/dev/full: No space left on device; the capture has ended"]
+
+
+class SmallDisk(io.FileIO):
+    """Has room for so many bytes more."""
+
+    room = 1000
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = super().write(data[: self.room])
+        self.room -= taken
+        return taken
+
+
+async def test_a_disk_that_becomes_full_keeps_what_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(pcap, "open_to_write", lambda path: SmallDisk(path, "wb"))
+    path = tmp_path / "a.pcapng"
+    frame = Frame(Packet(payload=bytes(200)).build())
+    async with running(f"pcap:[write={path}]null:") as (endpoint, _port):
+        for count in (1, 9):
+            assert endpoint.transmit(0, [frame] * count) == count
+            await until(functools.partial(has_seen, endpoint, count))
+        state = endpoint.snapshot()["write"]
+    assert state["failure"] == "No space left on device"
+    found = read(path)
+    assert [each.data for each in found] == [frame.head] * state["written"]
+    assert 1 < state["written"] < 10
+    assert state["written"] + state["left_out"] == 10
+
+
+def has_seen(endpoint, count):
+    state = endpoint.snapshot()["write"]
+    return state["written"] + state["left_out"] >= count
 
 
 async def test_what_comes_faster_than_it_is_written_is_left_out_and_counted(tmp_path, monkeypatch):
@@ -239,6 +277,45 @@ async def test_what_is_no_capture_is_refused_at_once(tmp_path, content, text):
 async def test_what_cannot_be_had_is_said_with_a_reason(spec, text):
     with pytest.raises(ConfigError, match=text):
         await open_endpoint(spec)
+
+
+async def test_a_file_belongs_to_one_capture(tmp_path):
+    path = tmp_path / "a.pcapng"
+    async with running(f"pcap:[write={path}]null:") as (endpoint, _port):
+        endpoint.transmit(0, [Frame(Packet().build())])
+        for spec in (f"pcap:[write={path}]null:", f"pcap:[read={path}]null:"):
+            with pytest.raises(ConfigError, match="a capture has it"):
+                await open_endpoint(spec)
+    assert len(read(path)) == 1, "nothing of it is lost"
+    with pytest.raises(ConfigError, match="a capture has it"):
+        await open_endpoint(f"pcap:[write={path},read={path}]null:")
+    assert len(read(path)) == 1
+    async with running(f"pcap:[write={path}]null:"):
+        pass
+    assert read(path) == []
+
+
+async def test_what_is_no_file_keeps_nobody_waiting(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    for spec in (f"pcap:[write={path}]null:", f"pcap:[read={path}]null:"):
+        with pytest.raises(ConfigError, match=r"No such device|it is no file"):
+            await open_endpoint(spec)
+    end = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    with pytest.raises(ConfigError, match="it is no file"):
+        await open_endpoint(f"pcap:[write={path}]null:")
+    os.close(end)
+
+
+async def test_blocks_without_end_do_not_fill_the_memory(tmp_path):
+    path = tmp_path / "a.pcapng"
+    header = pcapng.build_header("x", 0)
+    block = pcapng.build_packet(bytes(pcap.TURN_SIZE), 0, 0, 0)
+    with path.open("wb") as file:
+        file.writelines([header, *[block] * 5])
+    with path.open("rb") as file:
+        frames = pcapng.read_capture(file.read)
+        assert [len(pcap._next(frames)) for _ in range(4)] == [2, 2, 1, 0]
 
 
 async def test_the_port_is_the_adapters(tmp_path):

@@ -1,5 +1,6 @@
 """A network that is somebody's function."""
 
+import os
 import sys
 import textwrap
 from contextlib import asynccontextmanager
@@ -193,11 +194,57 @@ async def test_a_file_that_will_not_do_is_said_with_a_reason(script, text, probl
 
 
 @pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("raise KeyboardInterrupt", "KeyboardInterrupt: (answers.py, line 12)"),
+        ("raise GeneratorExit", "GeneratorExit: (answers.py, line 12)"),
+        ("raise Silent", "Silent: ? (answers.py, line 12)"),
+        ("raise ValueError('a\\nINFO b ' * 100000)", "ValueError: " + ("a INFO b " * 23)[:200]),
+        ("return 7", "TypeError: 'int' object is not iterable"),
+        ("return [frame, 7]", "TypeError: memoryview"),
+        ("return [Short(frame)]", "it returned a frame of 3 bytes"),
+        ("return endless()", "it returned more than 1048576 bytes for a frame"),
+    ],
+)
+async def test_whatever_a_function_does_is_one_short_line(script, caplog, text, problem):
+    spec = script(
+        """
+        class Silent(BaseException):
+            def __str__(self):
+                raise RuntimeError
+        class Short(bytes):
+            def __new__(cls, frame):
+                return super().__new__(cls, frame[:3])
+        def endless():
+            while True:
+                yield bytes(60000)
+        def answer(frame):
+            if not frame[0]: """
+        + text
+        + "\n            return frame\n"
+    )
+    async with running(spec) as (endpoint, port):
+        assert endpoint.transmit(0, frames(2)) == 2
+        assert await arrived(port, 1) == [bytes([1]) * 60]
+        assert endpoint.snapshot()["failed"] == 1
+    (line,) = [each.getMessage() for each in caplog.records]
+    assert problem in " ".join(line.split())
+    assert "\n" not in line
+    assert len(line) < 600
+
+
+async def test_a_pipe_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(tmp_path / "answers.py")
+    with pytest.raises(ConfigError, match="it is no file"):
+        await open_endpoint(f"script:{tmp_path}/answers.py")
+
+
+@pytest.mark.parametrize(
     ("spec", "text"),
     [
         ("script:", "needs a file of Python"),
         ("script:/no/such/file.py", "No such file"),
-        ("script:/dev/null", "no file of Python"),
+        ("script:/dev/null", "it is no file"),
         ("script:[x]a.py", "unknown option 'x'"),
     ],
 )

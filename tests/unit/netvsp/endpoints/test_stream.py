@@ -7,11 +7,12 @@ import trio
 import trio.testing
 
 from netvsp.endpoint import EndpointError
-from netvsp.endpoints.stream import FrameStream
+from netvsp.endpoints.stream import TURN, FrameStream
 from netvsp.frames.frame import Frame
 from netvsp.testing import ListeningPort
 from netvsp.testing.frames import GuestFrame, Packet
 from tests.support.patience import until, waits
+from tests.support.turns import counting
 
 
 @pytest.fixture
@@ -83,3 +84,35 @@ async def test_an_end_or_nonsense_is_the_end(ends, data, text):
     await stream.wait_writable()
     with pytest.raises(EndpointError, match="the peer is gone"):
         await stream.receive(ListeningPort())
+
+
+@pytest.mark.parametrize("size", [0, 14])
+async def test_a_peer_with_tiny_frames_takes_no_more_than_its_turn(size):
+    ours, theirs = socket.socketpair()
+    for each in (ours, theirs):
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    stream = FrameStream(ours, "the peer")
+    one = size.to_bytes(4, "big") + bytes(size)
+    with theirs:
+        theirs.setblocking(False)
+        count = theirs.send(one * 10000) // len(one)
+        port = Counting()
+        with counting(FrameStream, "_cut") as cut:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.receive, port)
+                await until(lambda: port.count + stream.dropped == count)
+                nursery.cancel_scope.cancel()
+        assert cut.most_in_step == 1
+        assert cut.total >= count // TURN
+    stream.close()
+
+
+class Counting(ListeningPort):
+    """Counts frames, and keeps none."""
+
+    count = 0
+
+    def receive(self, frames):
+        assert len(frames) <= TURN
+        self.count += len(frames)
+        return len(frames)

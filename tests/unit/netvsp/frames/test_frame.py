@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from netvsp.frames.frame import NEEDS_CHECKSUM, Buffer, Frame, Offload, format_mac
+from netvsp.frames.frame import NEEDS_CHECKSUM, Buffer, Frame, Offload, format_mac, hides_tag
 
 HEAD = bytes(range(12)) + b"\x08\x00" + bytes(range(14, 40))
 TAGGED = HEAD[:12] + b"\x81\x00\xa1\x23" + HEAD[12:]
@@ -58,6 +58,27 @@ def test_a_frame_that_has_a_tag_already_gets_a_second_one():
 def test_a_tag_that_is_not_there_does_not_come_out(head):
     frame = Frame(head)
     assert frame.untagged() is frame
+
+
+@pytest.mark.parametrize(
+    ("tags", "hides"),
+    [
+        ("", False),
+        ("8100 2000", False),
+        ("8100 2000 8100 0007", True),
+        ("8100 0000 88a8 0007", True),
+        ("8100 0000 8100 0000 8100 0007", True),
+        ("8100 0005 8100 0007", False),
+        ("88a8 0000", False),
+        ("88a8 0000 8100 0007", True),
+        ("88a8 0005 8100 0007", False),
+    ],
+)
+def test_a_tag_of_vlan_0_hides_the_one_behind_it(tags, hides):
+    frame = Frame(HEAD[:12] + bytes.fromhex(tags) + HEAD[12:]).untagged()
+    assert hides_tag(frame) is hides
+    for size in range(12, 14 + len(bytes.fromhex(tags))):
+        hides_tag(Frame(frame.head[:size], (), None, frame.tci))
 
 
 def test_only_what_is_still_to_do_has_a_place():

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from netvsp.frames.frame import GSO_TCPV4, NEEDS_CHECKSUM, Frame, Offload
-from netvsp.switch.port import FLOOD_RATE, FROM_ISOLATED, FROM_UPLINK, PortConfig
+from netvsp.switch.port import (
+    EVERY_VLAN,
+    FLOOD_PORTS,
+    FLOOD_RATE,
+    FROM_ISOLATED,
+    FROM_UPLINK,
+    PortConfig,
+)
 from netvsp.switch.switch import (
     JOINT,
     MAX_PORTS,
@@ -186,15 +193,30 @@ def test_a_tag_in_a_tag_is_no_way_into_another_vlan():
     here.add(1)
     here.add(2, uplink=True)
     here.add(3, trunk=frozenset({0}))
-    for outer in (0, 0x2000):
-        double = Frame(make_frame(1, 2, tci=7).tagged().head, (), None, outer)
-        here.send(1, double)
-    assert here.got() == {}
-    assert here.dropped(2) == {"vlan": 2}
+    here.add(4, trunk=frozenset({5}))
+    here.add(5, vlan=5)
+    here.add(6, trunk=frozenset({5}))
+    for target in (5, 6):
+        here.send(4, Frame(make_frame(4, target, tci=7).tagged().head, (), None, 5))
+    assert here.dropped(5) == {"vlan": 1}
     # Where the outer tag stays, it is the one that counts.
-    here.send(1, Frame(make_frame(1, 3, tci=7).tagged().head, (), None, 0))
-    (frame,) = here.take(3)
-    assert frame.tci == 0
+    (frame,) = here.take(6)
+    assert frame.tci == 5
+
+
+@pytest.mark.parametrize("config", [{}, {"vlan": 5}, {"trunk": EVERY_VLAN}])
+@pytest.mark.parametrize("outer", ["8100 2000", "8100 0000 8100 0000", "88a8 0000"])
+def test_a_tag_of_vlan_0_hides_no_tag_of_another_vlan(config, outer):
+    """Linux takes such tags off until it finds one that means something: CVE-2021-27853."""
+    here = Net()
+    here.add(1, **config)
+    here.add(2, trunk=EVERY_VLAN)
+    tags = bytes.fromhex(outer + "8100 0007")
+    here.send(1, Frame(station(2) + station(1) + tags + b"\x08\0" + bytes(46)))
+    assert here.got() == {}
+    assert here.dropped(1) == {"vlan": 1}
+    here.send(1, make_frame(1, 2, bytes(46), tci=0x2000).tagged())
+    assert len(here.take(2)) == 1, "alone it is a priority"
 
 
 # -- isolation -----------------------------------------------------------------------------------
@@ -356,6 +378,14 @@ def test_one_call_does_so_much_and_no_more():
     here.got()
     frames = [make_frame(1, 2)] * 10_000
     assert here.switch.receive(here.ports[1], frames) == TURN
+
+
+def test_a_frame_for_many_ports_counts_for_several():
+    here = net(*range(1, 4 * FLOOD_PORTS + 1))
+    for _ in range(FLOOD_RATE // 1000):
+        here.send(1, *[make_frame(1, BROADCAST)] * 1000)
+        here.got()
+    assert here.dropped(1) == {"storm": FLOOD_RATE * 3 // 4}
 
 
 def test_a_storm_is_dropped_and_what_is_meant_for_one_is_not():

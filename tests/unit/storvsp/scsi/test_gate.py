@@ -7,7 +7,7 @@ import pytest
 import trio
 import trio.testing
 
-from storvsp.scsi.gate import ENTER_AT_ONCE, Gate
+from storvsp.scsi.gate import ENTER_AT_ONCE, EVERYWHERE, Gate, sections
 from storvsp.scsi.pace import FREE, keep_pace
 from tests.support.patience import PATIENCE
 from tests.support.scsi import make_command, run
@@ -240,4 +240,78 @@ async def test_what_has_waited_at_the_gate_does_not_wait_for_what_is_at_hand():
         unit.gate.release(exclusive=True)
         await trio.testing.wait_all_tasks_blocked()
         assert not unit.busy
+        disk.pause.set()
+
+
+def test_sections_of_a_range():
+    assert sections(5, 0) == 0
+    assert sections(0, 1) == sections(2047, 1) == sections(64 * 2048, 2048) == 1
+    assert sections(2047, 2) == 0b11
+    assert sections(63 * 2048, 2049) == 1 << 63 | 1
+    assert sections(1, 64 * 2048 - 1) == sections((1 << 64) - 1, 1 << 32) == EVERYWHERE
+
+
+async def test_who_acts_elsewhere_does_not_wait():
+    changes: list[bool] = []
+    gate = Gate(lambda: changes.append(gate.closed))
+    here, there = sections(0, 1), sections(2048, 1)
+    await gate.acquire(exclusive=True, where=here)
+    assert gate.bars(here)
+    assert not gate.bars(there)
+    with trio.fail_after(PATIENCE):
+        await gate.acquire(exclusive=False, where=there)
+        gate.release(exclusive=False, where=there)
+        await gate.acquire(exclusive=True, where=there)  # two, each alone in its place
+    assert gate.bars(there)
+    gate.release(exclusive=True, where=here)
+    assert gate.closed
+    assert not gate.bars(here)
+    gate.release(exclusive=True, where=there)
+    assert changes == [True, False]
+
+
+async def test_who_waits_to_be_alone_holds_up_only_its_own_place():
+    gate = Gate(lambda: None)
+    here, there = sections(0, 1), sections(2048, 1)
+    entered: list[str] = []
+
+    async def enter(name: str, where: int, *, exclusive: bool) -> None:
+        await gate.acquire(exclusive=exclusive, where=where)
+        entered.append(name)
+        gate.release(exclusive=exclusive, where=where)
+
+    await gate.acquire(exclusive=False, where=here)
+    async with trio.open_nursery() as nursery:
+        for name, where, exclusive in (
+            ("alone", here, True),
+            ("behind it", here, False),
+            ("elsewhere", there, False),
+            ("everywhere", EVERYWHERE, False),
+        ):
+            nursery.start_soon(partial(enter, name, where, exclusive=exclusive))
+            await trio.testing.wait_all_tasks_blocked()
+        assert entered == ["elsewhere"]
+        gate.release(exclusive=False, where=here)
+    assert entered[1] == "alone"
+    assert sorted(entered[2:]) == ["behind it", "everywhere"]
+
+
+async def test_a_read_elsewhere_is_served_at_once_while_compare_and_write_waits_for_the_disk():
+    disk, unit = make_unit(blocks=8192)
+    await run(unit, "00" * 6)
+    disk.inline = False
+    disk.pause = trio.Event()
+    old = bytes(disk.data[1536:2560])
+    near, _ = make_command("28 00 00000003 00 0001 00", room=512)
+    far, _ = make_command("28 00 00001000 00 0001 00", room=512)
+    async with trio.open_nursery() as nursery:
+        command, _ = make_command(CAW, out=old + bytes(1024))
+        nursery.start_soon(unit.execute, command)
+        await trio.testing.wait_all_tasks_blocked()
+        assert unit.gate.closed
+        disk.inline = True
+        assert unit.try_execute(near) is None
+        outcome = unit.try_execute(far)
+        assert outcome is not None
+        assert outcome.status == 0
         disk.pause.set()
