@@ -336,7 +336,7 @@ class Session:
         self.control.reset()
         self._set_mtu(DEFAULT_MTU, DEFAULT_MTU)
         self.capabilities = 0
-        self.receiver.tags_beside = False
+        self.receiver.tags_beside = self.control.coalesces = False
 
     def _configure(self, config: nvsp.NdisConfig) -> None:
         # Linux counts the Ethernet header, FreeBSD does not (hn_nvs_conf_ndis); so the frames that
@@ -345,6 +345,7 @@ class Session:
         self._set_mtu(max(said - ETHERNET_HEADER, DEFAULT_MTU), max(said, DEFAULT_MTU))
         self.capabilities = config.capabilities
         self.receiver.tags_beside = bool(config.capabilities & nvsp.CAPABILITY_8021Q)
+        self.control.coalesces = bool(config.capabilities & nvsp.CAPABILITY_RSC)
 
     def _set_mtu(self, mtu: int, longest: int) -> None:
         """Agree on what a guest wants, or what the network carries; the guest asks for it again.

@@ -76,7 +76,7 @@ def other_memory(guest: NetGuest) -> bytes:
 @settings(max_examples=80)
 def test_any_frames_are_messages_or_nothing(config, wants, beside, mtu, chosen, batches):
     async def serve() -> None:
-        capabilities = nvsp.CAPABILITY_8021Q if beside else 0
+        capabilities = nvsp.CAPABILITY_RSC | (nvsp.CAPABILITY_8021Q if beside else 0)
         async with running(config=config, wants=wants, mtu=mtu, capabilities=capabilities) as (
             guest,
             adapter,

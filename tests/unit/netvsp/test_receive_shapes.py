@@ -170,6 +170,21 @@ async def test_a_segment_is_in_parts_for_a_guest_that_takes_them(shape, size):
         assert adapter.snapshot()["receive_outstanding"] == 0
 
 
+async def test_a_segment_is_cut_for_a_driver_that_has_not_said_that_it_can_take_it():
+    """Whatever it sets: linux says so in SEND_NDIS_CONFIG, from version 6.1 on."""
+    for capabilities, whole in ((nvsp.CAPABILITY_RSC, True), (nvsp.CAPABILITY_8021Q, False)):
+        async with running(capabilities=capabilities, wants=PROMISCUOUS) as (guest, adapter):
+            assert not await guest.set(oids.TCP_OFFLOAD_PARAMETERS, RSC_ON)
+            guest.received.clear()
+            shape = Shape(4, "tcp", "none")
+            assert adapter.receive([segment(shape, data(5000), 1400)]) == 1
+            await guest.settle()
+            if whole:
+                assert coalesced(guest.received) == [packet(shape, data(5000))]
+            else:
+                assert guest.take_frames() == list(pieces_of(shape, data(5000), 1400))
+
+
 async def test_a_segment_may_need_more_parts_than_a_packet_has_frames():
     """With a small MTU; linux takes 562 ranges."""
     async with running(Network(mtu=68), wants=PROMISCUOUS) as (guest, adapter):
