@@ -261,13 +261,13 @@ class Receiver:
                 return None
         return frame.untagged() if self.tags_beside else frame.tagged()
 
-    def _channel_of(self, frame: Frame) -> tuple[int, int]:
+    def _channel_of(self, frame: Frame) -> tuple[int, int | None]:
         """Return the number of a frame's channel, and its hash if there is one."""
         scaling = self._control.scaling
         if scaling is None:
-            return 0, 0
+            return 0, None
         hashed = scaling.hash(frame.head)
-        return (scaling.channel(hashed), hashed) if hashed else (0, 0)
+        return (0, None) if hashed is None else (scaling.channel(hashed), hashed)
 
     def _fitting(self, frame: Frame, room: int) -> list[Frame]:
         """Return a frame as the guest can take it: as it is, with its sum, or cut.
@@ -289,7 +289,7 @@ class Receiver:
         elif offload.flags & NEEDS_CHECKSUM:
             self._statistics.checksums += 1
 
-    def _store(self, buffer: ReceiveBuffer, frame: Frame, hashed: int) -> Ranges:
+    def _store(self, buffer: ReceiveBuffer, frame: Frame, hashed: int | None) -> Ranges:
         """Write one frame into the buffer; return where it is, in one range or several."""
         information = b""
         value = receive_value(frame) if frame.offload is not None else 0
@@ -298,7 +298,7 @@ class Receiver:
         if frame.tci is not None:
             tag = ppi.pack_vlan(ppi.vlan_of_tci(frame.tci))
             information += ppi.build_item(ppi.VLAN, tag)
-        if hashed:
+        if hashed is not None:
             information += ppi.build_item(ppi.HASH_VALUE, hashed)
         room = buffer.part_size - ROOM
         whole = frame.tobytes()

@@ -36,7 +36,9 @@ async def three_channels():
         guest.received.clear()
         scaling = adapter._session.control.scaling
         assert scaling is not None
-        frames = {scaling.channel(scaling.hash(each.head)): each for each in map(flow, range(40))}
+        frames = {
+            scaling.channel(scaling.hash(each.head) or 0): each for each in map(flow, range(40))
+        }
         yield guest, adapter, frames, {1: first[1], 2: second[1]}
 
 
