@@ -11,7 +11,6 @@ import errno
 import json
 import logging
 import os
-import pickle
 import socket
 import sys
 from collections import deque
@@ -30,11 +29,10 @@ from vmbus.log_budget import LogBudget
 from vmbus.plugins.sharing import Line, make_line
 from vmbus.server.devices import SharedKey, need_names
 from vmbus.server.guests import check_kind, pick_guest
-from vmbus.server.keepers import KeeperKey, shared_backends
+from vmbus.server.keepers import KeeperKey, Shared, shared_backends
 from vmbus.server.process import resident_bytes
-from vmbus.supervisor import relay
 from vmbus.supervisor.parcels import MAX_DOWN, send_down
-from vmbus.supervisor.plan import Plan
+from vmbus.supervisor.plan import Plan, send_plan
 from vmbus.supervisor.workers import Gone, Worker, describe_status, make_ends
 
 _log = logging.getLogger("vmbus.server")
@@ -119,7 +117,7 @@ class Supervisor:
         ours, wait = await start_zygote()
         try:
             try:
-                _send_plan(ours, plan)
+                send_plan(ours, plan)
             except OSError as error:
                 raise AttachError("the process that starts workers has ended") from error
             supervisor = cls(plan, ours)
@@ -253,8 +251,8 @@ class Supervisor:
                 await worker.ready.wait()
                 await self._spare_in.send(worker)
 
-    async def _spawn(self) -> Worker | None:
-        """Make a worker; None if that is impossible now."""
+    async def _spawn(self, *, programs: bool = False) -> Worker | None:
+        """Make a worker, one that may start programs if need be; None: impossible now."""
         try:
             down, up, claims, theirs = make_ends()
         except OSError as error:
@@ -262,7 +260,7 @@ class Supervisor:
             return None
         worker = Worker(self, down, up, claims)
         try:
-            await self._ask_for_process(theirs, worker)
+            await self._ask_for_process(theirs, worker, programs=programs)
         except BaseException:
             worker.discard()
             raise
@@ -272,7 +270,7 @@ class Supervisor:
         self._nursery.start_soon(self._to_the_end, worker.run)
         return worker
 
-    async def _ask_for_process(self, theirs: list[int], worker: Worker) -> None:
+    async def _ask_for_process(self, theirs: list[int], worker: Worker, *, programs: bool) -> None:
         """Have the zygote make a process with these descriptors, which are owned here.
 
         The worker has a pid then, if that was possible.
@@ -281,7 +279,7 @@ class Supervisor:
         number = self._count
         event, _ = self._starting[number] = trio.Event(), worker
         try:
-            send_down(self._zygote, {"spawn": number}, theirs)
+            send_down(self._zygote, {"spawn": number, "programs": programs}, theirs)
         finally:
             for fd in theirs:
                 os.close(fd)
@@ -317,7 +315,7 @@ class Supervisor:
         made: dict[SharedKey, Line] = {}
         try:
             for key, how in self._shared.items():
-                keeper = await self._keeper(how.keeper)
+                keeper = await self._keeper(how)
                 theirs, made[key] = make_line(how.staging)
                 try:
                     keeper.send({"connect": guest, "spec": key.spec}, theirs.filenos())
@@ -329,14 +327,13 @@ class Supervisor:
             raise
         return made
 
-    async def _keeper(self, key: KeeperKey) -> Worker:
-        """Return the worker that keeps something, made when it is first needed."""
+    async def _keeper(self, how: Shared) -> Worker:
+        """Return the worker that keeps something, made when it is first needed. Raises Gone."""
+        key = how.keeper
         async with self._keeping:
             keeper = self._keepers.get(key)
             if keeper is None or keeper.gone.is_set():
-                keeper = await self._spare.receive()
-                while keeper.gone.is_set():
-                    keeper = await self._spare.receive()
+                keeper = await self._new_keeper(programs=how.programs)
                 try:
                     await keeper.ask({"keep": list(key)})
                 except BaseException:
@@ -345,6 +342,15 @@ class Supervisor:
                 keeper.keeps = key
                 self._keepers[key] = keeper
             return keeper
+
+    async def _new_keeper(self, *, programs: bool) -> Worker:
+        while True:
+            keeper = await (self._spawn(programs=True) if programs else self._spare.receive())
+            if keeper is None:
+                raise Gone
+            await keeper.ready.wait()
+            if not keeper.gone.is_set():
+                return keeper
 
     # -- VMMs ------------------------------------------------------------------------------------
 
@@ -489,12 +495,3 @@ _UNKNOWN: dict[str, Any] = {
 
 def _is_greeting(worker: Worker) -> bool:
     return worker.name is None and not worker.gone.is_set()
-
-
-def _send_plan(sock: socket.socket, plan: Plan) -> None:
-    fd = os.memfd_create("vmbus-plan", os.MFD_CLOEXEC)
-    try:
-        os.write(fd, pickle.dumps((plan, relay.levels())))
-        send_down(sock, {}, [fd])
-    finally:
-        os.close(fd)
