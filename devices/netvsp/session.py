@@ -22,7 +22,8 @@ from netvsp.control import MAX_CONTROL, Control
 from netvsp.endpoint import Endpoint
 from netvsp.frames.frame import ETHERNET_HEADER, MAX_MTU, Buffer
 from netvsp.link import AdapterConfig, Link
-from netvsp.receive import Receiver, part_size
+from netvsp.placing import part_size
+from netvsp.receive import Receiver
 from netvsp.statistics import AdapterStatistics
 from netvsp.transmit import COST, Sender
 from netvsp.wire import nvsp, rndis
@@ -149,7 +150,7 @@ class Session:
             self.receiver.lose(channel)
         finally:
             self._flushing.discard(channel)
-        self.receiver.go_on(channel)
+        self.receiver.flushed(channel)
 
     def _release(self) -> None:
         self.receiver.channels.clear()
@@ -173,15 +174,12 @@ class Session:
         sender.messages.send_buffer = self._send_buffer
         sender.max_frame = self._max_frame
         sender.ready = bool(self.control.filter)
-        self.receiver.channels[index] = channel
+        self.receiver.open(channel)
         self._send_table()
 
     def _closed(self, channel: Channel) -> None:
         self._senders.pop(channel, None)
-        index = channel.subchannel_index
-        if self.receiver.channels.get(index) is channel:
-            del self.receiver.channels[index]
-        self.receiver.forget(channel)
+        self.receiver.lose(channel)
 
     # -- packets ---------------------------------------------------------------------------------
 
@@ -338,7 +336,7 @@ class Session:
         self.control.reset()
         self._set_mtu(DEFAULT_MTU, DEFAULT_MTU)
         self.capabilities = 0
-        self.receiver.tags_beside = False
+        self.receiver.tags_beside = self.control.coalesces = False
 
     def _configure(self, config: nvsp.NdisConfig) -> None:
         # Linux counts the Ethernet header, FreeBSD does not (hn_nvs_conf_ndis); so the frames that
@@ -347,6 +345,7 @@ class Session:
         self._set_mtu(max(said - ETHERNET_HEADER, DEFAULT_MTU), max(said, DEFAULT_MTU))
         self.capabilities = config.capabilities
         self.receiver.tags_beside = bool(config.capabilities & nvsp.CAPABILITY_8021Q)
+        self.control.coalesces = bool(config.capabilities & nvsp.CAPABILITY_RSC)
 
     def _set_mtu(self, mtu: int, longest: int) -> None:
         """Agree on what a guest wants, or what the network carries; the guest asks for it again.
@@ -381,6 +380,7 @@ class Session:
             raise
         self.receiver.forget()
         self.receiver.buffer, self.receiver.buffer_id = buffer, number
+        self.receiver.sort()
         self.stage = Stage.READY
         return nvsp.build_receive_buffer_complete(nvsp.SUCCESS, buffer.part_size, buffer.count)
 
@@ -483,6 +483,7 @@ class Session:
         self._told_up, self._told_speed = self._link.up, self._link.speed
         for sender in self._senders.values():
             sender.ready = bool(self.control.filter)
+        self.receiver.sort()
 
     def _complain(self, channel: Channel, packet: Packet, text: str) -> None:
         self.refused += 1

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from netvsp.frames.frame import BROADCAST, Frame
 
 DIRECTED, MULTICAST, BROADCAST_KIND = range(3)
+NO_BUFFER = "no buffer"
+"""Why frames were dropped that the guest had no room for."""
 KINDS = ("directed", "multicast", "broadcast")
 
 

@@ -7,6 +7,7 @@
 `worker`     what runs in a worker: a :class:`vmbus.server.GuestServer` with one guest
 `parcels`    messages between these processes, bounded
 `sandbox`    what a worker cannot do any more
+`keeping`    what guests share, and the lines to it
 `files`      which files the command line names
 `relay`      lines of a worker's log on their way to the supervisor's
 `plan`       what workers have to know before there is a guest

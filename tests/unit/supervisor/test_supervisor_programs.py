@@ -73,10 +73,10 @@ async def test_only_a_keeper_that_says_so_starts_programs(allowed):
     said = {}
     async with Supervisor.open(plan) as server:
         for _ in range(2):  # the same keepers
-            for key, line in (await server.lines("guest")).items():
+            for key, line in (await server.keeping.lines("guest")).items():
                 with trio.fail_after(PATIENCE):
                     await trio.lowlevel.wait_readable(line.sock)
                 said[key.spec] = line.sock.recv(100)
                 line.close()
             assert said == {"free": b"free\n", "confined": b"Operation not permitted"}
-        assert len(server._keepers) == 2
+        assert len(server.keeping.workers) == 2
