@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from netvsp.adapter import MAC_PREFIX, NetworkAdapter, parse_mac
-from netvsp.endpoints import switch
+from netvsp.endpoints import nat, switch
 from netvsp.endpoints.specs import ENDPOINTS, open_endpoint
 from netvsp.frames.frame import MAX_MTU, format_mac
 from netvsp.link import AdapterConfig
@@ -85,7 +85,12 @@ class NetworkPlugin:
         monitor = reader.flag("monitor")
         reader.finish()
         line = shared.get(text)
-        endpoint = switch.connect(line) if line is not None else await open_endpoint(spec)
+        if line is None:
+            endpoint = await open_endpoint(spec)
+        elif spec.scheme == nat.SCHEME:
+            endpoint = await nat.connect(text, line)
+        else:
+            endpoint = switch.connect(line)
         try:
             adapter = NetworkAdapter(
                 endpoint,
@@ -102,13 +107,15 @@ class NetworkPlugin:
         return adapter
 
     def shared(self, specs: Sequence[str], options: Mapping[str, Any]) -> dict[str, Share]:
-        """See :class:`vmbus.plugins.sharing.SharingPlugin`: switches are."""
+        """See :class:`vmbus.plugins.sharing.SharingPlugin`: switches are, and who starts passt."""
         del options
-        return switch.shared(specs)
+        return {**switch.shared(specs), **nat.shared(specs)}
 
     async def open_keeper(self, specs: Sequence[str], *, identity: bytes) -> Keeper:
         """See :class:`vmbus.plugins.sharing.SharingPlugin`."""
         del identity  # it has a name
+        if nat.shared(specs):
+            return await nat.open_keeper(specs)
         return await switch.open_keeper(specs)
 
     async def command(self, device: Device, request: Mapping[str, Any]) -> dict[str, Any]:
