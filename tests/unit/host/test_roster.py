@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import trio
 
+from tests.support.patience import SOON
 from tests.support.worlds import EchoDevice, RawGuest, world
 from vmbus.errors import ConfigError, LocalProtocolError
 from vmbus.guest import LINUX_6_1
@@ -134,7 +135,7 @@ async def test_a_device_that_is_removed_has_its_guest_come_to_rest_before_it_is_
 
 async def test_a_guest_that_does_not_come_to_rest_keeps_no_device():
     device = RetiringDevice()
-    async with world(device, config=BusConfig(close_grace=0.05)) as there:
+    async with world(device, config=BusConfig(close_grace=SOON)) as there:
         await there.bus.remove_device(1)
         assert there.bus.devices == {}
     assert device.heard == ["retire", "closed"]
