@@ -13,7 +13,7 @@ from netvsp.endpoint import Endpoint, EndpointError
 from netvsp.frames.frame import Frame, format_mac
 from netvsp.link import AdapterConfig, Link
 from netvsp.session import Session
-from netvsp.statistics import AdapterStatistics
+from netvsp.statistics import NO_BUFFER, AdapterStatistics
 from netvsp.wire.nvsp import VERSION_NAMES
 from vmbus.errors import ConfigError
 from vmbus.host.channel import Channel
@@ -106,6 +106,10 @@ class NetworkAdapter:
             await trio.lowlevel.checkpoint()
         else:
             await self._session.receiver.wait_room()
+
+    def lost(self, count: int) -> None:
+        """See :meth:`netvsp.endpoint.Port.lost`."""
+        self.statistics.receive.dropped[NO_BUFFER] += count
 
     def link_changed(self, *, up: bool, speed: int | None = None) -> None:
         """See :meth:`netvsp.endpoint.Port.link_changed`."""

@@ -22,9 +22,14 @@ UPLINK_ADDRESSES = 12288
 FROM_ISOLATED = 1
 FROM_UPLINK = 2
 
+QUEUE_FULL = "queue full"
+"""Why frames were dropped that whoever is at the port did not take in time."""
+
 FLOOD_RATE = 20_000
 """Frames a second from a port that may go to all others; a second's worth in one go."""
 JOINT_FLOOD_RATE = 200_000
+FLOOD_PORTS = 16
+"""Ports that such a frame goes to for one; if there are more, it counts for several."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +117,7 @@ class SwitchPort:
         queue = self.queue
         gone = queue.push(source, frame, length)
         if gone:
-            self.dropped["queue full"] += gone
+            self.dropped[QUEUE_FULL] += gone
         if queue.count == 1:
             self.ready()
 
@@ -136,15 +141,15 @@ class SwitchPort:
         else:
             self.queue.forget(source)
 
-    def spend_flood(self, now: float) -> bool:
-        """Whether a frame may go to all others now. Cannot block."""
+    def spend_flood(self, now: float, ports: int) -> bool:
+        """Whether a frame may go to all others, of which there are so many, now. Cannot block."""
         if self.tokens < 1:
             rate = JOINT_FLOOD_RATE if self.config.joint else FLOOD_RATE
             self.tokens = min(float(rate), self.tokens + (now - self.tokens_at) * rate)
             self.tokens_at = now
             if self.tokens < 1:
                 return False
-        self.tokens -= 1
+        self.tokens -= max(1.0, ports / FLOOD_PORTS)
         return True
 
     def describe(self) -> dict[str, Any]:

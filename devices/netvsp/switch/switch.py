@@ -50,7 +50,7 @@ from vmbus.errors import ConfigError
 MAX_PORTS = 1024
 MAX_STATIONS = 4096
 """Stations of a joint."""
-TURN = 2048
+TURN = 256
 """What is done in one call: each frame is one, and each port to which a frame is copied."""
 
 JOINT = PortConfig(trunk=EVERY_VLAN, joint=True, addresses=UPLINK_ADDRESSES)
@@ -292,11 +292,11 @@ class Switch:
                 return 1
         elif target[:5] == _LINK_LOCAL and target[5] < 16:
             return "link-local"
-        if not port.spend_flood(now):
-            return "storm"
         members = self._members.get(vlan)
         if members is None:
             members = self._find_members(vlan)
+        if not port.spend_flood(now, len(members)):
+            return "storm"
         frame = frame.own()
         for out in members:
             if out is not port and not (out.joint and port.joint) and _may_pass(origin, out):

@@ -351,6 +351,17 @@ async def test_a_life_ends_in_the_middle_of_anything():
         assert adapter.receive([incoming()]) == 1
 
 
+async def test_a_guest_can_ask_how_many_frames_were_lost_for_want_of_room():
+    network = Network()
+    async with running(network) as (guest, adapter):
+        assert network.port is not None
+        network.port.lost(3)
+        network.port.lost(4)
+        found = await guest.query(oids.GEN_RCV_NO_BUFFER)
+        assert int.from_bytes(found.buffer, "little") == 7
+        assert adapter.statistics.receive.dropped == {"no buffer": 7}
+
+
 async def test_a_guest_that_was_not_told_of_its_link_is_told_when_it_takes_messages_again():
     async with running() as (guest, adapter):
         guest.gives_back = False

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import trio.testing
 
+from netvsp.backlog import FRAME_WEIGHT, SEGMENT_COST, TURN, WAITING_WEIGHT
 from netvsp.endpoint import Offloads
 from netvsp.frames.frame import Frame, Offload
-from netvsp.transmit import FRAME_WEIGHT, PIECE_COST, SEGMENT_COST, TURN, WAITING_WEIGHT
+from netvsp.transmit import PIECE_COST
 from netvsp.wire import nvsp, ppi
 from tests.support.net_frames import Shape, packet, uncut
 from tests.support.net_guest import MAC, PEER, NetGuest, Network, message_of, running
@@ -159,7 +160,7 @@ async def test_each_channel_waits_for_its_own_queue():
 
 async def test_a_turn_is_over_after_some_segments_that_we_cut_ourselves():
     """A guest that asks for small pieces has a thousand of them made of one packet."""
-    for offloads, cost in ((Offloads(), 1250 * SEGMENT_COST), (Offloads(tcp_segments=True), 0)):
+    for offloads, cost in ((Offloads(), 1249 * SEGMENT_COST), (Offloads(tcp_segments=True), 0)):
         async with running(Network(offloads)) as (guest, adapter):
             session = adapter._session
             assert session is not None
@@ -175,7 +176,7 @@ async def test_a_turn_is_over_after_some_segments_that_we_cut_ourselves():
             packets = guest.channel._reader.read_batch_untrusted(256)
             async with trio.open_nursery() as nursery:
                 done = session.serve_batch(guest.channel, packets, nursery)
-            one = 122 * SEGMENT_COST
+            one = 121 * SEGMENT_COST
             assert done == (4 if not cost else -(-TURN // one))
             guest.channel.try_flush()
 

@@ -6,6 +6,7 @@ import pytest
 
 from netvsp.switch.port import (
     EVERY_VLAN,
+    FLOOD_PORTS,
     FLOOD_RATE,
     PortConfig,
     SwitchPort,
@@ -56,10 +57,10 @@ def test_what_makes_no_sense_is_refused(options):
 
 def test_floods_have_a_rate():
     port = SwitchPort("a", PortConfig(), lambda: None)
-    assert sum(port.spend_flood(0) for _ in range(2 * FLOOD_RATE)) == FLOOD_RATE
-    assert sum(port.spend_flood(0.5) for _ in range(FLOOD_RATE)) == FLOOD_RATE // 2
+    assert sum(port.spend_flood(0, 2) for _ in range(2 * FLOOD_RATE)) == FLOOD_RATE
+    assert sum(port.spend_flood(0.5, FLOOD_PORTS) for _ in range(FLOOD_RATE)) == FLOOD_RATE // 2
     # Silence is not saved up.
-    assert sum(port.spend_flood(1000) for _ in range(2 * FLOOD_RATE)) == FLOOD_RATE
+    assert sum(port.spend_flood(1000, 2) for _ in range(2 * FLOOD_RATE)) == FLOOD_RATE
 
 
 def test_a_port_is_described():

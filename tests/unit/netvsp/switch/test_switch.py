@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from netvsp.frames.frame import GSO_TCPV4, NEEDS_CHECKSUM, Frame, Offload
-from netvsp.switch.port import EVERY_VLAN, FLOOD_RATE, FROM_ISOLATED, FROM_UPLINK, PortConfig
+from netvsp.switch.port import (
+    EVERY_VLAN,
+    FLOOD_PORTS,
+    FLOOD_RATE,
+    FROM_ISOLATED,
+    FROM_UPLINK,
+    PortConfig,
+)
 from netvsp.switch.switch import (
     JOINT,
     MAX_PORTS,
@@ -371,6 +378,14 @@ def test_one_call_does_so_much_and_no_more():
     here.got()
     frames = [make_frame(1, 2)] * 10_000
     assert here.switch.receive(here.ports[1], frames) == TURN
+
+
+def test_a_frame_for_many_ports_counts_for_several():
+    here = net(*range(1, 4 * FLOOD_PORTS + 1))
+    for _ in range(FLOOD_RATE // 1000):
+        here.send(1, *[make_frame(1, BROADCAST)] * 1000)
+        here.got()
+    assert here.dropped(1) == {"storm": FLOOD_RATE * 3 // 4}
 
 
 def test_a_storm_is_dropped_and_what_is_meant_for_one_is_not():
