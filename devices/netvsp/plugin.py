@@ -84,8 +84,8 @@ class NetworkPlugin:
         mac = parse_mac(address) if address else guest_mac(initiator, instance_id)
         monitor = reader.flag("monitor")
         reader.finish()
-        line = shared.get(text)
-        endpoint = switch.connect(line) if line is not None else await open_endpoint(spec)
+        with switch.connecting(shared.get(text)):
+            endpoint = await open_endpoint(spec)
         try:
             adapter = NetworkAdapter(
                 endpoint,
