@@ -62,13 +62,13 @@ class Headers:
         return found + number.to_bytes(4, "little")
 
 
-def store(buffer: ReceiveBuffer, frame: Frame, hashed: int, segment: int) -> list[int]:
+def store(buffer: ReceiveBuffer, frame: Frame, hashed: int | None, segment: int) -> list[int]:
     """Write one frame into free parts of the buffer. Cannot block.
 
     Args:
         buffer: There are as many free parts as it takes.
         frame: With all that is to be said of it.
-        hashed: Its hash; 0: none.
+        hashed: Its hash, if it has one.
         segment: 16 bits, different from those of its neighbours: the number of a coalesced one.
 
     Returns:
@@ -84,7 +84,7 @@ def store(buffer: ReceiveBuffer, frame: Frame, hashed: int, segment: int) -> lis
     if frame.tci is not None:
         tag = ppi.pack_vlan(ppi.vlan_of_tci(frame.tci))
         information += ppi.build_item(ppi.VLAN, tag)
-    if hashed:
+    if hashed is not None:
         information += ppi.build_item(ppi.HASH_VALUE, hashed)
     room = buffer.part_size - ROOM
     whole = frame.tobytes()

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from netvsp.adapter import MAC_PREFIX, NetworkAdapter, parse_mac
-from netvsp.endpoints import switch
+from netvsp.endpoints import nat, switch
 from netvsp.endpoints.specs import ENDPOINTS, open_endpoint
 from netvsp.frames.frame import MAX_MTU, format_mac
 from netvsp.link import AdapterConfig
@@ -84,8 +84,12 @@ class NetworkPlugin:
         mac = parse_mac(address) if address else guest_mac(initiator, instance_id)
         monitor = reader.flag("monitor")
         reader.finish()
-        with switch.connecting(shared.get(text)):
-            endpoint = await open_endpoint(spec)
+        line = shared.get(text)
+        if line is not None and spec.scheme == nat.SCHEME:
+            endpoint = await nat.connect(text, line)
+        else:
+            with switch.connecting(line):
+                endpoint = await open_endpoint(spec)
         try:
             adapter = NetworkAdapter(
                 endpoint,
@@ -102,13 +106,15 @@ class NetworkPlugin:
         return adapter
 
     def shared(self, specs: Sequence[str], options: Mapping[str, Any]) -> dict[str, Share]:
-        """See :class:`vmbus.plugins.sharing.SharingPlugin`: switches are."""
+        """See :class:`vmbus.plugins.sharing.SharingPlugin`: switches are, and who starts passt."""
         del options
-        return switch.shared(specs)
+        return {**switch.shared(specs), **nat.shared(specs)}
 
     async def open_keeper(self, specs: Sequence[str], *, identity: bytes) -> Keeper:
         """See :class:`vmbus.plugins.sharing.SharingPlugin`."""
         del identity  # it has a name
+        if nat.shared(specs):
+            return await nat.open_keeper(specs)
         return await switch.open_keeper(specs)
 
     async def command(self, device: Device, request: Mapping[str, Any]) -> dict[str, Any]:

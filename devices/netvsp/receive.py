@@ -8,9 +8,9 @@ array with it), and it is free again exactly when the packet has been completed.
 A segment that is longer than a sub-allocation goes to a guest that has asked for receive segment
 coalescing in several of them, marked first to last; to others it goes cut.
 
-Frames come in tasks of an endpoint's, perhaps in that of another guest's adapter. So nothing that
-this guest does to its rings is found out there: what cannot be written at once, for want of room or
-because the partition stands still, is left to a task of its own.
+Frames come in tasks of an endpoint's, perhaps in another guest's adapter. So nothing that this
+guest does to its rings is found out there: what cannot be written at once is left to a task of its
+own.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Cutting:
     """A segment that is too much for one turn."""
 
     pieces: Iterator[Frame]
-    hashed: int
+    hashed: int | None
 
 
 class Receiver:
@@ -199,8 +199,8 @@ class Receiver:
                     if self._cutting is not None:
                         break
                     continue
-                hashed = scaling.hash(head) if scaling is not None else 0
-                channel = targets[hashed % len(targets)] if hashed else primary
+                hashed = scaling.hash(head) if scaling is not None else None
+                channel = primary if hashed is None else targets[hashed % len(targets)]
                 group = groups.get(channel) or self._group(groups, channel)
                 if group is None or (
                     len(free) <= low
@@ -212,7 +212,7 @@ class Receiver:
                     done += 1
                     budget -= COST
                     continue
-                header = headers.hashed(length, hashed) if hashed else headers.plain(length)
+                header = headers.plain(length) if hashed is None else headers.hashed(length, hashed)
                 data = header + (frame.tobytes() if frame.rest else head)
                 index = free[-1]
                 view = (parts.get(index) or buffer.part(index))[0]
@@ -258,9 +258,10 @@ class Receiver:
             found = groups[channel] = [[]]
         return found
 
-    def _target(self, hashed: int) -> Channel:
-        targets = self._targets
-        return targets[hashed % len(targets)] if hashed and targets else self.channels[0]
+    def _target(self, hashed: int | None) -> Channel:
+        if hashed is None or not (targets := self._targets):
+            return self.channels[0]
+        return targets[hashed % len(targets)]
 
     def _receive_one(self, buffer: ReceiveBuffer, frame: Frame, groups: Groups) -> int:
         """Store any frame, or drop it. Returns what that costs; 0: there is no room for it now.
@@ -275,7 +276,7 @@ class Receiver:
         )  # fmt: skip
         if wanted is None:
             return COST
-        hashed = scaling.hash(wanted.head) if scaling is not None else 0
+        hashed = scaling.hash(wanted.head) if scaling is not None else None
         channel = self._target(hashed)
         group = self._group(groups, channel)
         if group is None:
@@ -318,7 +319,7 @@ class Receiver:
         self,
         buffer: ReceiveBuffer,
         frames: Sequence[Frame],
-        hashed: int,
+        hashed: int | None,
         group: list[list[int]],
         *,
         whole: bool,

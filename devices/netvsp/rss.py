@@ -71,8 +71,11 @@ class Scaling:
         self._v6 = bool(kinds & (HASH_IPV6 | HASH_IPV6_EX | HASH_TCP_IPV6))
         self._flows: dict[bytes, int] = {}
 
-    def hash(self, head: bytes) -> int:
-        """Return the hash of a frame by its headers, 0 if it has none. Cannot block.
+    def hash(self, head: bytes) -> int | None:
+        """Return the hash of a frame by its headers, None if it has none. Cannot block.
+
+        One of 0 is a hash as any other: Linux has a key of zeros after ``ethtool -L eth0 combined
+        1``, and a table that counts nevertheless (netvsc_drv.c, netvsc_devinfo_get).
 
         Args:
             head: From its destination address on, without a VLAN tag.
@@ -91,7 +94,7 @@ class Scaling:
                 return self._look_up(head[22:58])
             if self._v6:
                 return self._look_up(head[22:54])
-        return 0
+        return None
 
     def _look_up(self, flow: bytes) -> int:
         found = self._flows.get(flow)

@@ -8,7 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,8 +16,13 @@ from tests.guest.rig.account import Said, server_account
 from tests.guest.rig.assets import Assets, load_assets
 from tests.guest.rig.claims import load_claims
 from tests.guest.rig.guest import Guest, GuestError, until
+from tests.guest.rig.host_tools import open_tools
+from tests.guest.rig.namespaces import Place
 from tests.guest.rig.processes import Command, start_forking
 from tests.support.patience import PATIENCE
+
+if TYPE_CHECKING:
+    from tests.guest.network_bench import NetworkBench
 
 TOOLS_LUN = 40
 """Where the root file system is, for guests that mount it."""
@@ -59,20 +64,30 @@ class Server:
     Args:
         folder: For socket and log.
         arguments: Behind ``vmbus serve --socket PATH``.
+        place: The network that it has; None: the machine's own.
+        details: Have it log every control message. There are few once a guest is up, but some 600
+            for each life of a network adapter, which has large buffers.
     """
 
-    def __init__(self, folder: Path, number: int, arguments: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        number: int,
+        arguments: Sequence[str],
+        *,
+        place: Place | None = None,
+        details: bool = True,
+    ) -> None:
         self.socket = str(folder / f"server{number}.sock")
         self.command = Command(
-            # Twice: with every control message, of which there are few once a guest is up.
-            ["serve", f"--socket={self.socket}", "--verbose", "--verbose", *arguments],
+            ["serve", f"--socket={self.socket}", *["--verbose"] * (1 + details), *arguments],
             folder / f"server{number}.log",
+            place=place,
         )
         until(
             lambda: not self.command.alive or "listening on" in self.command.log(),
             what="the server's start",
         )
-        assert self.command.alive, self.command.log()
         assert self.command.alive, self.command.log()
 
     def disk(self, *arguments: str) -> dict[str, Any]:
@@ -83,6 +98,20 @@ class Server:
         names = {"add": ("spec",), "remove": ("address",), "resize": ("address", "size")}[action]
         request = dict(zip(names, rest, strict=True))
         return send_command(self.socket, {"device": "storvsp", "action": action, **request})
+
+    def nic(self, index: int = 0, **request: object) -> dict[str, Any]:
+        """Carry out an operator's request on a network adapter."""
+        from vmbus.cli.client import send_command
+
+        answer: dict[str, Any] = send_command(
+            self.socket, {"backend": "endpoint", "index": index, **request}
+        )
+        return answer
+
+    def adapters(self, guest: int = 0) -> list[dict[str, Any]]:
+        """Return what the server says of a guest's network adapters."""
+        devices = self.guests()[guest]["devices"]
+        return [each for each in devices if each.get("backend") == "endpoint"]
 
     def guests(self) -> list[dict[str, Any]]:
         """Return what the server says of its guests."""
@@ -129,10 +158,16 @@ class Lab:
                 file.truncate(size)
         return path
 
-    def serve(self, *disks: str, options: Sequence[str] = ()) -> Server:
-        """Start a server with these disks."""
+    def serve(
+        self,
+        *disks: str,
+        options: Sequence[str] = (),
+        place: Place | None = None,
+        details: bool = True,
+    ) -> Server:
+        """Start a server with these disks; see :class:`Server`."""
         arguments = [*(f"--disk={disk}" for disk in disks), *options]
-        server = Server(self.folder, next(self._numbers), arguments)
+        server = Server(self.folder, next(self._numbers), arguments, place=place, details=details)
         self.servers.append(server)
         return server
 
@@ -178,6 +213,22 @@ def assets() -> Assets:
     assert found is not None
     start_forking()
     return found
+
+
+@pytest.fixture(scope="session")
+def host_tools(assets: Assets) -> Iterator[Path]:
+    """The guests' root file system, for programs that run here."""
+    with open_tools(assets.root, assets.scratch / "host-tools") as tree:
+        yield tree
+
+
+@pytest.fixture(scope="session")
+def network_bench(assets: Assets, host_tools: Path) -> Iterator[NetworkBench]:
+    """A guest on a network, for all tests that need no other."""
+    from tests.guest.network_bench import open_network_bench
+
+    with open_network_bench(assets, host_tools) as bench:
+        yield bench
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from tests.guest.conftest import TOOLS_LUN, Lab, Server
 from tests.guest.rig.disk_work import checksum, write_and_compare
 from tests.guest.rig.guest import Guest, until
 from tests.guest.rig.looks import interrupts
+from tests.guest.rig.network_work import get_address, interface, ping
 from tests.support.patience import LONG_TEST
 
 pytestmark = pytest.mark.timeout(LONG_TEST)
@@ -25,6 +26,14 @@ SUB_CHANNELS = "hv_storvsc.storvsc_vcpus_per_sub_channel=1"
 
 LOAD_AT = 8
 """MiB; where the load is, beyond what tests compare."""
+MAC = "00:15:5d:00:aa:01"
+NETWORK = f"--net=nat:[with=built-in,mac={MAC}]"
+GATEWAY = "10.0.2.2"
+MODULES = ("hv_storvsc", "sd_mod", "hv_netvsc")
+
+PINGS = f"""
+ping -i 0.01 -s 1400 {GATEWAY} >/dev/null &
+"""
 LOAD = f"""
 for direction in "if=/dev/$name skip={LOAD_AT * 16} of=/dev/null iflag=direct" \\
         "of=/dev/$name seek={LOAD_AT * 16} if=/dev/zero oflag=direct conv=notrunc"; do
@@ -58,20 +67,27 @@ def said(server: Server, name: str) -> int:
 
 
 def check_books(server: Server) -> None:
-    """Each open channel has a ring, and there is no other GPADL: storvsc makes none."""
+    """Each open channel has a ring, and an open network adapter two buffers."""
     (guest,) = server.guests()
-    assert guest["gpadls"] == len(guest["channels"]) > 0, guest
+    buffers = 2 * sum(bool(each["channels"]) for each in server.adapters())
+    assert guest["gpadls"] - buffers == len(guest["channels"]) > 0, guest
     assert guest["faults"] == 0
 
 
-def begin_load(guest: Guest, server: Server, name: str) -> None:
+def join(guest: Guest) -> None:
+    """Have the guest get an address, and talk to its gateway."""
+    get_address(guest, interface(guest, MAC))
+    ping(guest, GATEWAY)
+
+
+def begin_load(guest: Guest, server: Server, name: str, more: str = "") -> None:
     """Have the guest read and write from now on, so that something is always in flight."""
 
     def packets() -> int:
         return sum(channel["packets_in"] for channel in server.guests()[0]["channels"])
 
     before = packets()
-    guest.run(f"name={name}\n{LOAD}")
+    guest.run(f"name={name}\n{LOAD}{more}")
     until(lambda: packets() > before + 100, what="the load")
 
 
@@ -122,8 +138,8 @@ def test_the_driver_goes_and_comes_back_twenty_times(lab: Lab, away: str, back: 
 
 
 def test_a_guest_reboots_in_the_same_machine_and_finds_its_data(lab: Lab):
-    server = lab.serve("ram:[lun=0]16M")
-    guest = lab.boot(server)
+    server = lab.serve("ram:[lun=0]16M", options=[NETWORK])
+    guest = lab.boot(server, modules=MODULES)
     number = server.guests()[0]["number"]
 
     for contacts in range(1, REBOOTS + 1):
@@ -131,8 +147,9 @@ def test_a_guest_reboots_in_the_same_machine_and_finds_its_data(lab: Lab):
         write_and_compare(guest, name)
         written = checksum(guest, name)
         assert said(server, "INITIATE_CONTACT") == contacts
+        join(guest)
         guest.check_log()
-        begin_load(guest, server, name)
+        begin_load(guest, server, name, PINGS)
         guest.begin("reboot -f")
         guest.wait_ready()
         assert checksum(guest, guest.disk(0)) == written
@@ -169,10 +186,12 @@ class Successor:
             f"raw:[ro,lun={KERNEL_LUN}]{padded(lab, kernel)}",
             f"raw:[ro,lun={INITRAMFS_LUN}]{padded(lab, initramfs)}",
             lab.tools,
+            options=[NETWORK],
         )
         self.guest = guest = lab.boot(
-            self.server, "--cpus=2", *arguments, append=append, memory=memory
+            self.server, "--cpus=2", *arguments, append=append, memory=memory, modules=MODULES
         )
+        join(guest)
         self.name = guest.disk(0)
         write_and_compare(guest, self.name)
         self.written = checksum(guest, self.name)
@@ -191,6 +210,7 @@ class Successor:
         self.guest.wait_ready()
         assert checksum(self.guest, self.guest.disk(0)) == self.written
         write_and_compare(self.guest, self.guest.disk(0))
+        join(self.guest)
         assert said(self.server, "INITIATE_CONTACT") == 2
         assert said(self.server, "UNLOAD") == said(self.server, "UNLOAD_RESPONSE") == 1
 
@@ -200,11 +220,12 @@ def test_a_kernel_starts_another_one_and_leaves_nothing_behind(lab: Lab):
     pair.load("--load --reuse-cmdline")
 
     # What is read into the old kernel's memory must not get into the new one's.
-    begin_load(pair.guest, pair.server, pair.name)
+    begin_load(pair.guest, pair.server, pair.name, PINGS)
     pair.guest.begin("chroot /tools kexec --exec")
 
     pair.check()
-    until(lambda: len(pair.server.guests()[0]["channels"]) == 2, what="the sub-channel")
+    # Two of the disk, two of the network.
+    until(lambda: len(pair.server.guests()[0]["channels"]) == 4, what="the sub-channels")
     check_books(pair.server)
     pair.guest.check_log()
     pair.guest.power_off()
@@ -219,7 +240,7 @@ def test_a_crash_kernel_takes_over_on_a_processor_that_is_not_the_first(lab: Lab
     words = [word for word in command_line.split() if not word.startswith("crashkernel=")]
     pair.load(f"--load-panic --append='{' '.join([*words, 'nr_cpus=1', 'reset_devices'])}'")
 
-    begin_load(pair.guest, pair.server, pair.name)
+    begin_load(pair.guest, pair.server, pair.name, PINGS)
     pair.guest.begin("taskset -c 1 sh -c 'echo c >/proc/sysrq-trigger'")
 
     pair.check()
@@ -232,11 +253,13 @@ def test_a_crash_kernel_takes_over_on_a_processor_that_is_not_the_first(lab: Lab
 
 
 def test_a_guest_that_panics_says_goodbye_and_why(lab: Lab):
-    server = lab.serve("ram:[lun=0]16M")
-    guest = lab.boot(server)
+    server = lab.serve("ram:[lun=0]16M", options=[NETWORK])
+    guest = lab.boot(server, modules=MODULES)
     write_and_compare(guest, guest.disk(0))
+    join(guest)
     guest.check_log()
 
+    begin_load(guest, server, guest.disk(0), PINGS)
     guest.begin("echo c >/proc/sysrq-trigger")
 
     assert guest.wait() == 3

@@ -6,7 +6,9 @@ import pytest
 
 from tests.guest.conftest import Lab, Server
 from tests.guest.rig.disk_work import write_and_compare
+from tests.guest.rig.guest import Guest
 from tests.guest.rig.looks import interrupts, version_in
+from tests.guest.rig.network_work import get_address, interface, ping
 from vmbus.wire.versions import Version
 
 LOWER_VERSIONS = ("5.2", "5.1", "5.0", "4.1", "4.0", "3.0", "2.4")
@@ -14,6 +16,18 @@ LOWER_VERSIONS = ("5.2", "5.1", "5.0", "4.1", "4.0", "3.0", "2.4")
 NEWEST_OF_OLD_KERNELS = Version.V5_2
 """Until Linux 5.12."""
 CPUS = 4
+
+
+MAC = "00:15:5d:00:aa:01"
+NETWORK = f"--net=nat:[with=built-in,mac={MAC}]"
+MODULES = ("hv_storvsc", "sd_mod", "hv_netvsc")
+GATEWAY = "10.0.2.2"
+
+
+def use_network(guest: Guest) -> None:
+    """Have a guest get an address, and send what goes in several pages."""
+    get_address(guest, interface(guest, MAC))
+    ping(guest, GATEWAY, size=1400)
 
 
 def asked(server: Server) -> list[str]:
@@ -33,10 +47,11 @@ def supported(server: Server) -> list[object]:
 
 
 def test_the_newest_version_the_kernel_speaks_is_agreed_on_at_once(lab: Lab):
-    server = lab.serve("ram:[lun=0]16M")
-    guest = lab.boot(server)
+    server = lab.serve("ram:[lun=0]16M", options=[NETWORK])
+    guest = lab.boot(server, modules=MODULES)
 
     write_and_compare(guest, guest.disk(0))
+    use_network(guest)
 
     # Kernels ask for their newest first; which one that is depends on the kernel.
     assert asked(server) == [version_in(guest)]
@@ -47,11 +62,14 @@ def test_the_newest_version_the_kernel_speaks_is_agreed_on_at_once(lab: Lab):
 
 
 @pytest.mark.parametrize("version", LOWER_VERSIONS)
-def test_the_disk_works_at_every_version_that_the_server_holds_the_guest_to(lab: Lab, version: str):
-    server = lab.serve("ram:[lun=0]16M", options=["--max-version", version])
-    guest = lab.boot(server)
+def test_disk_and_network_work_at_every_version_that_the_server_holds_the_guest_to(
+    lab: Lab, version: str
+):
+    server = lab.serve("ram:[lun=0]16M", options=["--max-version", version, NETWORK])
+    guest = lab.boot(server, modules=MODULES)
 
     write_and_compare(guest, guest.disk(0))
+    use_network(guest)
 
     ladder = [Version.from_text(each) for each in asked(server)]
     assert ladder == sorted(set(ladder), reverse=True), "the guest goes down, step by step"
@@ -60,6 +78,7 @@ def test_the_disk_works_at_every_version_that_the_server_holds_the_guest_to(lab:
     assert len(ladder) > 1 or ladder[0] == NEWEST_OF_OLD_KERNELS
     assert str(ladder[-1]) == version == version_in(guest) == server.guests()[0]["version"]
     assert server.guests()[0]["faults"] == 0
+    assert server.adapters()[0]["refused"] == 0
     guest.check_log()
     guest.power_off()
 

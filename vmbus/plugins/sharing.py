@@ -28,6 +28,9 @@ class Share(NamedTuple):
     within_process: bool = True
     """Whether guests of one process need keeper and lines, too; otherwise the plug-in finds what
     they share by itself."""
+    programs: bool = False
+    """Whether the keeper starts programs: it is not confined, then, and must look at nothing that
+    comes from guests."""
 
 
 class Line(NamedTuple):

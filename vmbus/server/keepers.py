@@ -32,6 +32,8 @@ class Shared(NamedTuple):
     keeper: KeeperKey
     staging: int
     """Bytes of a line's staging area."""
+    programs: bool
+    """Whether the keeper starts programs."""
 
 
 def shared_backends(
@@ -58,7 +60,7 @@ def shared_backends(
                 keeper = KeeperKey(setup.plugin, place, spec)
                 if share.keeper:
                     keeper = KeeperKey(setup.plugin, -1, share.keeper)
-                found[SharedKey(place, spec)] = Shared(keeper, share.staging)
+                found[SharedKey(place, spec)] = Shared(keeper, share.staging, share.programs)
     return found
 
 

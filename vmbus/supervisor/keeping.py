@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
 from vmbus.plugins.sharing import Line, make_line
 from vmbus.server.devices import DeviceSetup, SharedKey
-from vmbus.server.keepers import KeeperKey, kept_specs, shared_backends, shared_by_added
-from vmbus.supervisor.workers import Worker
+from vmbus.server.keepers import KeeperKey, Shared, kept_specs, shared_backends, shared_by_added
+from vmbus.supervisor.workers import Gone, Worker
 
 
 class Keeping:
@@ -18,18 +18,23 @@ class Keeping:
     Args:
         setups: The devices that every guest gets.
         spare: Gives workers that are ready and have nothing to do; borrowed.
+        spawn: Makes one that may start programs; None if that is impossible now.
 
     Attributes:
         workers: Those that keep something; one may have ended.
     """
 
     def __init__(
-        self, setups: Sequence[DeviceSetup], spare: trio.MemoryReceiveChannel[Worker]
+        self,
+        setups: Sequence[DeviceSetup],
+        spare: trio.MemoryReceiveChannel[Worker],
+        spawn: Callable[[], Awaitable[Worker | None]],
     ) -> None:
         self.workers: dict[KeeperKey, Worker] = {}
         self._setups = tuple(setups)
         self._shared = shared_backends(setups)
         self._spare = spare
+        self._spawn = spawn
         self._making = trio.Lock()
 
     async def lines(self, guest: str, added: DeviceSetup | None = None) -> dict[SharedKey, Line]:
@@ -48,7 +53,7 @@ class Keeping:
         made: dict[SharedKey, Line] = {}
         try:
             for key, how in shared.items():
-                keeper = await self._keeper(how.keeper, key.spec)
+                keeper = await self._keeper(how, key.spec)
                 theirs, made[key] = make_line(how.staging)
                 try:
                     keeper.send({"connect": guest, "spec": key.spec}, theirs.filenos())
@@ -60,14 +65,13 @@ class Keeping:
             raise
         return made
 
-    async def _keeper(self, key: KeeperKey, spec: str) -> Worker:
+    async def _keeper(self, how: Shared, spec: str) -> Worker:
         """Return the worker that keeps something; a new one keeps at least what ``spec`` names."""
+        key = how.keeper
         async with self._making:
             keeper = self.workers.get(key)
             if keeper is None or keeper.gone.is_set():
-                keeper = await self._spare.receive()
-                while keeper.gone.is_set():
-                    keeper = await self._spare.receive()
+                keeper = await self._new(programs=how.programs)
                 specs = list(dict.fromkeys([*kept_specs(self._setups, key), spec]))
                 try:
                     await keeper.ask({"keep": list(key), "specs": specs})
@@ -77,3 +81,13 @@ class Keeping:
                 keeper.keeps = key
                 self.workers[key] = keeper
             return keeper
+
+    async def _new(self, *, programs: bool) -> Worker:
+        """Return a worker that has nothing to do. Raises Gone if there is none."""
+        while True:
+            worker = await (self._spawn() if programs else self._spare.receive())
+            if worker is None:
+                raise Gone
+            await worker.ready.wait()
+            if not worker.gone.is_set():
+                return worker

@@ -11,7 +11,6 @@ import errno
 import json
 import logging
 import os
-import pickle
 import socket
 import sys
 from collections import deque
@@ -32,10 +31,9 @@ from vmbus.server.attached import wanted_setup
 from vmbus.server.devices import SharedKey, need_names
 from vmbus.server.guests import check_kind, pick_guest
 from vmbus.server.process import resident_bytes
-from vmbus.supervisor import relay
 from vmbus.supervisor.keeping import Keeping
 from vmbus.supervisor.parcels import MAX_DOWN, send_down
-from vmbus.supervisor.plan import Plan
+from vmbus.supervisor.plan import Plan, send_plan
 from vmbus.supervisor.workers import Gone, Worker, describe_status, make_ends
 
 _log = logging.getLogger("vmbus.server")
@@ -92,7 +90,7 @@ class Supervisor:
         self._starting: dict[int, tuple[trio.Event, Worker]] = {}
         self._making = trio.CancelScope()
         self._listening: set[trio.CancelScope] = set()
-        self.keeping = Keeping(plan.setups, self._spare)
+        self.keeping = Keeping(plan.setups, self._spare, partial(self._spawn, programs=True))
         self._evictions = LogBudget()
         self._greeting: list[Worker] = []
         self._ended = trio.Event()
@@ -118,7 +116,7 @@ class Supervisor:
         ours, wait = await start_zygote()
         try:
             try:
-                _send_plan(ours, plan)
+                send_plan(ours, plan)
             except OSError as error:
                 raise AttachError("the process that starts workers has ended") from error
             supervisor = cls(plan, ours)
@@ -252,8 +250,8 @@ class Supervisor:
                 await worker.ready.wait()
                 await self._spare_in.send(worker)
 
-    async def _spawn(self) -> Worker | None:
-        """Make a worker; None if that is impossible now."""
+    async def _spawn(self, *, programs: bool = False) -> Worker | None:
+        """Make a worker, one that may start programs if need be; None: impossible now."""
         try:
             down, up, claims, theirs = make_ends()
         except OSError as error:
@@ -261,7 +259,7 @@ class Supervisor:
             return None
         worker = Worker(self, down, up, claims)
         try:
-            await self._ask_for_process(theirs, worker)
+            await self._ask_for_process(theirs, worker, programs=programs)
         except BaseException:
             worker.discard()
             raise
@@ -271,7 +269,7 @@ class Supervisor:
         self._nursery.start_soon(self._to_the_end, worker.run)
         return worker
 
-    async def _ask_for_process(self, theirs: list[int], worker: Worker) -> None:
+    async def _ask_for_process(self, theirs: list[int], worker: Worker, *, programs: bool) -> None:
         """Have the zygote make a process with these descriptors, which are owned here.
 
         The worker has a pid then, if that was possible.
@@ -280,7 +278,7 @@ class Supervisor:
         number = self._count
         event, _ = self._starting[number] = trio.Event(), worker
         try:
-            send_down(self._zygote, {"spawn": number}, theirs)
+            send_down(self._zygote, {"spawn": number, "programs": programs}, theirs)
         finally:
             for fd in theirs:
                 os.close(fd)
@@ -470,12 +468,3 @@ _UNKNOWN: dict[str, Any] = {
 
 def _is_greeting(worker: Worker) -> bool:
     return worker.name is None and not worker.gone.is_set()
-
-
-def _send_plan(sock: socket.socket, plan: Plan) -> None:
-    fd = os.memfd_create("vmbus-plan", os.MFD_CLOEXEC)
-    try:
-        os.write(fd, pickle.dumps((plan, relay.levels())))
-        send_down(sock, {}, [fd])
-    finally:
-        os.close(fd)

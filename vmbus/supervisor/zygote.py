@@ -12,7 +12,8 @@ The supervisor first sends the :class:`Plan`, pickled, in a memfd. Then, as JSON
 
 ==============================  ==================================================================
 ``{"spawn": n}`` with 3 fds      make a worker of them; answered ``{"spawned": n, "pid": ...}`` or
-                                 ``{"failed": n, "error": text}``
+                                 ``{"failed": n, "error": text}``; with ``"programs": true`` one
+                                 that may start programs
 ``{"kill": pid}``                SIGKILL, unless it has ended already
 ``{"exited": pid, "status": s}`` unasked: a worker ended, with this ``waitpid`` status
 ==============================  ==================================================================
@@ -23,6 +24,7 @@ goodbye; and with it goes, by PR_SET_PDEATHSIG, every worker that has not, whate
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -87,35 +89,38 @@ class Zygote:
 
     def _obey(self, parcel: dict[str, object], fds: list[int]) -> None:
         match parcel:
-            case {"spawn": int(number)}:
+            case {"spawn": int(number), "programs": bool(programs)}:
                 try:
-                    self._spawn(number, fds)
+                    self._spawn(number, fds, programs=programs)
                 finally:
                     for fd in fds:
                         os.close(fd)
             case {"kill": int(pid)} if pid in self._children:
                 os.kill(pid, signal.SIGKILL)
 
-    def _spawn(self, number: int, fds: list[int]) -> None:
+    def _spawn(self, number: int, fds: list[int], *, programs: bool) -> None:
         try:
             pid = os.fork()
         except OSError as error:
             self._say({"failed": number, "error": error.strerror})
             return
         if not pid:
-            self._become_worker(fds)
+            self._become_worker(fds, programs=programs)
         self._children[pid] = pidfd = os.pidfd_open(pid)
         self._poll.register(pidfd, select.POLLIN)
         self._say({"spawned": number, "pid": pid})
 
-    def _become_worker(self, fds: list[int]) -> None:
+    def _become_worker(self, fds: list[int], *, programs: bool) -> None:
         code = 1
+        plan = self._plan
+        if programs:
+            plan = dataclasses.replace(plan, sandbox=False, allowed=None)
         try:
             sandbox.die_with_parent()
             self._sock.close()
             for pidfd in self._children.values():
                 os.close(pidfd)
-            code = worker.main(self._plan, self._levels, *fds)
+            code = worker.main(plan, self._levels, *fds)
         finally:
             # Not through the interpreter's own end: what is registered for that is the zygote's.
             os._exit(code)

@@ -7,25 +7,41 @@ ports that are forwarded, from this host only: ``tcp=0.0.0.0/8080:80`` is for ev
 out of its reach.
 
 It takes the program ``passt`` (Debian's package of that name), which runs as a process of its own
-as long as the adapter is there. Without it, or if this host has no network, a small one is built
-in: a gateway, DHCP, answers to ping, and names looked up as this host does it, with nothing behind;
-a warning says so. ``with=passt`` insists on the one, ``with=built-in`` on the other.
+as long as the adapter is there. A guest's own process may start no program, so ``vmbus serve`` has
+one that does it for all guests; for a ``nat:`` within ``pcap:`` it takes ``--no-sandbox``.
+
+Without passt, or if this host has no network, a small one is built in: a gateway, DHCP, answers to
+ping, and names looked up as this host does it, with nothing behind; a warning says so.
+``with=passt`` insists on the one, ``with=built-in`` on the other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import trio
 
 from netvsp.endpoint import Endpoint
-from netvsp.endpoints.passt import Forward, PasstEndpoint, find_passt
+from netvsp.endpoints.passt import (
+    PROGRAM,
+    Forward,
+    Forwards,
+    LocalStarter,
+    PasstEndpoint,
+    Starter,
+    find_passt,
+)
+from netvsp.endpoints.passt_keeper import LineStarter, PasstKeeper
 from netvsp.endpoints.responder import ResponderEndpoint
 from netvsp.spec import EndpointSpec
 from vmbus.errors import ConfigError
 from vmbus.plugins.options import Option
 from vmbus.plugins.remarks import remark
+from vmbus.plugins.sharing import Line, Share
 from vmbus.plugins.specs import parse_number
 
 OPTIONS = (
@@ -34,6 +50,10 @@ OPTIONS = (
     Option("with", "what makes the network", "passt|built-in", "passt, if it can be had"),
 )
 LIMITS = "the guest gets an address and can look names up, but reaches nobody"
+
+SCHEME = "nat"
+KEEPER = f"{SCHEME}:"
+"""Of all guests of a server."""
 
 _log = logging.getLogger("vmbus.netvsp")
 
@@ -59,30 +79,103 @@ def _port(text: str) -> int:
     return number
 
 
-async def open_spec(spec: EndpointSpec) -> Endpoint:
-    """Open ``nat:[tcp=FORWARDS,udp=FORWARDS,with=passt|built-in]``."""
+class _Wishes(NamedTuple):
+    """What a specification says."""
+
+    forwards: Forwards
+    wanted: str | None
+    """``passt`` or ``built-in``, or None: as is possible."""
+
+    @property
+    def insists(self) -> bool:
+        """Whether only passt will do."""
+        return self.wanted == PROGRAM or any(self.forwards)
+
+
+def _parse(spec: EndpointSpec) -> _Wishes:
+    """Read the options. Raises ConfigError."""
     options = spec.reader()
     texts = options.text("tcp"), options.text("udp")
-    wanted = options.choice("with", ("passt", "built-in"))
+    wanted = options.choice("with", (PROGRAM, "built-in"))
     options.finish()
     spec.without_target()
-    await trio.lowlevel.checkpoint()
     try:
         tcp, udp = map(parse_forwards, texts)
-        if wanted != "built-in":
-            program = find_passt()
-            if program is not None:
-                return await PasstEndpoint.open(program, tcp=tcp, udp=udp)
-            raise ConfigError("the program passt is not installed")
-        reason = "the built-in network"
     except ConfigError as error:
-        if wanted == "passt" or any(texts):
-            raise spec.error(str(error)) from error
-        reason = str(error)
-    if any(texts):
+        raise spec.error(str(error)) from error
+    if wanted == "built-in" and any(texts):
         raise spec.error("ports are forwarded by passt only")
-    if wanted is None:
+    return _Wishes(Forwards(tcp, udp), wanted)
+
+
+async def open_spec(spec: EndpointSpec) -> Endpoint:
+    """Open ``nat:[tcp=FORWARDS,udp=FORWARDS,with=passt|built-in]``."""
+    return await _open(spec, None)
+
+
+async def connect(text: str, line: Line) -> Endpoint:
+    """Open it with a passt that is started at the other end of a line. A checkpoint.
+
+    Args:
+        text: The specification, with the adapter's own options.
+        line: To a :class:`netvsp.endpoints.passt_keeper.PasstKeeper`; owned.
+
+    Raises:
+        ConfigError: As :func:`netvsp.endpoints.specs.open_endpoint`.
+    """
+    spec, _own = EndpointSpec.parse(text).split()
+    return await _open(spec, LineStarter(line))
+
+
+async def _open(spec: EndpointSpec, starter: Starter | None) -> Endpoint:
+    await trio.lowlevel.checkpoint()
+    wishes = _parse(spec)
+    reason = "the built-in network"
+    if wishes.wanted != "built-in":
+        try:
+            return await PasstEndpoint.open(starter or _local(wishes))
+        except ConfigError as error:
+            if wishes.insists:
+                raise spec.error(str(error)) from error
+            reason = str(error)
+    if wishes.wanted is None:
         remark(_log, f"{spec}: {reason}; {LIMITS}")
     else:
         _log.info("%s: %s; %s", spec, reason, LIMITS)
     return ResponderEndpoint()
+
+
+def _local(wishes: _Wishes) -> LocalStarter:
+    program = find_passt()
+    if program is None:
+        raise ConfigError("the program passt is not installed")
+    return LocalStarter(program, wishes.forwards)
+
+
+# -- guests in processes that may start no program ------------------------------------------------
+
+
+def shared(specs: Sequence[str]) -> dict[str, Share]:
+    """Return those specifications that want a passt, which a keeper has to start. Cannot block.
+
+    See :meth:`vmbus.plugins.sharing.SharingPlugin.shared`.
+    """
+    found: dict[str, Share] = {}
+    for text in specs:
+        with contextlib.suppress(ConfigError):  # will be said where it is opened
+            spec, _own = EndpointSpec.parse(text).split()
+            if spec.scheme == SCHEME and _parse(spec).wanted != "built-in" and find_passt():
+                found[text] = Share(keeper=KEEPER, within_process=False, programs=True)
+    return found
+
+
+async def open_keeper(specs: Sequence[str]) -> PasstKeeper:
+    """Make what starts a passt for each guest, and try each specification. A checkpoint.
+
+    Raises:
+        ConfigError: One cannot be honoured here.
+    """
+    for text in specs:
+        spec, _own = EndpointSpec.parse(text).split()
+        await (await open_spec(spec)).aclose()
+    return PasstKeeper(lambda text: _local(_parse(EndpointSpec.parse(text).split()[0])))

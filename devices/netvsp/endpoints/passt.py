@@ -15,7 +15,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import trio
 
@@ -84,16 +84,26 @@ def _name_servers(name: str) -> Iterator[ipaddress.IPv4Address | ipaddress.IPv6A
                 yield ipaddress.ip_address(words[1].partition("%")[0])
 
 
-class _Process:
-    """One passt, and our end of its stream."""
+class Passt:
+    """A running passt, and our end of its stream.
 
-    def __init__(self, process: trio.Process, stream: FrameStream, messages: int) -> None:
-        self.process = process
-        self.stream = stream
+    Args:
+        sock: The stream; owned.
+        messages: A pipe with what it says; owned.
+        pid: Its process.
+        process: The same, if it is this one's child; ended with it.
+    """
+
+    def __init__(
+        self, sock: socket.socket, messages: int, pid: int, process: trio.Process | None = None
+    ) -> None:
+        self.stream = FrameStream(sock, PROGRAM)
+        self.pid = pid
+        self._process = process
         self._messages = messages
 
     def reason(self) -> str:
-        """Return the last line that it has said."""
+        """Return the last line that it has said. Cannot block."""
         said = b""
         with contextlib.suppress(OSError):
             said = os.read(self._messages, _MESSAGES)
@@ -101,18 +111,35 @@ class _Process:
         return next((line.strip() for line in reversed(lines) if line.strip()), "it says nothing")
 
     async def aclose(self) -> None:
-        """End it. Is a checkpoint; waits even if cancelled."""
+        """End it: it does not outlive its stream. Is a checkpoint; waits even if cancelled."""
         self.stream.close()
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGKILL)
-        with trio.CancelScope(shield=True):
-            await self.process.wait()
+        if self._process is not None:
+            await end(self._process)
         os.close(self._messages)
+        await trio.lowlevel.checkpoint()
 
 
-async def _start(program: str, arguments: Sequence[str]) -> _Process:
+class Starter(Protocol):
+    """Starts a passt, here or elsewhere."""
+
+    async def start(self) -> Passt:
+        """Start one, when the one before has ended. A checkpoint. Raises OSError, EndpointError."""
+
+    def close(self) -> None:
+        """Start none any more. Cannot block."""
+
+
+async def spawn(program: str, arguments: Sequence[str]) -> tuple[trio.Process, socket.socket, int]:
+    """Start a passt. Is a checkpoint.
+
+    Returns:
+        The process, our end of its stream, and a pipe with what it says; all the caller's.
+
+    Raises:
+        OSError: It cannot be started.
+    """
     ours, theirs = socket.socketpair()
-    messages, end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # it never waits for who reads them
+    messages, output = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # it never waits for who reads them
     try:
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
@@ -120,7 +147,7 @@ async def _start(program: str, arguments: Sequence[str]) -> _Process:
             [program, *arguments, "--fd", str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=end,
+            stderr=output,
             pass_fds=[theirs.fileno()],
             start_new_session=True,  # what ends us by the keyboard does not end it first
         )
@@ -130,8 +157,53 @@ async def _start(program: str, arguments: Sequence[str]) -> _Process:
         raise
     finally:
         theirs.close()
-        os.close(end)
-    return _Process(process, FrameStream(ours, PROGRAM), messages)
+        os.close(output)
+    return process, ours, messages
+
+
+async def end(process: trio.Process) -> None:
+    """End a passt that was started here. Is a checkpoint; waits even if cancelled."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGKILL)
+    with trio.CancelScope(shield=True):
+        await process.wait()
+
+
+class Forwards(NamedTuple):
+    """What is forwarded."""
+
+    tcp: Sequence[Forward] = ()
+    udp: Sequence[Forward] = ()
+
+
+class LocalStarter:
+    """Starts a passt as this process's child.
+
+    Args:
+        program: Path of passt.
+        forwards: Ports to forward.
+    """
+
+    def __init__(self, program: str, forwards: Forwards) -> None:
+        self._program = program
+        self._arguments = ["--foreground", "--quiet", "--no-map-gw"]
+        for address in resolvers():
+            self._arguments += ["--dns", address]
+        for option, ports in (("--tcp-ports", forwards.tcp), ("--udp-ports", forwards.udp)):
+            for each in ports or ("none",):
+                self._arguments += [option, str(each)]
+
+    async def spawn(self) -> tuple[trio.Process, socket.socket, int]:
+        """See :func:`spawn`."""
+        return await spawn(self._program, self._arguments)
+
+    async def start(self) -> Passt:
+        """See :meth:`Starter.start`."""
+        process, sock, messages = await self.spawn()
+        return Passt(sock, messages, process.pid, process)
+
+    def close(self) -> None:
+        """See :meth:`Starter.close`."""
 
 
 class PasstEndpoint(Endpoint):
@@ -146,72 +218,65 @@ class PasstEndpoint(Endpoint):
         mtu=MAX_MTU,
     )
 
-    def __init__(self, program: str, arguments: Sequence[str], process: _Process) -> None:
-        self._program = program
-        self._arguments = arguments
-        self._process: _Process | None = process
+    def __init__(self, starter: Starter, running: Passt) -> None:
+        self._starter = starter
+        self._running: Passt | None = running
         self._fresh = True
         self._closed = False
 
     @classmethod
-    async def open(
-        cls, program: str, *, tcp: Sequence[Forward] = (), udp: Sequence[Forward] = ()
-    ) -> PasstEndpoint:
+    async def open(cls, starter: Starter) -> PasstEndpoint:
         """Start it, and wait until it answers. Is a checkpoint.
 
         Args:
-            program: Path of passt.
-            tcp: Ports to forward.
-            udp: The same for UDP.
+            starter: Starts it; owned, also if this raises.
 
         Raises:
-            ConfigError: It has ended, and why.
-            OSError: It could not be started.
+            ConfigError: It cannot be started, or has ended, and why.
         """
-        arguments = ["--foreground", "--quiet", "--no-map-gw"]
-        for address in resolvers():
-            arguments += ["--dns", address]
-        for option, forwards in (("--tcp-ports", tcp), ("--udp-ports", udp)):
-            for each in forwards or ("none",):
-                arguments += [option, str(each)]
-        process = await _start(program, arguments)
         try:
-            await _answered(process)
-        except EndpointError as error:
-            reason = process.reason()
-            await process.aclose()
-            raise ConfigError(f"passt has ended: {reason}") from error
-        except BaseException:
-            await process.aclose()
+            running = await starter.start()
+        except (OSError, EndpointError) as error:
+            starter.close()
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"passt cannot be started: {why}") from error
+        try:
+            await _answered(running)
+        except BaseException as error:
+            reason = running.reason()
+            starter.close()
+            await running.aclose()
+            if isinstance(error, EndpointError):
+                raise ConfigError(f"passt has ended: {reason}") from error
             raise
-        return cls(program, arguments, process)
+        return cls(starter, running)
 
     def transmit(self, queue: int, frames: Sequence[Frame]) -> int:
         """See :meth:`netvsp.endpoint.Endpoint.transmit`."""
         del queue
-        if self._process is None:
+        if self._running is None:
             return len(frames)
-        return self._process.stream.send([_unpadded(frame) for frame in frames])
+        return self._running.stream.send([_unpadded(frame) for frame in frames])
 
     async def wait_writable(self, queue: int) -> None:
         """See :meth:`netvsp.endpoint.Endpoint.wait_writable`."""
         del queue
-        if self._process is None:
+        if self._running is None:
             await trio.lowlevel.checkpoint()
         else:
-            await self._process.stream.wait_writable()
+            await self._running.stream.wait_writable()
 
     async def run(self, port: Port) -> None:
         """See :meth:`netvsp.endpoint.Endpoint.run`."""
         await self._renew()
-        assert self._process is not None
+        assert self._running is not None
         self._fresh = False
         try:
-            await self._process.stream.receive(port)
+            await self._running.stream.receive(port)
         except trio.ClosedResourceError:
             raise EndpointError(CLOSED) from None
         except EndpointError as error:
-            raise EndpointError(f"{error}: {self._process.reason()}") from error
+            raise EndpointError(f"{error}: {self._running.reason()}") from error
 
     async def _renew(self) -> None:
         """See to it that there is a passt that has had no guest yet."""
@@ -219,33 +284,34 @@ class PasstEndpoint(Endpoint):
             raise EndpointError(CLOSED)
         if self._fresh:
             return
-        old, self._process = self._process, None
+        old, self._running = self._running, None
         if old is not None:
             await old.aclose()
         try:
-            new = await _start(self._program, self._arguments)
+            new = await self._starter.start()
         except OSError as error:
             raise EndpointError(f"passt cannot be started: {error}") from error
         if self._closed:
             await new.aclose()
             raise EndpointError(CLOSED)
-        self._process = new
+        self._running = new
 
     def snapshot(self) -> dict[str, Any]:
         """See :meth:`netvsp.endpoint.Endpoint.snapshot`."""
-        process = self._process
+        running = self._running
         return {
             "network": PROGRAM,
-            "pid": process.process.pid if process else None,
-            "dropped": process.stream.dropped if process else 0,
+            "pid": running.pid if running else None,
+            "dropped": running.stream.dropped if running else 0,
         }
 
     async def aclose(self) -> None:
         """See :meth:`netvsp.endpoint.Endpoint.aclose`."""
         self._closed = True
-        process, self._process = self._process, None
-        if process is not None:
-            await process.aclose()
+        self._starter.close()
+        running, self._running = self._running, None
+        if running is not None:
+            await running.aclose()
         await trio.lowlevel.checkpoint()
 
 
@@ -291,10 +357,10 @@ class _Answer:
         """There is nobody to tell."""
 
 
-async def _answered(process: _Process) -> None:
+async def _answered(running: Passt) -> None:
     """Wait until passt answers a question about an address, or has ended."""
     answer = _Answer()
     ask = build_arp(ARP_REQUEST, _PROBE, bytes(4), bytes(6), _ASKED, target_mac=BROADCAST)
-    process.stream.send([Frame(ask)])
+    running.stream.send([Frame(ask)])
     with trio.move_on_after(START):  # a host without IPv4 does not answer
-        await run_together(lambda: process.stream.receive(answer), answer.came.wait)
+        await run_together(lambda: running.stream.receive(answer), answer.came.wait)

@@ -218,19 +218,21 @@ class ResponderEndpoint(Endpoint):
 
     async def _look_up(self, lookup: Lookup) -> None:
         """Ask the host's own resolver, in a thread: that may take as long as it likes."""
-        v4 = lookup.query.kind == dns.A
-        family = socket.AF_INET if v4 else socket.AF_INET6
+        family = socket.AF_INET if lookup.query.kind == dns.A else socket.AF_INET6
         try:
+            # Of both families: "no such name" would be for both, and a resolver asks no further.
             found = await trio.socket.getaddrinfo(
-                lookup.query.name, None, family, socket.SOCK_STREAM
+                lookup.query.name, None, socket.AF_UNSPEC, socket.SOCK_STREAM
             )
         except socket.gaierror as error:
-            unknown = error.errno in {socket.EAI_NONAME, socket.EAI_NODATA}
-            reply = lookup.reply(dns.NO_SUCH_NAME if unknown else dns.SERVER_FAILURE)
+            code = {socket.EAI_NONAME: dns.NO_SUCH_NAME, socket.EAI_NODATA: dns.OK}
+            reply = lookup.reply(code.get(error.errno or 0, dns.SERVER_FAILURE))
         except (OSError, UnicodeError):
             reply = lookup.reply(dns.SERVER_FAILURE)
         else:
-            texts = dict.fromkeys(str(each[4][0]).partition("%")[0] for each in found)
+            texts = dict.fromkeys(
+                str(each[4][0]).partition("%")[0] for each in found if each[0] == family
+            )
             reply = lookup.reply(dns.OK, [socket.inet_pton(family, each) for each in texts])
         finally:
             self._looking_up -= 1

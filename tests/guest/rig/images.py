@@ -23,7 +23,7 @@ ROOT_LABEL = "tools"
 ROOT_SIZE = "900M"
 MODULES = (
     "hv_vmbus", "hv_storvsc", "hv_netvsc", "hv_utils", "sd_mod", "sg", "sr_mod", "ext4", "isofs",
-    "loop", "virtio_pci", "virtio_scsi", "virtio_blk", "virtio_net",
+    "loop", "8021q", "virtio_pci", "virtio_scsi", "virtio_blk", "virtio_net",
 )  # fmt: skip
 """What guests can load; those of QEMU's virtual devices are for comparison."""
 _LEAVE_OUT = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var/cache",

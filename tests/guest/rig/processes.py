@@ -23,13 +23,17 @@ from typing import Protocol, TypeVar
 
 import trio
 
+from tests.guest.rig.namespaces import Place
+
 PRELOAD = (
     "click", "trio", "vmbus.cli.program", "vmbus.cli.serve", "vmbus.cli.boot", "vmbus.host",
     "vmbus.server", "vmbus.attach.server", "vmbus.plugins.devices", "vmbus.supervisor",
     "vmbus.supervisor.zygote", "vmbus.cli.serving",
     "vmbus.kvm.machine", "vmbus.kvm.console", "vmbus.kvm.bzimage", "storvsp", "storvsp.plugin",
     "storvsp.disks.raw", "storvsp.disks.overlay", "storvsp.disks.ram", "storvsp.disks.cd",
-    "storvsp.disks.fault", "storvsp.disks.delay",
+    "storvsp.disks.fault", "storvsp.disks.delay", "netvsp", "netvsp.plugin",
+    "netvsp.endpoints.tap", "netvsp.endpoints.nat", "netvsp.endpoints.null",
+    "netvsp.endpoints.switch",
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -49,10 +53,16 @@ def _become(fd: int, number: int) -> None:
 
 
 def _main(
-    arguments: Sequence[str], stdin: Connection | None, stdout: Connection | None, log: str
+    arguments: Sequence[str],
+    stdin: Connection | None,
+    stdout: Connection | None,
+    log: str,
+    place: Place | None,
 ) -> None:
     """Be ``vmbus ARGUMENTS``, in the child."""
     os.setsid()
+    if place is not None:
+        place.enter()
     _become(os.open(os.devnull, os.O_RDONLY) if stdin is None else os.dup(stdin.fileno()), 0)
     _become(os.open(os.devnull, os.O_WRONLY) if stdout is None else os.dup(stdout.fileno()), 1)
     _become(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
@@ -181,6 +191,7 @@ class Command:
         arguments: Behind ``vmbus``.
         log: What it writes to standard error goes here.
         console: Give it a standard input to write to, and output to read: :attr:`console`.
+        place: The network that it has; None: the machine's own.
     """
 
     def __init__(
@@ -189,6 +200,7 @@ class Command:
         log: Path,
         *,
         console: bool = False,
+        place: Place | None = None,
     ) -> None:
         self.log_path = log
         log.write_bytes(b"")  # what an earlier one said is not what this one says
@@ -199,7 +211,7 @@ class Command:
             stdin, self._input = _context.Pipe(duplex=False)
             source, stdout = _context.Pipe(duplex=False)
         self._process: BaseProcess = _context.Process(
-            target=_main, args=(list(arguments), stdin, stdout, str(log)), daemon=True
+            target=_main, args=(list(arguments), stdin, stdout, str(log), place), daemon=True
         )
         self._process.start()
         for end in (stdin, stdout):

@@ -39,7 +39,7 @@ async def three_channels():
         assert scaling is not None
         frames = {}
         for each in map(flow, range(40)):
-            hashed = scaling.hash(each.head)
+            hashed = scaling.hash(each.head) or 0
             frames[scaling.table[hashed % len(scaling.table)]] = each
         yield guest, adapter, frames, {1: first[1], 2: second[1]}
 

@@ -442,3 +442,21 @@ async def test_a_channel_that_is_not_open_is_the_primary_one():
         assert adapter.receive([Frame(flow(1))]) == 1
         await guest.settle()
         assert guest.take_frames()[-1:] == [flow(1)]
+
+
+async def test_a_hash_of_zero_has_a_place_in_the_table():
+    """linux has a key of zeros after it has had one channel only: all its hashes are 0."""
+    async with running(config=AdapterConfig(max_queues=2)) as (guest, adapter):
+        _branch, end = guest.add_subchannel(1)
+        await guest.settle()
+        table = ndis.build_rss_parameters(
+            flags=0, hash_information=KINDS, table=(1,) * 128, key=bytes(40)
+        )
+        assert not await guest.set(oids.GEN_RECEIVE_SCALE_PARAMETERS, table)
+        guest.received.clear()
+        assert adapter.receive([Frame(flow(1)), Frame(plain_frame(60, target=MAC))]) == 2
+        await guest.settle()
+        (some,) = guest.collect(end)
+        assert some.frames() == [flow(1)]
+        assert items_of(some.messages[0])[ppi.HASH_VALUE] == 0
+        assert guest.received[0].frames() == [plain_frame(60, target=MAC)], "on the primary one"

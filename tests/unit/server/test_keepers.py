@@ -130,7 +130,10 @@ def test_what_several_devices_share_may_have_a_guests_name_in_its_options(toy):
 
 def test_what_an_added_device_shares_has_a_keeper_of_that_name(toy):
     found = shared_by_added(DeviceSetup("toy", ("common:b", "local:d", "private")))
-    assert found == {(0, "common:b"): (ALL, 0), (0, "local:d"): (ALL, 0)}
+    assert {key: how.keeper for key, how in found.items()} == {
+        (0, "common:b"): ALL,
+        (0, "local:d"): ALL,
+    }
     local = shared_by_added(DeviceSetup("toy", ("local:d",)), within_process=True)
     assert local == {}
     with pytest.raises(ConfigError, match="only by devices that the server was started with"):

@@ -101,7 +101,8 @@ async def test_a_guest_of_passt_looks_names_up(outside, monkeypatch):
     async def getaddrinfo(host, port, family, kind):
         await trio.lowlevel.checkpoint()
         assert host == "host.example"
-        return [(family, kind, 6, "", ("192.0.2.77", 0))]
+        assert family == socket.AF_UNSPEC
+        return [(socket.AF_INET, kind, 6, "", ("192.0.2.77", 0))]
 
     monkeypatch.setattr(trio.socket, "getaddrinfo", getaddrinfo)
     async with guest_of("nat:") as guest:

@@ -98,15 +98,24 @@ async def test_a_name_is_looked_up_as_the_host_does_it(monkeypatch):
     found = {
         (socket.AF_INET, "host.example"): ["192.0.2.7", "192.0.2.8"],
         (socket.AF_INET6, "host.example"): ["2001:db8::7"],
+        (socket.AF_INET, "old.example"): ["192.0.2.9"],
     }
 
     async def getaddrinfo(host, port, family, kind):
         await trio.lowlevel.checkpoint()
         if host == "broken.example":
             raise socket.gaierror(socket.EAI_AGAIN, "try again")
-        if (family, host) not in found:
+        if host == "empty.example":
+            raise socket.gaierror(socket.EAI_NODATA, "it has no address")
+        if host not in {name for _, name in found}:
             raise socket.gaierror(socket.EAI_NONAME, "unknown")
-        return [(family, kind, 6, "", (each, 0)) for each in found[family, host] * 2]
+        assert family == socket.AF_UNSPEC
+        return [
+            (which, kind, 6, "", (each, 0))
+            for (which, name), addresses in found.items()
+            for each in addresses * 2
+            if name == host
+        ]
 
     monkeypatch.setattr(trio.socket, "getaddrinfo", getaddrinfo)
     async with guest_of() as guest:
@@ -116,6 +125,11 @@ async def test_a_name_is_looked_up_as_the_host_does_it(monkeypatch):
         assert v4.an[0].rrname == b"host.example."
         v6 = await guest.look_up("host.example", "AAAA", "10.0.2.3")
         assert [v6.an[i].rdata for i in range(v6.ancount)] == ["2001:db8::7"]
+        # One that is there, and has no address of that kind, is not unknown: musl, systemd-resolved
+        # and busybox take that for the answer to both of their questions.
+        for name, kind in (("old.example", "AAAA"), ("empty.example", "A")):
+            none = await guest.look_up(name, kind, "10.0.2.3")
+            assert (none.rcode, none.ancount) == (0, 0)
         codes = {
             name: (await guest.look_up(name, kind, "10.0.2.3")).rcode
             for name, kind in (
