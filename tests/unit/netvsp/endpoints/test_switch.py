@@ -369,3 +369,8 @@ async def test_a_switch_without_a_port_left_refuses(monkeypatch):
     again = await open_spec(Spec.parse("switch:[vlan=5]a"))
     assert again.snapshot()["ports"] == 1
     await again.aclose()
+
+
+def test_a_switch_within_another_endpoint_is_shared_as_well():
+    specs = ["pcap:[write=a.pcapng]switch:[vlan=5]lan", "pcap:[write=b]null:", "script:a.py"]
+    assert {spec: share.keeper for spec, share in shared(specs).items()} == {specs[0]: "switch:lan"}
