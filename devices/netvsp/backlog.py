@@ -16,6 +16,7 @@ import trio
 from netvsp.endpoint import Endpoint, Offloads
 from netvsp.frames.frame import GSO_ECN, GSO_UDP, Frame, Offload
 from netvsp.frames.offload import cut, fill_checksum
+from netvsp.link import Link
 from netvsp.statistics import Direction
 from netvsp.wire.nvsp import RNDIS_PACKET_COMPLETE, SEND_RNDIS_PACKET_COMPLETE, SUCCESS
 from vmbus.host.channel import Channel
@@ -44,10 +45,14 @@ ANSWER = RNDIS_PACKET_COMPLETE.pack(SEND_RNDIS_PACKET_COMPLETE, SUCCESS)
 class _Waiting:
     """A packet that is not answered yet."""
 
-    __slots__ = ("frames", "packet", "ready", "undertaking")
+    __slots__ = ("frames", "left", "packet", "ready", "undertaking")
 
-    def __init__(self, packet: Packet, frames: Iterator[Frame], undertaking: Undertaking) -> None:
+    def __init__(
+        self, packet: Packet, frames: Iterator[Frame], left: int, undertaking: Undertaking
+    ) -> None:
         self.packet = packet
+        self.left = left
+        """How many frames the guest has sent in it."""
         self.frames = frames
         """Those that have not been made yet."""
         self.ready: list[Frame] = []
@@ -62,6 +67,7 @@ class Backlog:
         channel: Where completions go.
         queue: The endpoint's queue for it.
         endpoint: Where frames go.
+        link: What waits is dropped when it goes down.
         statistics: Counters.
 
     Attributes:
@@ -70,13 +76,19 @@ class Backlog:
     """
 
     def __init__(
-        self, channel: Channel, queue: int, endpoint: Endpoint, statistics: Direction
+        self,
+        channel: Channel,
+        queue: int,
+        endpoint: Endpoint,
+        link: Link,
+        statistics: Direction,
     ) -> None:
         self.parts = 1
         self.busy = False
         self._channel = channel
         self._queue = queue
         self._endpoint = endpoint
+        self._link = link
         self._statistics = statistics
         self._waiting: collections.deque[_Waiting] = collections.deque()
 
@@ -92,7 +104,7 @@ class Backlog:
         weight = WAITING_WEIGHT + sum([FRAME_WEIGHT + len(frame) for frame in own])
         undertaking = self._channel.undertakings.begin(weight, lambda: "frames to be sent")
         made = finished(own, self._endpoint.info.offloads)
-        self._waiting.append(_Waiting(packet, made, undertaking))
+        self._waiting.append(_Waiting(packet, made, len(own), undertaking))
         if not self.busy:
             self.busy = True
             nursery.start_soon(self._send)
@@ -102,9 +114,9 @@ class Backlog:
         try:
             while self._waiting and not channel.ended:
                 # An endpoint that never takes any more must not keep the channel from its end.
-                await self._waiting[0].undertaking.rest(
-                    lambda: self._endpoint.wait_writable(self._queue)
-                )
+                await self._waiting[0].undertaking.rest(self._wait_writable)
+                if not self._link.up:
+                    self._give_up()
                 self._send_some()
                 await channel.flush()
         except trio.EndOfChannel:
@@ -114,6 +126,21 @@ class Backlog:
             for each in self._waiting:
                 each.undertaking.end()
             self._waiting.clear()
+
+    async def _wait_writable(self) -> None:
+        """Wait until the endpoint may take more, or the link is down. Is a checkpoint."""
+        with trio.CancelScope() as scope, self._link.ends(scope):
+            await self._endpoint.wait_writable(self._queue)
+
+    def _give_up(self) -> None:
+        """Drop what the endpoint has not taken, for the link is down. Cannot block."""
+        for each in self._waiting:
+            # Segments count as what has been made of them, or as one: they are not cut for that.
+            self._statistics.dropped["link down"] += len(each.ready) or each.left
+            each.undertaking.end()
+            if each.packet.flags & 1:
+                self._channel.complete(each.packet.transaction_id, ANSWER)
+        self._waiting.clear()
 
     def _send_some(self) -> None:
         """Send as much as one turn is for, and as the endpoint takes."""

@@ -80,7 +80,7 @@ class Sender:
         self._link = link
         self._statistics = statistics
         self._offloads = endpoint.info.offloads
-        self._backlog = Backlog(channel, queue, endpoint, statistics)
+        self._backlog = Backlog(channel, queue, endpoint, link, statistics)
         # The batch under way: each packet ends at a number of frames.
         self._packets: list[Packet] = []
         self._frames: list[Frame] = []

@@ -47,8 +47,13 @@ class Server:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def memory(self) -> int:
-        with open(f"/proc/{self.process.pid}/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * 4096
+        return self.memory_of(self.process.pid)
+
+    def memory_of(self, pid: int) -> int:
+        """Bytes of a process that are its own."""
+        with open(f"/proc/{pid}/statm", encoding="ascii") as file:
+            _size, resident, shared, *_ = map(int, file.read().split())
+        return (resident - shared) * 4096
 
     async def guest(self, name: str) -> dict[str, Any]:
         """What an operator sees of a guest, once it is there."""
@@ -61,9 +66,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(tmp_path, *disks: str) -> Iterator[Server]:
+def serving(tmp_path, *disks: str, net: str = "") -> Iterator[Server]:
     path = str(tmp_path / "s")
     words = [word for disk in disks or ("ram:4M",) for word in ("--disk", disk)]
+    words += ["--net", net] if net else []
     command = [sys.executable, "-m", "vmbus.cli", "serve", "--socket", path, *words]
     with (
         open(tmp_path / "log", "wb") as log,

@@ -179,3 +179,36 @@ async def test_a_turn_is_over_after_some_segments_that_we_cut_ourselves():
             one = 121 * SEGMENT_COST
             assert done == (4 if not cost else -(-TURN // one))
             guest.channel.try_flush()
+
+
+async def test_what_waits_is_dropped_and_answered_when_the_link_goes_down():
+    network = Network(room=1)
+    async with running(network) as (guest, adapter):
+        await guest.exchange(*[several(guest, index, [index]) for index in range(3)])
+        assert guest.take_completions() == [(0, GOOD)]
+        adapter.set_link(up=False)
+        await guest.settle()
+        assert guest.take_completions() == [(1, GOOD), (2, GOOD)]
+        assert adapter.statistics.transmit.dropped == {"link down": 2}
+        assert guest.channel.undertakings.load.total == 0
+        adapter.set_link(up=True)
+        await guest.exchange(several(guest, 0, [7]))
+        assert guest.take_completions() == []
+        network.make_room(1)
+        await guest.settle()
+        assert guest.take_completions() == [(7, GOOD)]
+        assert network.bytes() == [numbered(0), numbered(7)]
+
+
+async def test_a_link_that_is_down_for_a_moment_has_dropped_what_waited():
+    network = Network(room=0)
+    async with running(network) as (guest, adapter):
+        await guest.exchange(several(guest, 0, [1]))
+        adapter.set_link(up=False)
+        adapter.set_link(up=True)
+        network.make_room(0)
+        await guest.settle()
+        assert guest.channel.outstanding in {0, 1}
+        network.make_room(1)
+        await guest.settle()
+        assert guest.take_completions() == [(1, GOOD)]
