@@ -13,6 +13,10 @@ one that does it for all guests; for a ``nat:`` within ``pcap:`` it takes ``--no
 Without passt, or if this host has no network, a small one is built in: a gateway, DHCP, answers to
 ping, and names looked up as this host does it, with nothing behind; a warning says so.
 ``with=passt`` insists on the one, ``with=built-in`` on the other.
+
+IPv6 is passt's, as far as this host has it. The built-in network is IPv4 alone: it advertises no
+router, and answers neither neighbour solicitations nor ICMPv6, so that a guest keeps to its
+link-local address. A name's IPv6 addresses are told to a guest that asks for them.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from netvsp.frames.frame import Frame
 from netvsp.shared.line import FrameLine, make_buffer
 from netvsp.switch import switch as switch_module
 from netvsp.wire import ppi, rndis
-from tests.bench.bench_netvsp import RECEIVE_PAGES, RING_PAGES, SEND_PAGES, _Guest
+from tests.bench.nic import RECEIVE_PAGES, RING_PAGES, SEND_PAGES, Guest as _Guest
 from tests.support.patience import until
 from tests.support.switch import BROADCAST, make_frame, station
 from tests.support.switch_lines import Adapter, kept
