@@ -30,8 +30,9 @@ ADAPTER = (
 )
 CONTROL = "test_control.py: test_a_request_has_one_reply_that_drivers_take"
 WISHES = "test_frames.py: test_a_guest_may_wish_anything_of_any_frame"
-FRAMES = "test_transmit.py: test_any_messages_are_frames_or_refused"
-PAGES = "test_transmit.py: test_any_pages_are_bytes_or_refused"
+FRAMES = "test_messages.py: test_any_messages_are_frames_or_refused"
+BOTH_WAYS = "test_transmit_both_ways.py: test_the_short_way_ends_where_the_long_way_does"
+PAGES = "test_messages.py: test_any_pages_are_bytes_or_refused"
 SWITCH = "test_switch_any_messages.py: test_no_stranger_and_no_other_switch_harms_one"
 SERVING = "test_requests_both_ways.py: test_the_fast_path_does_what_the_long_way_does"
 # Steps of a larger decoder. The property test of the whole, named here, gets into all of them:
@@ -53,6 +54,7 @@ REACHED_THROUGH = {
     "_frames_of_one_untrusted": FRAMES,
     "_frames_of_pieces_untrusted": FRAMES,
     "_items_untrusted": FRAMES,
+    "large_frame_untrusted": BOTH_WAYS,
     "_pages_untrusted": PAGES,
     "_control_untrusted": ADAPTER,
     "_init_untrusted": ADAPTER,

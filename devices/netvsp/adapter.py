@@ -13,7 +13,7 @@ from netvsp.endpoint import Endpoint, EndpointError
 from netvsp.frames.frame import Frame, format_mac
 from netvsp.link import AdapterConfig, Link
 from netvsp.session import Session
-from netvsp.statistics import AdapterStatistics
+from netvsp.statistics import NO_BUFFER, AdapterStatistics
 from netvsp.wire.nvsp import VERSION_NAMES
 from vmbus.errors import ConfigError
 from vmbus.host.channel import Channel
@@ -24,6 +24,12 @@ MONITOR_LATENCY = 500
 """Ticks of 100 ns: how often the monitor page is looked at, if the adapter has a bit there."""
 MAC_PREFIX = bytes.fromhex("00155d")
 """Of addresses made here: Microsoft's, by which Linux knows a Hyper-V adapter."""
+
+STOP_SENDING = 2.5
+"""Seconds for a guest to stop sending when its link is down: Linux looks at its link at most every
+two (netvsc_link_change, LINKCHANGE_INT)."""
+QUIET = 0.1
+"""Seconds without a packet of the guest's in which it counts as having stopped."""
 
 log = logging.getLogger("vmbus.netvsp")
 
@@ -100,6 +106,10 @@ class NetworkAdapter:
             await trio.lowlevel.checkpoint()
         else:
             await self._session.receiver.wait_room()
+
+    def lost(self, count: int) -> None:
+        """See :meth:`netvsp.endpoint.Port.lost`."""
+        self.statistics.receive.dropped[NO_BUFFER] += count
 
     def link_changed(self, *, up: bool, speed: int | None = None) -> None:
         """See :meth:`netvsp.endpoint.Port.link_changed`."""
@@ -184,9 +194,39 @@ class NetworkAdapter:
             "endpoint": self.endpoint.snapshot(),
         }
 
+    async def retire(self) -> None:
+        """See :meth:`vmbus.host.device.Retiring.retire`: take the link down and wait.
+
+        Linux waits in ``netvsc_remove`` for the completion of each frame that it has sent, for
+        ever and with the lock of all networking held (rndis_filter_halt_device), and takes none any
+        more once it has heard of the removal (vmbus_reset_channel_cb).
+        """
+        was_up = self.link.up
+        self.link.set_leaving(leaving=True)
+        session = self._session
+        if session is None or not was_up or not session.control.filter:
+            await trio.lowlevel.checkpoint()
+            return
+        enough = trio.current_time() + STOP_SENDING
+        seen = -1
+        while self._session is session and (
+            seen != (now := _packets(session)) or trio.current_time() < enough
+        ):
+            seen = now
+            await trio.sleep(QUIET)
+
+    def stay(self) -> None:
+        """See :meth:`vmbus.host.device.Retiring.stay`."""
+        self.link.set_leaving(leaving=False)
+
     async def aclose(self) -> None:
         """See :meth:`vmbus.host.Device.aclose`."""
         await self.endpoint.aclose()
+
+
+def _packets(session: Session) -> int:
+    """Return how many packets have come on the channels that are open now."""
+    return sum(each.statistics.packets_in for each in session.receiver.channels.values())
 
 
 def mac_of(instance_id: UUID) -> bytes:

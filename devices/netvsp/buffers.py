@@ -48,7 +48,8 @@ class SharedBuffer:
         only = gpadl.ranges[0] if len(gpadl.ranges) == 1 else None
         self._pfns = only.pfns if only is not None else ()
         self._base = only.byte_offset if only is not None else 0
-        self._parts: dict[int, list[memoryview]] = {}
+        self.parts: dict[int, list[memoryview]] = {}
+        """Those that have been used, by number; :meth:`part` has them all."""
         lease.on_teardown = self.release
 
     def part(self, index: int) -> list[memoryview]:
@@ -57,9 +58,9 @@ class SharedBuffer:
         Raises:
             GuestProtocolError: It is not memory any more.
         """
-        found = self._parts.get(index)
+        found = self.parts.get(index)
         if found is None:
-            found = self._parts[index] = self._views(index * self.part_size)
+            found = self.parts[index] = self._views(index * self.part_size)
         return found
 
     def _views(self, offset: int) -> list[memoryview]:
@@ -75,10 +76,10 @@ class SharedBuffer:
         """Give it back: nothing touches it from here on. Idempotent. Cannot block."""
         if not self.gone:
             self.gone = True
-            for views in self._parts.values():
+            for views in self.parts.values():
                 for view in views:
                     view.release()
-            self._parts.clear()
+            self.parts.clear()
             self._lease.release()
 
 
@@ -93,7 +94,7 @@ class SendBuffer(SharedBuffer):
             length: Up to :attr:`part_size`.
         """
         views = self.part(index)
-        if len(views) == 1:
+        if length <= len(views[0]):
             return bytes(views[0][:length])
         return b"".join(views)[:length]
 
@@ -118,7 +119,7 @@ class ReceiveBuffer(SharedBuffer):
             data: Up to :attr:`part_size` bytes.
         """
         views = self.part(index)
-        if len(views) == 1:
+        if len(data) <= len(views[0]):
             views[0][: len(data)] = data
             return
         position = 0

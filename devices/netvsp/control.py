@@ -15,6 +15,7 @@ from netvsp.oid_answers import ANSWERS, Facts
 from netvsp.rss import Scaling
 from netvsp.statistics import AdapterStatistics
 from netvsp.wire import ndis, oids, rndis
+from netvsp.wire.nvsp import VERSION_6_1
 from vmbus.errors import ConfigError, GuestProtocolError
 
 MAX_PACKETS = 8
@@ -47,7 +48,8 @@ class Control:
     Attributes:
         state: How far RNDIS has come.
         filter: ``FILTER_*``: which frames the guest wants. No frame goes to it while this is 0.
-        rsc: Whether it takes segments that are longer than the MTU.
+        coalesces: Whether its driver can take segments that are longer than the MTU:
+            CAPABILITY_RSC, which Linux sets from version 6.1 on (netvsc.c: negotiate_nvsp_ver).
         scaling: Receive-side scaling; None: all frames go on the primary channel.
         mtu: Bytes of payload, as agreed on by NVSP.
         version: NVSP version.
@@ -71,7 +73,7 @@ class Control:
         self.version = 0
         self.queues = config.max_queues
         self.scaling: Scaling | None = None
-        self.rsc = False
+        self.coalesces = False
         self._rsc_wanted = {"rsc_ipv4": ndis.OFFLOAD_DISABLED, "rsc_ipv6": ndis.OFFLOAD_DISABLED}
         self._key = _RSS_KEY
         self._kinds = 0
@@ -112,7 +114,6 @@ class Control:
         self.state = State.DOWN
         self.filter = 0
         self.scaling = None
-        self.rsc = False
         self._rsc_wanted = dict.fromkeys(self._rsc_wanted, ndis.OFFLOAD_DISABLED)
         self._key, self._kinds, self._table = _RSS_KEY, 0, (0,)
         self.changed()
@@ -193,9 +194,18 @@ class Control:
             lso_max_size=0xF53C,
             lso_min_segments=2,
             lso_ipv6=True,
-            rsc_ipv4=self.version >= 0x60001,
-            rsc_ipv6=self.version >= 0x60001,
+            rsc_ipv4=self._may_coalesce,
+            rsc_ipv6=self._may_coalesce,
         )
+
+    @property
+    def _may_coalesce(self) -> bool:
+        return self.coalesces and self.version >= VERSION_6_1 and self.config.offloads
+
+    @property
+    def rsc(self) -> bool:
+        """Whether the guest takes segments that are longer than the MTU: it can, and wants to."""
+        return self._may_coalesce and set(self._rsc_wanted.values()) == {ndis.OFFLOAD_ENABLED}
 
     # -- settings --------------------------------------------------------------------------------
 
@@ -243,11 +253,6 @@ class Control:
             value = getattr(wanted, name)
             if value != ndis.NO_CHANGE:
                 self._rsc_wanted[name] = value
-        self.rsc = (
-            self.config.offloads
-            and self.version >= 0x60001
-            and set(self._rsc_wanted.values()) == {ndis.OFFLOAD_ENABLED}
-        )
         self.changed()
 
     def _scale(self, wanted: ndis.RssParameters) -> int:

@@ -13,9 +13,9 @@ returns; the adapter has copied them.
 **Back-pressure.** Neither call blocks, and both say how many frames they have taken, in order.
 What ``transmit`` has not taken the adapter keeps, unanswered, so that the guest's ring fills up and
 the guest slows down; it calls :meth:`Endpoint.wait_writable` before it tries again. What
-``receive`` has not taken, since the guest has no room, the endpoint may keep until
-:meth:`Port.wait_room`, or drop; an endpoint with several senders drops, so that one guest that
-does not read holds up nobody else.
+``receive`` has not taken, since the guest has no room or because others are to have their turn, the
+endpoint may keep until :meth:`Port.wait_room`, or drop, which it says by :meth:`Port.lost`; an
+endpoint with several senders drops, so that one guest that does not read holds up nobody else.
 
 **Lives.** ``run`` is called once for each life of the adapter, and cancelled at its end; there are
 many. ``transmit`` may be called at any time, between two lives too. What was on its way to the
@@ -90,6 +90,16 @@ class Port(Protocol):
 
     async def wait_room(self) -> None:
         """Wait until :meth:`receive` may take more. Is a checkpoint."""
+
+    def lost(self, count: int) -> None:
+        """Count frames for the guest that had to be dropped for want of room. Cannot block.
+
+        Those that :meth:`receive` has not taken, and that could not be kept. The guest can ask how
+        many there were: GEN_RCV_NO_BUFFER.
+
+        Args:
+            count: How many more.
+        """
 
     def link_changed(self, *, up: bool, speed: int | None = None) -> None:
         """Tell the guest about its link. Cannot block.

@@ -5,8 +5,11 @@ It outlives the lives of the device: a guest that boots anew finds what an opera
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+import trio
 
 from netvsp.frames.frame import ETHERNET_HEADER, MAX_MTU, MIN_MTU, format_mac
 from vmbus.errors import ConfigError
@@ -77,22 +80,39 @@ class Link:
         self.changed: Callable[[], None] | None = None
         self._endpoint_up = True
         self._operator_up = True
+        self._leaving = False
+        self._waits: set[trio.CancelScope] = set()
 
     @property
     def up(self) -> bool:
         """Whether frames come through."""
-        return self._endpoint_up and self._operator_up
+        return self._endpoint_up and self._operator_up and not self._leaving
 
     def set_operator(self, *, up: bool) -> None:
         """An operator plugs the cable in or out. Cannot block."""
-        self._set(self._endpoint_up, up)
+        self._set(operator=up)
 
     def set_endpoint(self, *, up: bool, speed: int | None = None) -> None:
         """The network has come or gone. Cannot block."""
         if speed is not None and speed != self.speed:
             self.speed = speed
             self._tell()
-        self._set(up, self._operator_up)
+        self._set(endpoint=up)
+
+    def set_leaving(self, *, leaving: bool) -> None:
+        """The adapter is about to be taken away, or stays after all. Cannot block."""
+        self._set(leaving=leaving)
+
+    @contextlib.contextmanager
+    def ends(self, scope: trio.CancelScope) -> Iterator[None]:
+        """Cancel what is waited for in a ``with`` block when the link is down, or goes down."""
+        self._waits.add(scope)
+        try:
+            if not self.up:
+                scope.cancel()
+            yield
+        finally:
+            self._waits.discard(scope)
 
     def set_mac(self, mac: bytes) -> None:
         """Give the adapter another address. Raises ConfigError if it cannot be one."""
@@ -100,9 +120,23 @@ class Link:
         self.mac = mac
         self._tell()
 
-    def _set(self, endpoint: bool, operator: bool) -> None:
+    def _set(
+        self,
+        *,
+        endpoint: bool | None = None,
+        operator: bool | None = None,
+        leaving: bool | None = None,
+    ) -> None:
         before = self.up
-        self._endpoint_up, self._operator_up = endpoint, operator
+        if endpoint is not None:
+            self._endpoint_up = endpoint
+        if operator is not None:
+            self._operator_up = operator
+        if leaving is not None:
+            self._leaving = leaving
+        if not self.up:
+            for scope in self._waits:
+                scope.cancel()
         if self.up != before:
             self._tell()
 

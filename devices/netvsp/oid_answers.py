@@ -13,7 +13,13 @@ from collections.abc import Callable
 
 from netvsp.frames.frame import ETHERNET_HEADER
 from netvsp.link import Link
-from netvsp.statistics import BROADCAST_KIND, DIRECTED, MULTICAST, AdapterStatistics
+from netvsp.statistics import (
+    BROADCAST_KIND,
+    DIRECTED,
+    MULTICAST,
+    NO_BUFFER,
+    AdapterStatistics,
+)
 from netvsp.wire import ndis, oids
 
 _CONNECTED, _DISCONNECTED = 0, 1
@@ -126,7 +132,7 @@ ANSWERS: dict[int, Callable[[Facts], bytes]] = {
     oids.GEN_RCV_OK: lambda f: _counter(f.statistics.receive.total_frames),
     oids.GEN_XMIT_ERROR: lambda f: _counter(f.statistics.transmit.errors),
     oids.GEN_RCV_ERROR: lambda f: _counter(f.statistics.receive.errors),
-    oids.GEN_RCV_NO_BUFFER: lambda f: _counter(f.statistics.receive.dropped["no buffer"]),
+    oids.GEN_RCV_NO_BUFFER: lambda f: _counter(f.statistics.receive.dropped[NO_BUFFER]),
     oids.GEN_BYTES_XMIT: lambda f: _counter(f.statistics.transmit.total_bytes),
     oids.GEN_BYTES_RCV: lambda f: _counter(f.statistics.receive.total_bytes),
     oids.GEN_DIRECTED_BYTES_XMIT: lambda f: _counter(f.statistics.transmit.bytes[DIRECTED]),

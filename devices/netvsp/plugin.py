@@ -26,7 +26,7 @@ class NetworkPlugin:
     """See :class:`vmbus.plugins.devices.DevicePlugin`."""
 
     backends: Registry | None = ENDPOINTS
-    demo: str | None = None
+    demo: str | None = "netvsp.demo"
 
     async def from_specs(
         self,

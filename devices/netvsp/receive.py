@@ -8,11 +8,6 @@ array with it), and it is free again exactly when the packet has been completed.
 A segment that is longer than a sub-allocation goes to a guest that has asked for receive segment
 coalescing in several of them, marked first to last; to others it goes cut.
 
-The channels of a guest have one buffer. Half of it is anybody's; of the other half each has a
-share, so that one that gives nothing back leaves something to the others. Frames wait for a channel
-that has no room, and those behind them as well, whosever they are; so if it does not move for
-:data:`PATIENCE`, and there are others, its frames are dropped until it does.
-
 Frames come in tasks of an endpoint's, perhaps in that of another guest's adapter. So nothing that
 this guest does to its rings is found out there: what cannot be written at once, for want of room or
 because the partition stands still, is left to a task of its own.
@@ -20,12 +15,12 @@ because the partition stands still, is left to a task of its own.
 
 from __future__ import annotations
 
-import math
-import struct
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
 import trio
 
+from netvsp.backlog import MAX_PIECES, SEGMENT_COST, TURN
 from netvsp.buffers import ReceiveBuffer
 from netvsp.control import Control
 from netvsp.frames.frame import (
@@ -34,59 +29,43 @@ from netvsp.frames.frame import (
     GSO_ECN,
     GSO_UDP,
     NEEDS_CHECKSUM,
-    VLAN_TAG,
     Frame,
     Offload,
-    hides_tag,
 )
-from netvsp.frames.offload import complete, fill_checksum, receive_value
+from netvsp.frames.offload import complete, cut, fill_checksum
 from netvsp.link import AdapterConfig, Link
-from netvsp.statistics import Direction
-from netvsp.wire import nvsp, oids, ppi, rndis
+from netvsp.placing import ROOM, Headers, build_packet, put, store, summed
+from netvsp.shares import Shares
+from netvsp.statistics import DIRECTED, Direction
+from netvsp.view import guests_view
+from netvsp.wire import nvsp, oids
 from vmbus.errors import GuestProtocolError
 from vmbus.host.channel import Channel
-from vmbus.wire.packets import (
-    DESCRIPTOR,
-    FLAG_COMPLETION_REQUESTED,
-    RANGES_OFFSET,
-    TRANSFER_PAGES,
-    TRANSFER_PAGES_HEADER,
-)
 
 MAX_RANGES = 64
 """Frames of one packet. Linux takes 562, OpenVMM sends 375; a packet is 16 + 8 bytes a frame."""
 CONTROL_PARTS = 16
 """Sub-allocations that frames leave to control messages."""
-ROOM = 256
-"""Bytes of a sub-allocation beside the frame: RNDIS header and per-packet information."""
-LONGEST_CONTROL = 1024
-"""Bytes that a sub-allocation has for control messages at least; a name takes 536."""
 MAX_PENDING = 64
 """Packets in front of a full ring before frames wait."""
-PATIENCE = 0.05
-"""Seconds for which frames for other channels wait for one that stands still."""
 MAX_CONTROL_QUEUE = 256
 """Control messages that wait for a sub-allocation; each answers a request of the guest's."""
+COST = 8 << 10
+"""Of a frame, beside its bytes; in the unit of :data:`netvsp.backlog.TURN`."""
 
 _DATA = nvsp.build_rndis_packet(nvsp.CHANNEL_DATA)
 _CONTROL = nvsp.build_rndis_packet(nvsp.CHANNEL_CONTROL)
-_RANGE = struct.Struct("<II")
 
-Ranges = list[tuple[int, int]]
-"""Length and offset in the receive buffer of each part of a frame, in bytes."""
+Groups = dict[Channel, list[list[int]]]
+"""By channel: length and offset of all parts that each packet is to name."""
 
 
-def part_size(max_frame: int) -> int:
-    """Return how long a sub-allocation has to be for such frames, in bytes. Cannot block.
+@dataclasses.dataclass(slots=True, eq=False)
+class _Cutting:
+    """A segment that is too much for one turn."""
 
-    However short they are, what the guest asks for goes there as well.
-
-    A power of two up to a page: then none of them is in two pages, whatever the guest's are.
-    """
-    need = max(max_frame + VLAN_TAG + ROOM, LONGEST_CONTROL)
-    if need <= 4096:
-        return 1 << (need - 1).bit_length()
-    return (need + 4095) & ~4095
+    pieces: Iterator[Frame]
+    hashed: int
 
 
 class Receiver:
@@ -121,95 +100,282 @@ class Receiver:
         self._statistics = statistics
         self._flush_later = flush_later
         self._outstanding: dict[int, tuple[Channel, list[int]]] = {}
-        self._held: dict[Channel, int] = {}
-        """Sub-allocations that are out, by channel."""
-        self._still: dict[Channel, float] = {}
-        """Channels that have had no room, and since when."""
         self._control_queue: list[bytes] = []
         self._segment = 0
         self._room = trio.Event()
+        self._headers = Headers()
+        self._targets: list[Channel] = []
+        """The channel of each entry of the indirection table; empty: all is for the primary."""
+        self._cutting: _Cutting | None = None
+        self._shares = Shares(statistics)
+
+    # -- channels --------------------------------------------------------------------------------
+
+    def sort(self) -> None:
+        """Find out again where frames go: channels or settings have changed. Cannot block.
+
+        A table may name channels that the guest has not been granted, or has not opened: Linux
+        makes it for as many as it asks for (rndis_filter_device_add). Their flows are shared out
+        among those that are open.
+        """
+        scaling, channels = self._control.scaling, self.channels
+        parts = 0 if self.buffer is None else self.buffer.count - CONTROL_PARTS
+        self._shares.resize(len(channels), parts)
+        self._targets = []
+        if scaling is None or not channels:
+            return
+        opened = [channels[number] for number in sorted(channels)]
+        missing = 0
+        for number in scaling.table:
+            found = channels.get(number)
+            if found is None:
+                found = opened[missing % len(opened)]
+                missing += 1
+            self._targets.append(found)
+
+    def open(self, channel: Channel) -> None:
+        """A channel takes frames from now on. Cannot block."""
+        self.channels[channel.subchannel_index] = channel
+        self.sort()
+
+    def lose(self, channel: Channel) -> None:
+        """A channel takes no frames any more. Cannot block."""
+        index = channel.subchannel_index
+        if self.channels.get(index) is channel:
+            del self.channels[index]
+        self.sort()
+        self.forget(channel)
 
     # -- frames ----------------------------------------------------------------------------------
 
     def receive(self, frames: Sequence[Frame]) -> int:
-        """Hand frames to the guest; see :meth:`netvsp.endpoint.Port.receive`. Cannot block."""
+        """Hand frames to the guest; see :meth:`netvsp.endpoint.Port.receive`. Cannot block.
+
+        Two ways lead from a frame to the buffer, with the same result; a test proves that. A frame
+        to the guest's own address about which there is nothing to say goes the short way.
+        """
         buffer = self.buffer
         statistics = self._statistics
         if buffer is None or buffer.gone or not self._control.filter or 0 not in self.channels:
             statistics.dropped["not ready"] += len(frames)
             return len(frames)
-        groups: dict[Channel, list[Ranges]] = {}
-        done = 0
-        free = buffer.free
-        room = buffer.part_size - ROOM
         primary = self.channels[0]
         if primary.undertakings.held:
-            self._still.clear()
+            self._shares.stop()
             self._wait_for(primary)
             return 0
-        reserve = (buffer.count - CONTROL_PARTS) // 2 if len(self.channels) > 1 else 0
+        if self._cutting is not None and not self._gives_cutting_up(buffer):
+            self._wait_for(None)
+            return 0
+        groups: Groups = {}
+        done = directed = size = 0
+        budget = TURN
+        free, parts = buffer.free, buffer.parts
+        shares = self._shares
+        low = CONTROL_PARTS + shares.reserve
+        room = buffer.part_size - ROOM
+        mac = self._plain_address()
+        targets, scaling = self._targets, self._control.scaling
+        headers = self._headers
         try:
             for frame in frames:
-                wanted = self._wanted(frame)
-                if wanted is None:
-                    done += 1
-                    continue
-                number, hashed = self._channel_of(wanted)
-                channel = self.channels.get(number, primary)
-                if channel.pending > MAX_PENDING:
-                    if self._gives_up(channel):
-                        done += 1
-                        continue
-                    self._wait_for(channel)
+                if budget <= 0:
+                    self._room.set()  # others have their turn, and then there is more
                     break
-                if wanted.offload is None and len(wanted) <= room:
-                    pieces, need = [wanted], 1
+                head = frame.head
+                length = len(head) if not frame.rest else len(frame)
+                if (
+                    head[:6] != mac
+                    or frame.offload is not None
+                    or frame.tci is not None
+                    or not ETHERNET_HEADER <= length <= room
+                    or head[12:14] == ETHERTYPE_VLAN
+                ):
+                    cost = self._receive_one(buffer, frame, groups)
+                    if not cost:
+                        break
+                    budget -= cost
+                    done += 1
+                    if self._cutting is not None:
+                        break
+                    continue
+                hashed = scaling.hash(head) if scaling is not None else 0
+                channel = targets[hashed % len(targets)] if hashed else primary
+                group = groups.get(channel) or self._group(groups, channel)
+                if group is None or (
+                    len(free) <= low
+                    and not shares.may_have(channel, 1, len(free) - CONTROL_PARTS - 1, group)
+                ):
+                    if not shares.gives_up(channel):
+                        self._wait_for(channel if group is None else None)
+                        break
+                    done += 1
+                    budget -= COST
+                    continue
+                header = headers.hashed(length, hashed) if hashed else headers.plain(length)
+                data = header + (frame.tobytes() if frame.rest else head)
+                index = free[-1]
+                view = (parts.get(index) or buffer.part(index))[0]
+                if len(data) <= len(view):
+                    view[: len(data)] = data
                 else:
-                    pieces = self._fitting(wanted, room)
-                    need = sum(-(-len(piece) // room) for piece in pieces)
-                if not pieces or need > buffer.count - CONTROL_PARTS:
-                    statistics.dropped["too long"] += 1
-                    done += 1
-                    continue
-                left = len(free) - CONTROL_PARTS - need
-                if left < reserve and not self._may_have(channel, need, left, reserve):
-                    if self._gives_up(channel):
-                        done += 1
-                        continue
-                    self._wait_for(None)
-                    break
-                if wanted.offload is not None:
-                    self._count_offload(wanted.offload)
-                stored = groups.setdefault(channel, [])
-                for piece in pieces:
-                    stored.append(self._store(buffer, piece, hashed))
-                    self._held[channel] = self._held.get(channel, 0) + len(stored[-1])
-                    statistics.count(piece.head, len(piece))
+                    buffer.write(index, data)
+                free.pop()
+                ranges = group[-1]
+                if len(ranges) >= 2 * MAX_RANGES:
+                    ranges = []
+                    group.append(ranges)
+                ranges += (len(data), index * buffer.part_size)
+                directed += 1
+                size += length
                 done += 1
+                budget -= COST + length
         except GuestProtocolError:
             # Its pages are no memory any more: there is no way to reach this guest.
             statistics.dropped["no memory"] += len(frames) - done
             done = len(frames)
-        for channel, stored in groups.items():
-            self._send(channel, stored, _DATA)
+        statistics.frames[DIRECTED] += directed
+        statistics.bytes[DIRECTED] += size
+        for channel, group in groups.items():
+            self._send(channel, group, _DATA)
+        if self._cutting is not None:
+            self._wait_for(primary)
         return done
 
-    def _may_have(self, channel: Channel, need: int, left: int, reserve: int) -> bool:
-        """Whether a channel may have sub-allocations of those that are kept for others, too."""
-        if left < 0:
-            return False
-        held = self._held.get(channel, 0)
-        return not held or held + need <= reserve // len(self.channels)
+    def _plain_address(self) -> bytes:
+        """Return the address of frames that need no other look; b"none" if all of them do."""
+        config, link, wants = self._config, self._link, self._control.filter
+        directed = wants & (oids.FILTER_DIRECTED | oids.FILTER_PROMISCUOUS)
+        plain = link.up and config.vlan is None and config.trunk is None
+        return link.mac if directed and plain else b"none"
 
-    def _gives_up(self, channel: Channel) -> bool:
-        """Whether a frame is dropped since its channel stands still, and others are to go on."""
-        if len(self.channels) < 2:
+    def _group(self, groups: Groups, channel: Channel) -> list[list[int]] | None:
+        """Return what is to go on a channel; None if it has too much to do."""
+        found = groups.get(channel)
+        if found is None:
+            if channel.pending > MAX_PENDING:
+                return None
+            found = groups[channel] = [[]]
+        return found
+
+    def _target(self, hashed: int) -> Channel:
+        targets = self._targets
+        return targets[hashed % len(targets)] if hashed and targets else self.channels[0]
+
+    def _receive_one(self, buffer: ReceiveBuffer, frame: Frame, groups: Groups) -> int:
+        """Store any frame, or drop it. Returns what that costs; 0: there is no room for it now.
+
+        Raises:
+            GuestProtocolError: The buffer is no memory any more.
+        """
+        statistics, scaling = self._statistics, self._control.scaling
+        wanted = guests_view(
+            frame, self._control.filter, self._link, self._config, statistics,
+            tags_beside=self.tags_beside,
+        )  # fmt: skip
+        if wanted is None:
+            return COST
+        hashed = scaling.hash(wanted.head) if scaling is not None else 0
+        channel = self._target(hashed)
+        group = self._group(groups, channel)
+        if group is None:
+            if self._shares.gives_up(channel):
+                return COST
+            self._wait_for(channel)
+            return 0
+        room = buffer.part_size - ROOM
+        offload = wanted.offload
+        length = longest = len(wanted)
+        need, whole = 1, True
+        if offload is not None and offload.gso_type:
+            whole = self._control.rsc and offload.gso_type & ~GSO_ECN != GSO_UDP
+            if whole:
+                need, longest = -(-length // room), 0
+            else:
+                payload = max(length - offload.header_length, 1)
+                each = min(offload.gso_size or payload, payload)
+                need, longest = -(-payload // each), offload.header_length + each
+        most = buffer.count - CONTROL_PARTS
+        if longest > room or (whole and need > most):
+            statistics.dropped["too long"] += 1
+            return COST
+        if not whole and need > min(MAX_PIECES, most):
+            self._count_offload(offload)
+            pieces = map(fill_checksum, cut(wanted.own()))
+            self._cutting = _Cutting(pieces, hashed)
+            return COST + length
+        if not self._shares.may_have(channel, need, len(buffer.free) - CONTROL_PARTS - need, group):
+            if self._shares.gives_up(channel):
+                return COST
+            self._wait_for(None)
+            return 0
+        self._count_offload(offload)
+        made = [summed(wanted)] if whole else complete(wanted)
+        self._store_all(buffer, made, hashed, group, whole=whole)
+        return COST + 2 * length + (0 if whole else SEGMENT_COST * len(made))
+
+    def _store_all(
+        self,
+        buffer: ReceiveBuffer,
+        frames: Sequence[Frame],
+        hashed: int,
+        group: list[list[int]],
+        *,
+        whole: bool,
+    ) -> None:
+        """Store frames; all parts of one are in one packet: Linux drops it otherwise."""
+        room = buffer.part_size - ROOM
+        for frame in frames:
+            length = len(frame)
+            if length > room:
+                if not whole:  # nobody can cut it
+                    self._statistics.dropped["too long"] += 1
+                    continue
+                self._segment = (self._segment + 1) & 0xFFFF
+            found = store(buffer, frame, hashed, self._segment)
+            if group[-1] and len(group[-1]) + len(found) > 2 * MAX_RANGES:
+                group.append([])
+            group[-1] += found
+            self._statistics.count(frame.head, length)
+
+    def _gives_cutting_up(self, buffer: ReceiveBuffer) -> bool:
+        """Whether the rest of a segment is dropped since its channel stands still."""
+        assert self._cutting is not None
+        channel = self._target(self._cutting.hashed)
+        stuck = channel.pending > MAX_PENDING or len(buffer.free) <= CONTROL_PARTS
+        if not stuck or not self._shares.gives_up(channel):
             return False
-        now = trio.current_time()
-        if now - self._still.setdefault(channel, now) < PATIENCE:
-            return False
-        self._statistics.dropped["no buffer"] += 1
+        self._cutting = None
         return True
+
+    def _cut_on(self) -> None:
+        """Hand over more pieces of a segment, as many as one turn is for, and as there is room."""
+        cutting, buffer, primary = self._cutting, self.buffer, self.channels.get(0)
+        if cutting is None:
+            return
+        if buffer is None or buffer.gone or primary is None or not self._control.filter:
+            self._cutting = None
+            return
+        channel = self._target(cutting.hashed)
+        if primary.undertakings.held or channel.pending > MAX_PENDING:
+            self._flush_later(primary if primary.undertakings.held else channel)
+            return
+        group: list[list[int]] = [[]]
+        budget = TURN
+        try:
+            while budget > 0 and len(buffer.free) > CONTROL_PARTS:
+                piece = next(cutting.pieces, None)
+                if piece is None:
+                    self._cutting = None
+                    break
+                budget -= SEGMENT_COST + len(piece)
+                self._store_all(buffer, [piece], cutting.hashed, group, whole=False)
+        except GuestProtocolError:
+            self._statistics.dropped["no memory"] += 1
+            self._cutting = None
+        self._send(channel, group, _DATA)
+        if self._cutting is not None and len(buffer.free) > CONTROL_PARTS:
+            self._flush_later(channel)
 
     def _wait_for(self, channel: Channel | None) -> None:
         """Have who waits wait for room in the ring of a channel; None: in the buffer."""
@@ -220,122 +386,25 @@ class Receiver:
 
     async def wait_room(self) -> None:
         """See :meth:`netvsp.endpoint.Port.wait_room`. Is a checkpoint."""
-        with trio.move_on_after(PATIENCE if self._still else math.inf):
+        with trio.move_on_after(self._shares.patience):
             await self._room.wait()
 
-    def _wanted(self, frame: Frame) -> Frame | None:
-        """Return the frame as the guest sees it, or None if it does not want it."""
-        statistics, config = self._statistics, self._config
-        head = frame.head
-        if len(head) < ETHERNET_HEADER:
-            statistics.dropped["short"] += 1
-            return None
-        wants = self._control.filter
-        if not wants & oids.FILTER_PROMISCUOUS:
-            if head[0] & 1:
-                kind = (
-                    oids.FILTER_BROADCAST
-                    if head[:6] == b"\xff" * 6
-                    else oids.FILTER_MULTICAST | oids.FILTER_ALL_MULTICAST
-                )
-                if not wants & kind:
-                    statistics.dropped["filtered"] += 1
-                    return None
-            elif head[:6] != self._link.mac or not wants & oids.FILTER_DIRECTED:
-                statistics.dropped["filtered"] += 1
-                return None
-        if not self._link.up:
-            statistics.dropped["link down"] += 1
-            return None
-        if config.vlan is not None or config.trunk is not None:
-            frame = frame.untagged()
-            number = (frame.tci or 0) & 0xFFF
-            if config.vlan is not None:
-                # In its one VLAN it sees no tags, so there is none behind that.
-                if number != config.vlan or frame.head[12:14] == ETHERTYPE_VLAN:
-                    statistics.dropped["vlan"] += 1
-                    return None
-                return Frame(frame.head, frame.rest, frame.offload, None, frame.flow)
-            if config.trunk is not None and (number not in config.trunk or hides_tag(frame)):
-                statistics.dropped["vlan"] += 1
-                return None
-        return frame.untagged() if self.tags_beside else frame.tagged()
-
-    def _channel_of(self, frame: Frame) -> tuple[int, int]:
-        """Return the number of a frame's channel, and its hash if there is one."""
-        scaling = self._control.scaling
-        if scaling is None:
-            return 0, 0
-        hashed = scaling.hash(frame.head)
-        return (scaling.channel(hashed), hashed) if hashed else (0, 0)
-
-    def _fitting(self, frame: Frame, room: int) -> list[Frame]:
-        """Return a frame as the guest can take it: as it is, with its sum, or cut.
-
-        Nothing, if it is too long for a sub-allocation and no segment that may be in several.
-        """
-        offload = frame.offload
+    def _count_offload(self, offload: Offload | None) -> None:
         if offload is not None and offload.gso_type:
-            if self._control.rsc and offload.gso_type & ~GSO_ECN != GSO_UDP:
-                return [_summed(frame)]
-            pieces = complete(frame)
-        else:
-            pieces = [fill_checksum(frame)]
-        return pieces if all(len(piece) <= room for piece in pieces) else []
-
-    def _count_offload(self, offload: Offload) -> None:
-        if offload.gso_type:
             self._statistics.segments += 1
-        elif offload.flags & NEEDS_CHECKSUM:
+        elif offload is not None and offload.flags & NEEDS_CHECKSUM:
             self._statistics.checksums += 1
 
-    def _store(self, buffer: ReceiveBuffer, frame: Frame, hashed: int) -> Ranges:
-        """Write one frame into the buffer; return where it is, in one range or several."""
-        information = b""
-        value = receive_value(frame) if frame.offload is not None else 0
-        if value:
-            information = ppi.build_item(ppi.CHECKSUM, value)
-        if frame.tci is not None:
-            tag = ppi.pack_vlan(ppi.vlan_of_tci(frame.tci))
-            information += ppi.build_item(ppi.VLAN, tag)
-        if hashed:
-            information += ppi.build_item(ppi.HASH_VALUE, hashed)
-        room = buffer.part_size - ROOM
-        whole = frame.tobytes()
-        length = len(whole)
-        if length <= room:
-            return [_put(buffer, rndis.build_packet_header(length, information) + whole)]
-        self._segment = (self._segment + 1) & 0xFFFF
-        ranges = []
-        for start in range(0, length, room):
-            flags = ppi.FRAGMENT_SUB_ALLOCATION
-            if not start:
-                flags |= ppi.FRAGMENT_FIRST
-            if start + room >= length:
-                flags |= ppi.FRAGMENT_LAST
-            part = whole[start : start + room]
-            marked = information + ppi.build_packet_id(flags, self._segment)
-            try:
-                ranges.append(_put(buffer, rndis.build_packet_header(len(part), marked) + part))
-            except GuestProtocolError:
-                buffer.free += [offset // buffer.part_size for _length, offset in ranges]
-                raise
-        return ranges
-
-    def _send(self, channel: Channel, stored: list[Ranges], message: bytes) -> None:
+    def _send(self, channel: Channel, group: list[list[int]], message: bytes) -> None:
         """Queue packets that name what has been stored, and write them if there is room."""
         assert self.buffer is not None
         size = self.buffer.part_size
-        some: Ranges = []
-        for number, ranges in enumerate(stored, 1):
-            # All parts of a segment are in one packet: Linux drops it otherwise.
-            some += ranges
-            if number < len(stored) and len(some) + len(stored[number]) <= MAX_RANGES:
-                continue
-            indexes = [offset // size for _length, offset in some]
-            channel.send_packet(_packet(self.buffer_id, some, indexes[0], message))
-            self._outstanding[indexes[0]] = channel, indexes
-            some = []
+        for ranges in group:
+            if ranges:
+                indexes = [offset // size for offset in ranges[1::2]]
+                channel.send_packet(build_packet(self.buffer_id, ranges, indexes[0], message))
+                self._outstanding[indexes[0]] = channel, indexes
+                self._shares.took(channel, len(indexes))
         try:
             written = channel.try_flush()
         except GuestProtocolError:
@@ -344,17 +413,21 @@ class Receiver:
             self._flush_later(channel)
 
     def go_on(self, channel: Channel) -> None:
-        """There may be room again, in the ring of a channel or in the buffer. Cannot block."""
-        self._still.pop(channel, None)
+        """There may be room again in the buffer: a channel gives some back. Cannot block."""
+        self._shares.moves(channel)
         self._send_controls()
-        self._room.set()
+        if self._cutting is None:
+            self._room.set()
+        elif 0 in self.channels:
+            self._flush_later(self._target(self._cutting.hashed))
 
-    def lose(self, channel: Channel) -> None:
-        """A channel takes no frames any more. Cannot block."""
-        index = channel.subchannel_index
-        if self.channels.get(index) is channel:
-            del self.channels[index]
-        self.forget(channel)
+    def flushed(self, channel: Channel) -> None:
+        """There may be room again in a ring: go on, with no more than one turn is for."""
+        self._shares.moves(channel)
+        self._send_controls()
+        self._cut_on()
+        if self._cutting is None:
+            self._room.set()
 
     # -- control messages ------------------------------------------------------------------------
 
@@ -382,11 +455,10 @@ class Receiver:
             if buffer.gone:
                 break
             try:
-                stored = [[_put(buffer, self._control_queue[0])]]
+                stored = [put(buffer, self._control_queue[0])]
             except GuestProtocolError:
                 break  # its pages are no memory any more
             del self._control_queue[0]
-            self._held[primary] = self._held.get(primary, 0) + 1
             self._send(primary, stored, _CONTROL)
 
     # -- completions -----------------------------------------------------------------------------
@@ -404,20 +476,17 @@ class Receiver:
                 field="transaction_id",
             )
         del self._outstanding[transaction_id]
-        self._held[channel] -= len(found[1])
         if self.buffer is not None:
             self.buffer.free += found[1]
+        self._shares.gave(channel, len(found[1]))
         self.go_on(channel)
 
     def forget(self, channel: Channel | None = None) -> None:
         """Take back what is out on a channel that is over; None: everything. Cannot block."""
         if channel is None:
             self._control_queue.clear()
-            self._held.clear()
-            self._still.clear()
-        else:
-            self._held.pop(channel, None)
-            self._still.pop(channel, None)
+            self._cutting = None
+        self._shares.forget(channel)
         for number, (where, indexes) in tuple(self._outstanding.items()):
             if channel is None or where is channel:
                 del self._outstanding[number]
@@ -429,41 +498,3 @@ class Receiver:
     def outstanding(self) -> int:
         """Packets that the guest has not completed."""
         return len(self._outstanding)
-
-
-def _put(buffer: ReceiveBuffer, data: bytes) -> tuple[int, int]:
-    """Write a message into a free sub-allocation; return its length and where it is."""
-    index = buffer.free[-1]
-    buffer.write(index, data)
-    buffer.free.pop()
-    return len(data), index * buffer.part_size
-
-
-def _summed(frame: Frame) -> Frame:
-    """Return a whole segment with its sum: who takes it as one may look at it."""
-    offload = frame.offload
-    assert offload is not None
-    if not offload.flags & NEEDS_CHECKSUM:
-        return frame
-    plain = Frame(frame.head, frame.rest, offload._replace(gso_type=0), frame.tci, frame.flow)
-    return fill_checksum(plain)
-
-
-def _packet(buffer_id: int, ranges: Ranges, transaction_id: int, message: bytes) -> bytes:
-    """Build a transfer-page packet."""
-    count = len(ranges)
-    offset = RANGES_OFFSET + 8 * count
-    return b"".join(
-        (
-            DESCRIPTOR.pack(
-                TRANSFER_PAGES,
-                offset >> 3,
-                offset + len(message) >> 3,
-                FLAG_COMPLETION_REQUESTED,
-                transaction_id,
-            ),
-            TRANSFER_PAGES_HEADER.pack(buffer_id, 0, 0, count),
-            *[_RANGE.pack(*each) for each in ranges],
-            message,
-        )
-    )

@@ -93,11 +93,6 @@ class Scaling:
                 return self._look_up(head[22:54])
         return 0
 
-    def channel(self, number: int) -> int:
-        """Return the channel of a hash. Cannot block."""
-        table = self.table
-        return table[number % len(table)]
-
     def _look_up(self, flow: bytes) -> int:
         found = self._flows.get(flow)
         if found is None:

@@ -16,14 +16,16 @@ import enum
 
 import trio
 
+from netvsp.backlog import TURN
 from netvsp.buffers import ReceiveBuffer, SendBuffer
 from netvsp.control import MAX_CONTROL, Control
 from netvsp.endpoint import Endpoint
-from netvsp.frames.frame import ETHERNET_HEADER, MAX_MTU, Buffer, Frame
+from netvsp.frames.frame import ETHERNET_HEADER, MAX_MTU, Buffer
 from netvsp.link import AdapterConfig, Link
-from netvsp.receive import Receiver, part_size
+from netvsp.placing import part_size
+from netvsp.receive import Receiver
 from netvsp.statistics import AdapterStatistics
-from netvsp.transmit import COST, TURN, Sender
+from netvsp.transmit import COST, Sender
 from netvsp.wire import nvsp, rndis
 from vmbus.errors import STATUS_INSUFFICIENT_RESOURCES, GuestProtocolError
 from vmbus.host.channel import Channel
@@ -148,7 +150,7 @@ class Session:
             self.receiver.lose(channel)
         finally:
             self._flushing.discard(channel)
-        self.receiver.go_on(channel)
+        self.receiver.flushed(channel)
 
     def _release(self) -> None:
         self.receiver.channels.clear()
@@ -169,17 +171,15 @@ class Session:
             link=self._link,
             statistics=self._statistics.transmit,
         )
-        sender.send_buffer = self._send_buffer
+        sender.messages.send_buffer = self._send_buffer
         sender.max_frame = self._max_frame
-        self.receiver.channels[index] = channel
+        sender.ready = bool(self.control.filter)
+        self.receiver.open(channel)
         self._send_table()
 
     def _closed(self, channel: Channel) -> None:
         self._senders.pop(channel, None)
-        index = channel.subchannel_index
-        if self.receiver.channels.get(index) is channel:
-            del self.receiver.channels[index]
-        self.receiver.forget(channel)
+        self.receiver.lose(channel)
 
     # -- packets ---------------------------------------------------------------------------------
 
@@ -190,29 +190,25 @@ class Session:
             How many; the rest is to come again.
         """
         sender = self._senders[channel]
-        done = 0
-        budget = TURN // self._life.parts
-        batch: list[tuple[Packet, list[Frame]]] = []
-        for done, packet in enumerate(packets, 1):  # noqa: B007 - wanted behind the loop
-            budget -= COST
-            try:
-                if packet.kind == COMPLETION:
-                    self.receiver.completed_untrusted(channel, packet.transaction_id)
-                    if packet.wants_completion:  # no driver's does
-                        channel.complete(packet.transaction_id, b"")
-                else:
-                    budget -= self._packet_untrusted(sender, packet, batch)
-            except GuestProtocolError as error:
-                budget -= REFUSAL_COST
-                self._complain(channel, packet, str(error))
-                self._refuse(channel, packet)
-            if budget <= 0:
-                break
-        if batch:
-            sender.send(batch, nursery)
+        done = sender.serve_batch_untrusted(packets, nursery, self._act, parts=self._life.parts)
         if self._untold:
             self.link_changed()
         return done
+
+    def _act(self, sender: Sender, packet: Packet, nursery: trio.Nursery) -> int:
+        """Act on a packet, or refuse it. Returns what that costs beside what any packet does."""
+        channel = sender.channel
+        try:
+            if packet.kind != COMPLETION:
+                return self._packet_untrusted(sender, packet, nursery)
+            self.receiver.completed_untrusted(channel, packet.transaction_id)
+            if packet.wants_completion:  # no driver's does
+                channel.complete(packet.transaction_id, b"")
+        except GuestProtocolError as error:
+            self._complain(channel, packet, str(error))
+            self._refuse(channel, packet)
+            return REFUSAL_COST
+        return 0
 
     def _refuse(self, channel: Channel, packet: Packet) -> None:
         """Answer a packet that makes no sense as the message does that it seems to be."""
@@ -221,10 +217,8 @@ class Session:
             kind = int.from_bytes(packet.payload[:4], "little")
             channel.complete(packet.transaction_id, _REFUSALS.get(kind, b""))
 
-    def _packet_untrusted(
-        self, sender: Sender, packet: Packet, batch: list[tuple[Packet, list[Frame]]]
-    ) -> int:
-        """Act on a packet; frames that it holds are added to the batch. Returns what it costs."""
+    def _packet_untrusted(self, sender: Sender, packet: Packet, nursery: trio.Nursery) -> int:
+        """Act on a packet; frames that it holds are sent. Returns what it costs."""
         if packet.kind not in {IN_BAND, GPA_DIRECT}:
             raise GuestProtocolError(f"packet of type {packet.kind}", field="type")
         data = packet.data
@@ -235,19 +229,19 @@ class Session:
         if kind != nvsp.SEND_RNDIS_PACKET:
             return self._message_untrusted(sender.channel, packet)
         self._expect_agreed("SEND_RNDIS_PACKET")
-        pieces = sender.message_untrusted(packet, section, length)
+        pieces = sender.messages.pieces_untrusted(packet, section, length)
         # UEFI says 2, which is neither frames nor control, for its frames (NetvscTransmit).
         if channel_type != nvsp.CHANNEL_DATA and not _is_frame(pieces[0]):
             self._control_untrusted(sender, packet, pieces)
             return COST
-        frames = sender.frames_untrusted(pieces)
-        if self.control.filter:
-            batch.append((packet, frames))
-        else:
+        frames = sender.messages.frames_untrusted(pieces)
+        cost = sender.cost(frames, len(pieces))
+        if not self.control.filter:
             # Drivers send nothing before; Windows does, and expects it to be taken.
             self._statistics.transmit.dropped["not ready"] += len(frames)
-            batch.append((packet, []))
-        return sender.cost(frames, len(pieces))
+            frames = []
+        sender.add(packet, frames, nursery)
+        return cost
 
     def _control_untrusted(self, sender: Sender, packet: Packet, pieces: list[Buffer]) -> None:
         if sender.channel is not self.primary:
@@ -342,7 +336,7 @@ class Session:
         self.control.reset()
         self._set_mtu(DEFAULT_MTU, DEFAULT_MTU)
         self.capabilities = 0
-        self.receiver.tags_beside = False
+        self.receiver.tags_beside = self.control.coalesces = False
 
     def _configure(self, config: nvsp.NdisConfig) -> None:
         # Linux counts the Ethernet header, FreeBSD does not (hn_nvs_conf_ndis); so the frames that
@@ -351,6 +345,7 @@ class Session:
         self._set_mtu(max(said - ETHERNET_HEADER, DEFAULT_MTU), max(said, DEFAULT_MTU))
         self.capabilities = config.capabilities
         self.receiver.tags_beside = bool(config.capabilities & nvsp.CAPABILITY_8021Q)
+        self.control.coalesces = bool(config.capabilities & nvsp.CAPABILITY_RSC)
 
     def _set_mtu(self, mtu: int, longest: int) -> None:
         """Agree on what a guest wants, or what the network carries; the guest asks for it again.
@@ -385,6 +380,7 @@ class Session:
             raise
         self.receiver.forget()
         self.receiver.buffer, self.receiver.buffer_id = buffer, number
+        self.receiver.sort()
         self.stage = Stage.READY
         return nvsp.build_receive_buffer_complete(nvsp.SUCCESS, buffer.part_size, buffer.count)
 
@@ -405,7 +401,7 @@ class Session:
             raise
         self._send_buffer = buffer
         for sender in self._senders.values():
-            sender.send_buffer = buffer
+            sender.messages.send_buffer = buffer
         return nvsp.build_send_buffer_complete(nvsp.SUCCESS, SECTION_SIZE)
 
     def _drop_receive_buffer(self) -> None:
@@ -418,7 +414,7 @@ class Session:
     def _drop_send_buffer(self) -> None:
         buffer, self._send_buffer = self._send_buffer, None
         for sender in self._senders.values():
-            sender.send_buffer = None
+            sender.messages.send_buffer = None
         if buffer is not None:
             buffer.release()
 
@@ -485,6 +481,9 @@ class Session:
 
     def _settings_changed(self) -> None:
         self._told_up, self._told_speed = self._link.up, self._link.speed
+        for sender in self._senders.values():
+            sender.ready = bool(self.control.filter)
+        self.receiver.sort()
 
     def _complain(self, channel: Channel, packet: Packet, text: str) -> None:
         self.refused += 1

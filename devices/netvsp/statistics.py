@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
-from netvsp.frames.frame import BROADCAST
+from netvsp.frames.frame import BROADCAST, Frame
 
 DIRECTED, MULTICAST, BROADCAST_KIND = range(3)
+NO_BUFFER = "no buffer"
+"""Why frames were dropped that the guest had no room for."""
 KINDS = ("directed", "multicast", "broadcast")
 
 
@@ -37,6 +40,19 @@ class Direction:
             kind = BROADCAST_KIND if head[:6] == BROADCAST else MULTICAST
         self.frames[kind] += 1
         self.bytes[kind] += length
+
+    def count_all(self, frames: Sequence[Frame]) -> None:
+        """Count frames that were passed on. Cannot block."""
+        directed = size = 0
+        for frame in frames:
+            head = frame.head
+            if head[0] & 1:
+                self.count(head, len(frame))
+            else:
+                directed += 1
+                size += len(frame) if frame.rest else len(head)
+        self.frames[DIRECTED] += directed
+        self.bytes[DIRECTED] += size
 
     @property
     def total_frames(self) -> int:

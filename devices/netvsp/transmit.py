@@ -1,77 +1,50 @@
 """From the guest to the network: RNDIS messages out of packets, and frames out of messages.
 
-A packet names a section of the send buffer, or lists guest pages, or both: Linux copies an RNDIS
-header into a section and leaves the frame in its pages (netvsc_send, ``cp_partial``). What is there
-is one message, or several behind each other. All frames of a batch go to the endpoint in one call.
+All frames of a batch of packets go to the endpoint in one call.
+
+Two ways lead from a packet to the endpoint, with the same result; a test proves that. What nearly
+every packet of every driver is, one message that begins in a section or lies in pages, goes the
+short way, :meth:`Sender.serve_batch_untrusted`. Anything else, and everything that turns out to be
+wrong, goes the long way, by :class:`netvsp.messages.Messages` and :meth:`Sender.add`.
 """
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Sequence
+import bisect
+import struct
+from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
-from netvsp.buffers import SendBuffer
-from netvsp.control import MAX_PACKETS
-from netvsp.endpoint import Endpoint, Offloads
-from netvsp.frames.frame import (
-    ETHERNET_HEADER,
-    ETHERTYPE_VLAN,
-    GSO_ECN,
-    GSO_UDP,
-    HEADERS,
-    MAX_FRAME,
-    Buffer,
-    Frame,
-    hides_tag,
-)
-from netvsp.frames.offload import fill_checksum, from_guest_untrusted, segments
+from netvsp.backlog import ANSWER, MAX_PIECES, SEGMENT_COST, TURN, Backlog, count_pieces, finished
+from netvsp.endpoint import Endpoint
+from netvsp.frames.frame import ETHERNET_HEADER, ETHERTYPE_VLAN, Frame, hides_tag
+from netvsp.frames.offload import from_guest_untrusted
 from netvsp.link import AdapterConfig, Link
+from netvsp.messages import FIRST_OFFSET, Messages, whereabouts
 from netvsp.statistics import Direction
-from netvsp.wire import ppi, rndis
-from netvsp.wire.nvsp import (
-    NO_SECTION,
-    RNDIS_PACKET_COMPLETE,
-    SEND_RNDIS_PACKET_COMPLETE,
-    SUCCESS,
-)
+from netvsp.wire import rndis
+from netvsp.wire.nvsp import CHANNEL_DATA, RNDIS_PACKET, SEND_RNDIS_PACKET
 from vmbus.errors import GuestProtocolError
-from vmbus.host.channel import MAX_RANGES, Channel
-from vmbus.host.undertakings import Undertaking
-from vmbus.memory import Cutter, total_length
-from vmbus.ring import Packet, completion
-from vmbus.wire.packets import GPA_DIRECT, parse_gpa_ranges_untrusted
+from vmbus.host.channel import Channel
+from vmbus.ring import Packet
+from vmbus.wire.packets import COMPLETION, DESCRIPTOR_SIZE, GPA_DIRECT, IN_BAND
 
-MAX_MESSAGE = MAX_FRAME + 4096
-"""Bytes of one packet's messages, whatever it says."""
-COPIED = 4096
-"""Messages up to here are copied as a whole: that is faster than dealing with their pages."""
-_HEAD = 512
-"""Bytes of a longer message that are copied: its header, information, and the frame's headers."""
-_MEMO = 1024
-"""Lists of per-packet information whose meaning is remembered."""
-_LONGEST_KNOWN = 128
-"""Bytes of such a list; a guest can make longer ones, but no driver does."""
-
-TURN = 2 << 20
-"""What a channel may do before others have their turn, in bytes that are copied; as in storvsp."""
 COST = 16 << 10
-"""Of a packet, beside its bytes."""
+"""Of a packet, beside its bytes; in the unit of :data:`netvsp.backlog.TURN`."""
 PIECE_COST = 512
 """Of each piece of guest memory."""
-SEGMENT_COST = 16 << 10
-"""Of each frame that a segment is cut into."""
-WAITING_WEIGHT = 2048
-"""Bytes of host memory of a packet that waits, beside its frames."""
-FRAME_WEIGHT = 1024
-"""The same of each frame, beside its bytes, and what it costs to look at it again and again."""
-TURN_FRAMES = 256
-"""Frames that a task sends before others have their turn, and the rest of a packet."""
 
-_SUCCESS = RNDIS_PACKET_COMPLETE.pack(SEND_RNDIS_PACKET_COMPLETE, SUCCESS)
+_ANSWER = struct.Struct("<QQ8s")
+_ANSWER_DATA = ANSWER
+_ANSWER_HEAD = COMPLETION | DESCRIPTOR_SIZE // 8 << 16 | (DESCRIPTOR_SIZE + len(ANSWER)) // 8 << 32
+"""Type, offset and length, the latter two in units of 8 bytes; no flags."""
+_answer = _ANSWER.pack
+_NVSP_SIZE = RNDIS_PACKET.size
+_nvsp_packet = RNDIS_PACKET.unpack_from
 
-_NOTHING: dict[int, int] = {}
+Otherwise = Callable[["Sender", Packet, trio.Nursery], int]
+"""Acts on a packet that is not the common case, and returns what that costs. Cannot block."""
 
 
 class Sender:
@@ -97,225 +70,198 @@ class Sender:
         statistics: Direction,
     ) -> None:
         self.channel = channel
-        self.send_buffer: SendBuffer | None = None
+        self.messages = Messages(channel.memory)
         self.max_frame = link.max_frame
+        self.ready = False
+        """Whether the guest has come so far that its frames go out."""
         self._queue = queue
         self._endpoint = endpoint
         self._config = config
         self._link = link
         self._statistics = statistics
         self._offloads = endpoint.info.offloads
-        self._memo: dict[bytes, dict[int, int]] = {}
-        self._waiting: collections.deque[tuple[Packet, list[Frame], Undertaking]] = (
-            collections.deque()
-        )
-        self._sending = False
+        self._backlog = Backlog(channel, queue, endpoint, link, statistics)
+        # The batch under way: each packet ends at a number of frames.
+        self._packets: list[Packet] = []
+        self._frames: list[Frame] = []
+        self._ends: list[int] = []
 
-    # -- messages --------------------------------------------------------------------------------
+    # -- the short way ---------------------------------------------------------------------------
 
-    def message_untrusted(self, packet: Packet, section: int, length: int) -> list[Buffer]:
-        """Return the bytes of a packet's messages: private ones, then guest pages. Cannot block.
+    def serve_batch_untrusted(
+        self,
+        packets: Sequence[Packet],
+        nursery: trio.Nursery,
+        otherwise: Otherwise,
+        *,
+        parts: int = 1,
+    ) -> int:
+        """Act on packets that came in together, as many as one turn is for. Cannot block.
 
         Args:
-            packet: SEND_RNDIS_PACKET.
-            section: Of the send buffer, or NO_SECTION.
-            length: Bytes in it.
+            packets: Private copies.
+            nursery: For a task that sends what has to wait.
+            otherwise: Gets each packet that is not the common case.
+            parts: Into how many parts the work of a turn is divided, because other channels of the
+                guest have as much to do.
 
         Returns:
-            One private piece, if there are no more than :data:`COPIED` bytes.
-
-        Raises:
-            GuestProtocolError: Section, length or pages are not there.
+            How many; the rest is to come again.
         """
-        pieces: list[Buffer] = []
-        if section != NO_SECTION:
-            buffer = self.send_buffer
-            if buffer is None or buffer.gone:
-                raise GuestProtocolError(
-                    f"section {section} of a send buffer that there is not",
-                    field="send_buf_section_index",
-                )
-            if section >= buffer.count or length > buffer.part_size:
-                raise GuestProtocolError(
-                    f"{length} bytes in section {section}; there are {buffer.count} of "
-                    f"{buffer.part_size} bytes",
-                    field="send_buf_section_size",
-                )
-            pieces.append(buffer.read_untrusted(section, length))
-            if packet.kind != GPA_DIRECT:
-                return pieces
-        elif packet.kind != GPA_DIRECT:
-            raise GuestProtocolError("neither a section nor pages", field="type")
-        views = self._pages_untrusted(packet)
-        if total_length(views) <= COPIED:
-            return [b"".join((*pieces, *views))]
-        return pieces + views
-
-    def _pages_untrusted(self, packet: Packet) -> list[memoryview]:
-        ranges = parse_gpa_ranges_untrusted(
-            packet.data,
-            packet.payload_offset,
-            max_ranges=MAX_RANGES,
-            allow_empty=True,
-            at_most=MAX_MESSAGE + 1,
-        )
-        total = sum(each.byte_count for each in ranges)
-        if total > MAX_MESSAGE:
-            raise GuestProtocolError(
-                f"a message of more than {MAX_MESSAGE} bytes", field="byte_count"
-            )
-        gather = self.channel.memory.gather
-        views: list[memoryview] = []
-        for each in ranges:
-            if each.byte_count:
-                views += gather(each.byte_offset, each.byte_count, each.pfns)
-        return views
-
-    def frames_untrusted(self, pieces: Sequence[Buffer]) -> list[Frame]:
-        """Return the frames of a packet's messages. Cannot block.
-
-        Raises:
-            GuestProtocolError: A message is none, or there are too many. None of them is sent then.
-        """
-        if len(pieces) == 1:
-            return self._frames_of_one_untrusted(bytes(pieces[0]))
-        return self._frames_of_pieces_untrusted(pieces)
-
-    def _frames_of_one_untrusted(self, data: bytes) -> list[Frame]:
-        frames: list[Frame] = []
-        position, end = 0, len(data)
-        while True:
-            if end - position < rndis.PACKET_HEADER_SIZE:
-                raise GuestProtocolError(f"RNDIS PACKET of {end - position} bytes", field="msg_len")
-            message = data[position:] if position else data
-            kind, length = rndis.HEADER.unpack_from(message)
-            if kind != rndis.PACKET or length > end - position:
-                raise GuestProtocolError(
-                    f"RNDIS message of type {kind:#x}, {length} bytes, where {end - position} are "
-                    "left",
-                    field="msg_len",
-                )
-            where = rndis.parse_frame_untrusted(message)
-            start = where.data_offset
-            items = self._items_untrusted(message, where) if where.info_length else _NOTHING
-            frame = from_guest_untrusted(
-                message[start : start + where.data_length], (), where.data_length, items
-            )
-            frames.append(frame)
-            position += length
-            if position + rndis.HEADER_SIZE > end or len(frames) == MAX_PACKETS:
+        self._backlog.parts = parts
+        budget = TURN // parts
+        done = 0
+        packets_done, frames, ends = self._packets, self._frames, self._ends
+        memo = self.messages.memo
+        quick, sections, mac = self._state()
+        longest = self.max_frame
+        for done, packet in enumerate(packets, 1):  # noqa: B007 - wanted behind the loop
+            budget -= COST
+            data = packet.data
+            start = packet.payload_offset
+            frame = message = None
+            pieces = 1
+            if quick and len(data) - start >= _NVSP_SIZE:
+                kind, channel_type, section, length = _nvsp_packet(data, start)
+                try:
+                    if kind != SEND_RNDIS_PACKET or channel_type != CHANNEL_DATA:
+                        pass
+                    elif packet.kind == IN_BAND:
+                        views = sections.get(section)
+                        if views is not None and length <= len(views[0]):
+                            message = bytes(views[0][:length])
+                    elif packet.kind == GPA_DIRECT:
+                        found = self.messages.pieces_untrusted(packet, section, length)
+                        pieces = len(found)
+                        if pieces == 1:
+                            message = bytes(found[0])
+                        else:
+                            frame = self.messages.large_frame_untrusted(found)
+                    if message is not None and len(message) >= rndis.PACKET_HEADER_SIZE:
+                        kind, size, at, length, info, info_length = whereabouts(message)
+                        if (
+                            kind == rndis.PACKET
+                            and size <= len(message) < size + rndis.HEADER_SIZE
+                            and at >= FIRST_OFFSET
+                            and at + length + 8 <= size
+                        ):
+                            # Offsets count from byte 8.
+                            head = message[at + 8 : at + 8 + length]
+                            if not info_length:
+                                frame = Frame(head)
+                            elif info >= FIRST_OFFSET and info + info_length + 8 <= size:
+                                items = memo.get(message[info + 8 : info + 8 + info_length])
+                                if items is not None:
+                                    frame = from_guest_untrusted(head, (), length, items)
+                except GuestProtocolError:
+                    frame = None  # it will be found out again, and said
+            if frame is None:
+                budget -= otherwise(self, packet, nursery)
+                if budget <= 0:
+                    break
+                quick, sections, mac = self._state()
+                longest = self.max_frame
+                continue
+            head = frame.head
+            size = len(head)
+            if (
+                frame.offload is None
+                and frame.tci is None
+                and ETHERNET_HEADER <= size <= longest
+                and not frame.rest
+                and head[6:12] == mac
+            ):
+                budget -= PIECE_COST * pieces + size
+                packets_done.append(packet)
+                frames.append(frame)
+                ends.append(len(frames))
+            else:
+                budget -= self.cost((frame,), pieces)
+                self.add(packet, (frame,), nursery)
+                quick = quick and not self._backlog.busy
+            if budget <= 0:
                 break
-        if end - position >= rndis.HEADER_SIZE:
-            raise GuestProtocolError(
-                f"more than {MAX_PACKETS} frames in one packet", field="send_buf_section_size"
-            )
-        return frames
+        self._flush(nursery)
+        return done
 
-    def _frames_of_pieces_untrusted(self, pieces: Sequence[Buffer]) -> list[Frame]:
-        """Messages of which the last one has its frame in guest pages; those before are whole."""
-        cutter = Cutter([memoryview(piece) for piece in pieces])
-        left = sum(map(len, pieces))
-        frames: list[Frame] = []
-        ahead = b""
-        while True:
-            size = min(left, _HEAD)
-            head = ahead + b"".join(cutter.take(size - len(ahead)))
-            if size < rndis.PACKET_HEADER_SIZE:
-                raise GuestProtocolError(f"RNDIS PACKET of {size} bytes", field="msg_len")
-            kind, length = rndis.HEADER.unpack_from(head)
-            if kind != rndis.PACKET or not rndis.PACKET_HEADER_SIZE <= length <= left:
-                raise GuestProtocolError(
-                    f"RNDIS message of type {kind:#x}, {length} bytes, where {left} are left",
-                    field="msg_len",
-                )
-            left -= length
-            where = rndis.parse_frame_untrusted(head)
-            message, ahead = head[:length], head[length:]
-            rest = cutter.take(length - size) if length > size else []
-            frames.append(self._frame_untrusted(message, where, rest))
-            if left < rndis.HEADER_SIZE:
-                return frames
-            if len(frames) == MAX_PACKETS:
-                raise GuestProtocolError(
-                    f"more than {MAX_PACKETS} frames in one packet", field="send_buf_section_size"
-                )
+    def _state(self) -> tuple[bool, Mapping[int, list[memoryview]], bytes]:
+        """Return what the short way goes by; packets that do not take it may change that.
 
-    def _frame_untrusted(
-        self, message: bytes, where: rndis.Frame, rest: Sequence[memoryview]
-    ) -> Frame:
-        start, length = where.data_offset, where.data_length
-        if start + min(length, HEADERS) > len(message):
-            raise GuestProtocolError(f"RNDIS PACKET: a frame at byte {start}", field="data_offset")
-        items = _NOTHING
-        if where.info_length:
-            if where.info_offset + where.info_length > len(message):
-                raise GuestProtocolError(
-                    f"RNDIS PACKET: information at byte {where.info_offset}",
-                    field="per_pkt_info_offset",
-                )
-            items = self._items_untrusted(message, where)
-        first = message[start : start + length]
-        behind = Cutter(rest).take(length - len(first))
-        return from_guest_untrusted(first, behind, length, items)
-
-    def _items_untrusted(self, message: bytes, where: rndis.Frame) -> dict[int, int]:
-        information = message[where.info_offset : where.info_offset + where.info_length]
-        items = self._memo.get(information)
-        if items is None:
-            items = ppi.parse_items_untrusted(information)
-            if len(information) <= _LONGEST_KNOWN:
-                if len(self._memo) >= _MEMO:
-                    self._memo.clear()
-                self._memo[information] = items
-        return items
+        Returns:
+            Whether frames go out at once, the parts of the send buffer that have been used, and the
+            address of frames that need no other look than at their length.
+        """
+        config, link, buffer = self._config, self._link, self.messages.send_buffer
+        plain = link.up and config.vlan is None and config.trunk is None
+        return (
+            self.ready and not self._backlog.busy,
+            {} if buffer is None else buffer.parts,
+            link.mac if plain else b"",
+        )
 
     def cost(self, frames: Sequence[Frame], pieces: int) -> int:
         """Return what it takes to send frames; see :data:`TURN`. Cannot block."""
         total = PIECE_COST * pieces
         for frame in frames:
             total += len(frame)
-            offload = frame.offload
-            if offload is not None and offload.gso_type and not self._offloads.tcp_segments:
-                total += SEGMENT_COST * -(-len(frame) // offload.gso_size)
+            if frame.offload is not None:
+                made = count_pieces(frame.offload, len(frame), self._offloads)
+                if made > 1:
+                    total += SEGMENT_COST * made
         return total
 
     # -- sending ---------------------------------------------------------------------------------
 
-    def send(self, batch: list[tuple[Packet, list[Frame]]], nursery: trio.Nursery) -> None:
-        """Send the frames of packets and answer these. Cannot block.
+    def add(self, packet: Packet, frames: Sequence[Frame], nursery: trio.Nursery) -> None:
+        """Have the frames of a packet sent with the batch that is under way. Cannot block.
+
+        Too many pieces for one turn wait, and everything behind them.
+        """
+        allowed = self._allowed(frames)
+        backlog = self._backlog
+        made = 0
+        for frame in allowed:
+            made += count_pieces(frame.offload, len(frame), self._offloads)
+        if made > MAX_PIECES and not backlog.busy:
+            self._flush(nursery)
+            backlog.keep(packet, allowed, nursery)
+        elif backlog.busy:
+            backlog.keep(packet, allowed, nursery)
+        else:
+            self._packets.append(packet)
+            self._frames += finished(allowed, self._offloads)
+            self._ends.append(len(self._frames))
+
+    def _flush(self, nursery: trio.Nursery) -> None:
+        """Send the frames of the batch, and answer its packets.
 
         What the endpoint does not take now is kept, and answered when it has been taken: the
         guest's ring fills up meanwhile.
         """
-        statistics = self._statistics
-        complete = self.channel.complete_packet
-        if self._sending:
-            for packet, frames in batch:
-                self._keep(packet, self._prepared(frames))
+        packets, frames, ends = self._packets, self._frames, self._ends
+        if not packets:
             return
-        prepared: list[Frame] = []
-        ends: list[int] = []
-        for _packet, frames in batch:
-            prepared += self._prepared(frames)
-            ends.append(len(prepared))
-        taken = self._endpoint.transmit(self._queue, prepared) if prepared else 0
-        for frame in prepared[:taken]:
-            statistics.count(frame.head, len(frame))
-        start = 0
-        for (packet, _frames), end in zip(batch, ends, strict=True):
-            if end <= taken:
-                if packet.flags & 1:
-                    complete(completion(packet.transaction_id, _SUCCESS))
-            else:
-                self._keep(packet, prepared[max(start, taken) : end])
+        taken = self._endpoint.transmit(self._queue, frames) if frames else 0
+        self._statistics.count_all(frames if taken == len(frames) else frames[:taken])
+        answered = len(packets) if taken == len(frames) else bisect.bisect_right(ends, taken)
+        self.channel.complete_packets(
+            [
+                _answer(_ANSWER_HEAD, packet.transaction_id, _ANSWER_DATA)
+                for packet in packets[:answered]
+                if packet.flags & 1
+            ]
+        )
+        start = taken
+        for packet, end in zip(packets[answered:], ends[answered:], strict=True):
+            self._backlog.keep(packet, frames[start:end], nursery)
             start = end
-        if self._waiting and not self._sending:
-            self._sending = True
-            nursery.start_soon(self._send_later)
+        packets.clear()
+        frames.clear()
+        ends.clear()
 
-    def _prepared(self, frames: list[Frame]) -> list[Frame]:
-        """Drop what may not go out, and do what the endpoint cannot."""
-        config, statistics, offloads = self._config, self._statistics, self._offloads
+    def _allowed(self, frames: Sequence[Frame]) -> list[Frame]:
+        """Drop what may not go out; the others get the tag that they need, beside the frame."""
+        config, statistics = self._config, self._statistics
         mac = self._link.mac
         longest = self.max_frame
         found: list[Frame] = []
@@ -345,17 +291,11 @@ class Sender:
                     statistics.dropped["vlan"] += 1
                     continue
                 frame = tagged
-            inside = frame.tci is not None and not offloads.vlan
-            if offload is None:
-                found.append(frame.tagged() if inside else frame)
-                continue
             if segment:
                 statistics.segments += 1
-            else:
+            elif offload is not None:
                 statistics.checksums += 1
-            # Cut first: with its tag inside, a segment with another one is no IP for who cuts it.
-            pieces = _done(frame, offloads)
-            found += [piece.tagged() for piece in pieces] if inside else pieces
+            found.append(frame)
         return found
 
     def _by_vlan(self, frame: Frame) -> Frame | None:
@@ -372,56 +312,3 @@ class Sender:
         if config.trunk is not None and (frame.tci or 0) & 0xFFF not in config.trunk:
             return None
         return frame
-
-    # -- waiting ---------------------------------------------------------------------------------
-
-    def _keep(self, packet: Packet, frames: list[Frame]) -> None:
-        own = [frame.own() for frame in frames]
-        weight = WAITING_WEIGHT + sum([FRAME_WEIGHT + len(frame) for frame in own])
-        undertaking = self.channel.undertakings.begin(weight, lambda: "frames to be sent")
-        self._waiting.append((packet, own, undertaking))
-
-    async def _send_later(self) -> None:
-        channel = self.channel
-        try:
-            while self._waiting and not channel.ended:
-                # An endpoint that never takes any more must not keep the channel from its end.
-                await self._waiting[0][2].rest(lambda: self._endpoint.wait_writable(self._queue))
-                budget = TURN_FRAMES
-                while budget > 0 and self._waiting and not channel.ended:
-                    packet, frames, undertaking = self._waiting[0]
-                    taken = self._endpoint.transmit(self._queue, frames)
-                    budget -= max(taken, 1)
-                    for frame in frames[:taken]:
-                        self._statistics.count(frame.head, len(frame))
-                    if taken < len(frames):
-                        del frames[:taken]
-                        break
-                    self._waiting.popleft()
-                    undertaking.end()
-                    if packet.flags & 1:
-                        channel.complete(packet.transaction_id, _SUCCESS)
-                await channel.flush()
-        except trio.EndOfChannel:
-            pass
-        finally:
-            self._sending = False
-            for _packet, _frames, undertaking in self._waiting:
-                undertaking.end()
-            self._waiting.clear()
-
-
-def _done(frame: Frame, offloads: Offloads) -> list[Frame]:
-    """Do for a frame what the endpoint cannot."""
-    offload = frame.offload
-    assert offload is not None
-    if offload.gso_type:
-        udp = offload.gso_type & ~GSO_ECN == GSO_UDP
-        if offloads.udp_segments if udp else offloads.tcp_segments:
-            return [frame]
-        pieces = segments(frame)
-    else:
-        pieces = [frame]
-    if offloads.checksum or offloads.tcp_segments:
-        return pieces
-    return [fill_checksum(piece) for piece in pieces]

@@ -150,6 +150,10 @@ class _Sink:
     async def wait_room(self) -> None:
         raise AssertionError("there is always room")
 
+    def lost(self, count: int) -> None:
+        """See :meth:`netvsp.endpoint.Port.lost`."""
+        raise AssertionError(f"{count} frames were dropped")
+
     def link_changed(self, *, up: bool, speed: int | None = None) -> None:
         raise AssertionError("the link stays up")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import trio.testing
 
+from netvsp.backlog import FRAME_COST, FRAME_WEIGHT, STEP, TURN, WAITING_WEIGHT
 from netvsp.buffers import SharedBuffer
 from netvsp.frames.offload import MIN_MSS
 from netvsp.session import REFUSAL_COST, Session
-from netvsp.transmit import FRAME_WEIGHT, TURN, TURN_FRAMES
 from netvsp.wire import nvsp, ppi
 from tests.support.net_frames import Shape, packet
 from tests.support.net_guest import RECEIVE_HANDLE, NetGuest, Network, message_of, running
@@ -47,19 +47,19 @@ async def test_what_has_waited_is_sent_in_several_turns():
             network.make_room(1 << 20)
             await guest.settle()
         assert sent.total == 6 * (60_000 // MIN_MSS)
-        assert sent.most_in_step <= TURN_FRAMES + 60_000 // MIN_MSS
+        assert sent.most_in_step <= TURN // FRAME_COST + STEP
 
 
-async def test_segments_that_wait_are_weighed_by_their_pieces():
+async def test_segments_that_wait_are_weighed_and_not_cut_before_their_turn():
     network = Network(room=0)
     async with running(network) as (guest, _adapter):
-        while len(guest.completions) == 0 and guest.end.send(fine_segment(guest)):
+        load = guest.channel.undertakings.load
+        while not load.full and guest.end.send(fine_segment(guest)):
             await trio.testing.wait_all_tasks_blocked()
-            if guest.channel.undertakings.load.full:
-                break
-        assert guest.channel.undertakings.load.full
+        assert load.full
         waiting = guest.channel.undertakings.resting
-        assert waiting * 60_000 // MIN_MSS * FRAME_WEIGHT <= 2 * CHANNEL_LOAD
+        frame = len(packet(Shape(4, "tcp", "none"), bytes(60_000)))
+        assert load.total == waiting * (WAITING_WEIGHT + FRAME_WEIGHT + frame) <= 2 * CHANNEL_LOAD
         network.make_room(1 << 20)
         await guest.settle()
 

@@ -28,8 +28,8 @@ MANUAL = ROOT / "docs" / "reference" / "demo-json.md"
 COMMAND = [
     sys.executable,
     "-c",
-    "import sys; from vmbus.cli import demo, main; "
-    f"demo.SILENCE = demo.GRACE = {PATIENCE}; sys.exit(main())",
+    "import sys; from vmbus.cli import demo_child, main; "
+    f"demo_child.SILENCE = demo_child.GRACE = {PATIENCE}; sys.exit(main())",
 ]
 """``vmbus``, but for the patience of ``vmbus demo``, which is a user's."""
 QUICK = ("demo", "--seconds", "0", "--size", "1M")

@@ -57,6 +57,7 @@ ROOMS: dict[str, str] = {
     "netvsp.endpoints": "endpoints",
     "netvsp": "the network adapter: handshake, RNDIS, frames both ways, plug-in",
     "netvsp.guest": "the network driver, for guests in Python",
+    "netvsp.demo": "the network half of a demo's guest",
     "netvsp.testing": "what every endpoint owes the adapter",
     "vmbus.cli": "the command line",
     "vmbus": "public names, taken from anywhere below",

@@ -97,3 +97,27 @@ def network_adapter(
 def plain_frame(size: int = 60, *, to: bytes = PEER, source: bytes = MAC, seed: int = 0) -> bytes:
     """A frame of no known type."""
     return to + source + b"\x88\xb5" + bytes((seed + i) & 0xFF for i in range(size - 14))
+
+
+def described_nic(
+    index: int = 0,
+    *,
+    transmit: dict[str, Any] | None = None,
+    receive: dict[str, Any] | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """An adapter as a server describes it, with these counters."""
+    found = network_adapter().snapshot()
+    return {
+        "key": 7 + index,
+        "class": "net",
+        "instance": str(uuid.UUID(int=7 + index)),
+        "plugin": "netvsp",
+        "index": index,
+        "backend": "endpoint",
+        **found,
+        "source": "tap:vnet0",
+        **changes,
+        "transmit": {**found["transmit"], **(transmit or {})},
+        "receive": {**found["receive"], **(receive or {})},
+    }

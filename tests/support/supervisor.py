@@ -7,13 +7,18 @@ import json
 import os
 import socket
 from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import trio
 
 from tests.support.patience import PATIENCE
+from vmbus.attach.server import Names, Roll, open_listener
 from vmbus.plugins.sharing import Line
+from vmbus.server import DeviceSetup
 from vmbus.server.devices import SharedKey
+from vmbus.supervisor import Plan, Supervisor
 from vmbus.supervisor.parcels import pack, receive_down
 from vmbus.supervisor.workers import Worker, make_ends
 
@@ -92,3 +97,29 @@ async def fake_worker(owner: FakeOwner) -> AsyncIterator[tuple[Worker, Ends]]:
             nursery.cancel_scope.cancel()
     finally:
         ends.close()
+
+
+class Served:
+    """A supervisor with a socket."""
+
+    def __init__(self, supervisor: Supervisor, path: str) -> None:
+        self.supervisor = supervisor
+        self.path = path
+
+    async def guest(self, name: str) -> dict[str, Any]:
+        """What the supervisor says of a guest."""
+        guests = (await self.supervisor.query("guests"))["guests"]
+        (found,) = (guest for guest in guests if guest["name"] == name)
+        return dict(found)
+
+
+@contextlib.asynccontextmanager
+async def supervised(folder: Path, plan: Plan | None = None) -> AsyncIterator[Served]:
+    """A supervisor that serves guests; each of them has a disk unless the plan says otherwise."""
+    path = str(folder / "s")
+    plan = plan or Plan(setups=(DeviceSetup("storvsp", ("ram:1M",)),))
+    with open_listener(path) as listener:
+        async with Supervisor.open(plan) as supervisor, trio.open_nursery() as nursery:
+            nursery.start_soon(partial(supervisor.serve, listener, admission=Names(Roll())))
+            yield Served(supervisor, path)
+            nursery.cancel_scope.cancel()

@@ -23,6 +23,7 @@ class Adapter:
     Attributes:
         frames: What it has brought.
         room: How many frames there is room for.
+        missed: How many frames it was said to have lost.
     """
 
     def __init__(self, endpoint: Endpoint, mac: bytes) -> None:
@@ -30,6 +31,7 @@ class Adapter:
         self.mac = mac
         self.frames: list[Frame] = []
         self.room = 1 << 30
+        self.missed = 0
         self.news = trio.Event()
         self.emptied = trio.Event()
 
@@ -50,6 +52,10 @@ class Adapter:
         """Let in so many more."""
         self.room += frames
         self.emptied.set()
+
+    def lost(self, count: int) -> None:
+        """See :meth:`netvsp.endpoint.Port.lost`."""
+        self.missed += count
 
     def link_changed(self, *, up: bool, speed: int | None = None) -> None:
         """See :meth:`netvsp.endpoint.Port.link_changed`."""

@@ -59,7 +59,7 @@ def _complete_backend(noun: str, incomplete: str) -> list[CompletionItem]:
 
 
 def complete_device(
-    ctx: click.Context, param: click.Parameter, incomplete: str
+    _ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Return what the words of a device, ``NAME [OPTION=VALUE]... [SPEC]...``, could be.
 
@@ -73,18 +73,18 @@ def complete_device(
     try:
         if space:
             name = before.split(" ", 1)[0]
-            found = _device_words(ctx, param, name, word)
+            found = _device_words(name, word)
             return [CompletionItem(f"{before} {text}") for text in found]
         names = [name for name in DEVICES.names() if name.startswith(word)]
         if len(names) == 1:
-            names += [f"{names[0]} {text}" for text in _device_words(ctx, param, names[0], "")]
+            names += [f"{names[0]} {text}" for text in _device_words(names[0], "")]
     except ConfigError:
         return []
     return [CompletionItem(name) for name in names]
 
 
-def _device_words(ctx: click.Context, param: click.Parameter, name: str, word: str) -> list[str]:
-    """Return options of a device, and specifications if it has disks. Raises ConfigError."""
+def _device_words(name: str, word: str) -> list[str]:
+    """Return options of a device, and specifications of what it can have. Raises ConfigError."""
     from vmbus.plugins.devices import DEVICES, load_device
     from vmbus.plugins.options import read_options
 
@@ -94,8 +94,8 @@ def _device_words(ctx: click.Context, param: click.Parameter, name: str, word: s
         choices = option.value.split("|") if "|" in option.value else [""]
         found += [f"{option.name}={choice}" for choice in choices]
     found = [text for text in found if text.startswith(word)]
-    if plugin.backends is not None and plugin.backends.noun == "disk":
-        found += [item.value for item in complete_spec(ctx, param, word)]
+    if plugin.backends is not None:
+        found += [item.value for item in _complete_backend(plugin.backends.noun, word)]
     return found
 
 

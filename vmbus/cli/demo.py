@@ -1,8 +1,8 @@
 """``vmbus demo``: a server, a guest in another process, and an operator who adds a disk.
 
-The server is ``vmbus serve`` and the guest is the program that the device's plug-in names, each as
-anybody could start them; this program makes the images, passes the operator's commands, looks on
-and keeps the books.
+Then two guests on a switch (:mod:`vmbus.cli.demo_network`). The server is ``vmbus serve`` and the
+guest is the program that the device's plug-in names, each as anybody could start them; this program
+makes the images, passes the operator's commands, looks on and keeps the books.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ import json
 import shlex
 import shutil
 import signal
-import sys
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
@@ -27,7 +25,10 @@ import click
 import trio
 
 from vmbus.attach.client import operator
+from vmbus.cli import demo_child
 from vmbus.cli.completion import complete_spec
+from vmbus.cli.demo_child import LISTENING, Child, Lines, how
+from vmbus.cli.demo_network import make_network
 from vmbus.cli.demo_report import Event, Images, Report, size_option
 from vmbus.cli.demo_room import check_machine
 from vmbus.cli.demo_view import Line, View, make_view, show, summarize
@@ -40,16 +41,9 @@ from vmbus.plugins.devices import device_with, load_device
 
 BACKEND = "disk"
 """What the devices have that the demo is about."""
-LISTENING = "listening on"
-"""What the server logs when guests may connect."""
-SILENCE = 20.0
-"""Seconds after which a guest that says nothing is taken for hung."""
-GRACE = 10.0
-"""Seconds a process has to end."""
 HOT_SIZE = 16 << 20
 """Bytes of the disk that comes and goes, at most."""
 MIN_SIZE = 1 << 20
-_KEPT_LINES = 50
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +119,8 @@ def command(
     Starts a server with four disks and a guest in a process of its own, which share the guest's
     memory and nothing else. The guest negotiates, opens its channels, writes random data to each
     disk, reads everything back and compares checksums. Then a disk is added while it runs, used,
-    and removed.
+    and removed. At last two guests are connected by a switch, find and ping each other, and each
+    streams to the other.
     """
     if size < MIN_SIZE or size % 4096:
         raise click.BadParameter("at least 1M, in whole 4K", param_hint="--size")
@@ -171,89 +166,6 @@ def directory_for(report: Report, *, keep: bool) -> Iterator[Path]:
             shutil.rmtree(directory)
 
 
-class Child:
-    """A process whose standard error is kept.
-
-    Args:
-        name: What to call it.
-        arguments: Of this Python.
-        log: File that gets its standard error.
-    """
-
-    def __init__(self, name: str, arguments: Sequence[str], log: Path) -> None:
-        self.name = name
-        self.arguments = list(arguments)
-        self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        """What it wrote to standard error, of late."""
-        self._log = log
-        self._process: trio.Process | None = None
-
-    async def start(self, *, stdout: int) -> trio.Process:
-        """Start it, out of reach of the terminal's Ctrl-C: its end is our business."""
-        self._process = await trio.lowlevel.open_process(
-            [sys.executable, *self.arguments],
-            stdin=DEVNULL,
-            stdout=stdout,
-            stderr=PIPE,
-            start_new_session=True,
-        )
-        return self._process
-
-    @property
-    def returncode(self) -> int | None:
-        """Exit code, or None if it runs or was never started."""
-        return self._process.returncode if self._process is not None else None
-
-    async def follow(self, heard: Callable[[str], None]) -> None:
-        """Keep its standard error, line by line, and pass each to ``heard``; until its end."""
-        assert self._process is not None
-        assert self._process.stderr is not None
-        lines = Lines(self._process.stderr)
-        with self._log.open("w", encoding="utf-8") as log:
-            while (line := await lines.next()) is not None:
-                log.write(line + "\n")
-                log.flush()
-                self.lines.append(line)
-                heard(line)
-
-    async def wait(self) -> None:
-        """Wait for its end."""
-        assert self._process is not None
-        await self._process.wait()
-
-    async def end(self) -> None:
-        """Make it end: first politely, then not. Does nothing if it has ended."""
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        process.terminate()
-        with trio.move_on_after(GRACE):
-            await process.wait()
-            return
-        process.kill()
-        await process.wait()
-
-
-class Lines:
-    """The lines of a stream, the last one even without its end."""
-
-    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
-        self._stream = stream
-        self._ready: deque[bytes] = deque()
-        self._rest = b""
-
-    async def next(self) -> str | None:
-        """Return the next line, None at the end. A checkpoint if it has to wait."""
-        while not self._ready:
-            chunk = await self._stream.receive_some()
-            if not chunk and not self._rest:
-                return None
-            # At the end, the rest is a line.
-            *lines, self._rest = (self._rest + (chunk or b"\n")).split(b"\n")
-            self._ready.extend(lines)
-        return self._ready.popleft().decode("utf-8", "replace")
-
-
 class Demo:
     """One performance.
 
@@ -272,6 +184,14 @@ class Demo:
         self.images = Images(directory, settings.size)
         self.server = Child("server", self._serve_arguments(), directory / "server.log")
         self.guest = Child("guest", self._guest_arguments(), directory / "guest.log")
+        self.network = make_network(
+            directory,
+            report,
+            view,
+            guest=settings.guest,
+            channels=settings.channels,
+            seconds=settings.seconds,
+        )
         self._directory = directory
         self._is_listening = False
         self._hot = ""
@@ -304,14 +224,22 @@ class Demo:
             async with trio.open_nursery() as listeners:
                 try:
                     await self._perform(listeners)
+                    if self.network is not None and self.report.mistake is None:
+                        await self.network.perform(listeners)
                 finally:
                     with trio.CancelScope(shield=True):
-                        await self.guest.end()
-                        await self.server.end()
+                        for child in reversed(self._children):
+                            await child.end()
             nursery.cancel_scope.cancel()
-        for child in (self.server, self.guest):
+        for child in self._children:
             self.report.exit_codes[child.name] = child.returncode
             self.report.last_lines[child.name] = list(child.lines)
+
+    @property
+    def _children(self) -> list[Child]:
+        if self.network is None or not self.report.network:
+            return [self.server, self.guest]
+        return [self.server, self.guest, *self.network.children]
 
     async def _end_on_signal(
         self, scope: trio.CancelScope, task_status: trio.TaskStatus[None]
@@ -332,10 +260,10 @@ class Demo:
         lines = Lines(process.stdout)
         line: str | None = ""
         while line is not None:
-            with trio.move_on_after(SILENCE) as silence:
+            with trio.move_on_after(demo_child.SILENCE) as silence:
                 line = await lines.next()
             if silence.cancelled_caught:
-                self._problem("guest", f"hangs: it has said nothing for {SILENCE:g} s")
+                self._problem("guest", f"hangs: it has said nothing for {demo_child.SILENCE:g} s")
                 return
             if line:
                 await self._heard(line)
@@ -361,7 +289,7 @@ class Demo:
         self.view.tell(Line("server", f"pid {process.pid}: vmbus {' '.join(words[:first])}"))
         for option, value in zip(words[first::2], words[first + 1 :: 2], strict=True):
             self.view.tell(Line("", f"  {option} {value}"))
-        with trio.move_on_after(SILENCE):
+        with trio.move_on_after(demo_child.SILENCE):
             await listeners.start(self._follow_server)
         if self._is_listening:
             return True
@@ -386,7 +314,7 @@ class Demo:
 
     async def _ended(self, child: Child, otherwise: str) -> bool:
         """Wait until a child has ended by itself; it is a problem if it does not."""
-        with trio.move_on_after(GRACE):
+        with trio.move_on_after(demo_child.GRACE):
             await child.wait()
             return True
         self._problem(child.name, otherwise)
@@ -441,12 +369,3 @@ class Demo:
         except AttachError as error:
             self._problem("operator", str(error))
             return {}
-
-
-def how(returncode: int | None) -> str:
-    """Say in words how a process has ended."""
-    if returncode is None:
-        return "had to be ended"
-    if returncode < 0:
-        return f"was killed by {signal.Signals(-returncode).name}"
-    return f"ended with exit code {returncode}"

@@ -18,6 +18,7 @@ Event = dict[str, Any]
 
 _FACTS = frozenset({"start", "attached", "contact", "vstor", "left"})
 """Events that come once."""
+_STATION_FACTS = ("adapter", "met", "ping", "sent", "received")
 _LISTS = {"offer": "offers", "channel": "channels", "notice": "notices"}
 _GRAIN = 4096
 _SECTOR = 2048
@@ -56,7 +57,7 @@ class Problem:
     """Something that is not as it has to be."""
 
     where: str
-    """Address of a disk, or ``server``, ``guest`` or ``operator``."""
+    """Address of a disk, ``operator``, or the name of a process."""
     text: str
 
 
@@ -74,9 +75,12 @@ class Report:
     disks: dict[str, DiskReport] = dataclasses.field(default_factory=dict)
     problems: list[Problem] = dataclasses.field(default_factory=list)
     exit_codes: dict[str, int | None] = dataclasses.field(default_factory=dict)
-    """Of ``server`` and ``guest``; negative: killed by that signal; None: had to be ended."""
+    """Of each process by its name; negative: killed by that signal; None: had to be ended."""
     last_lines: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    """Of the same two, what they wrote to standard error."""
+    """Of the same ones, what they wrote to standard error."""
+    network: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """By the number of a station on the switch: what it has told, by event; both ways of its
+    streams by name. Empty: there was no such act."""
     seconds: float = 0.0
     directory: str | None = None
     """Where images and logs are, if they were kept."""
@@ -88,7 +92,9 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether everything was done and verified."""
-        return not self.problems and self.interrupted is None and "left" in self.facts
+        everybody = (self.facts, *self.network.values())
+        left = all("left" in each for each in everybody)
+        return not self.problems and self.interrupted is None and left
 
     def problem(self, where: str, text: str) -> None:
         """Take note of a problem."""
@@ -148,6 +154,14 @@ class Report:
                 for disk in self.disks.values()
             ],
             "calls": self.facts.get("left"),
+            "network": [
+                {
+                    "station": number,
+                    **{name: facts.get(name) for name in _STATION_FACTS},
+                    "calls": facts.get("left"),
+                }
+                for number, facts in self.network.items()
+            ],
             "problems": [dataclasses.asdict(problem) for problem in self.problems],
             "exit_codes": self.exit_codes,
             "directory": self.directory,

@@ -225,9 +225,12 @@ def summarize(report: Report) -> None:
     if report.interrupted is not None:
         click.echo(f"ended by {signal.Signals(report.interrupted).name}")
     elif report.ok:
+        frames = sum(each["received"]["frames"] for each in report.network.values())
         _say(
             f"All verified: {report.total('requests'):,} requests, "
-            f"{size_text(report.total('bytes'))}, in {report.seconds:.1f} s.",
+            f"{size_text(report.total('bytes'))}, "
+            + (f"{frames:,} datagrams, " if frames else "")
+            + f"in {report.seconds:.1f} s.",
             "green",
         )
     else:

@@ -8,7 +8,7 @@ import click
 
 from vmbus.cli.client import ask_guests, pick_guest, send_command
 from vmbus.cli.completion import complete_spec
-from vmbus.cli.output import print_json, print_table, safe, size_text
+from vmbus.cli.output import print_json, print_table, size_text, tell_warnings
 from vmbus.cli.params import F, Number, json_option, socket_option
 
 _ACCESS = {True: "read only", False: "read, write", None: "-"}
@@ -100,7 +100,7 @@ def add_disk(
         print_json(result)
     else:
         click.echo(f"added at {result['address']}")
-        _tell_warnings(result)
+        tell_warnings(result)
 
 
 @command.command("remove")
@@ -252,16 +252,11 @@ def _tell_medium(result: dict[str, Any], *, as_json: bool, text: str) -> None:
         print_json(result)
     elif result["done"]:
         click.echo(text)
-        _tell_warnings(result)
+        tell_warnings(result)
     else:
         click.echo(_UNCHANGED, err=True)
     if not result["done"]:
         raise SystemExit(1)
-
-
-def _tell_warnings(result: dict[str, Any]) -> None:
-    for text in result.get("warnings", ()):
-        click.echo(f"warning: {safe(text)}", err=True)
 
 
 def _state(disk: dict[str, Any]) -> str:

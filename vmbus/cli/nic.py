@@ -7,11 +7,14 @@ from typing import Any
 import click
 
 from vmbus.cli.client import ask_guests, pick_guest, send_command
-from vmbus.cli.output import print_json, print_table, safe
-from vmbus.cli.params import F, json_option, socket_option
+from vmbus.cli.completion import complete_endpoint
+from vmbus.cli.output import print_json, print_table, safe, tell_warnings
+from vmbus.cli.params import F, Number, json_option, socket_option
 
 BACKEND = "endpoint"
 """What the server calls the back-ends of the devices that this is about."""
+ADD, REMOVE = "add-device", "remove-device"
+"""What the server calls giving a guest a device, and taking one away."""
 
 
 def guest_option(function: F) -> F:
@@ -25,7 +28,7 @@ def adapter_option(function: F) -> F:
     """Add ``--adapter``."""
     return click.option(
         "--adapter",
-        type=click.IntRange(0),
+        type=Number(0),
         default=0,
         show_default=True,
         metavar="N",
@@ -35,9 +38,10 @@ def adapter_option(function: F) -> F:
 
 @click.group()
 def command() -> None:
-    """List the network adapters of guests, plug their cables in and out, change addresses.
+    """List, add and remove the network adapters of running guests, and change links and addresses.
 
-    Guests notice at once.
+    Guests notice at once. Adapters are counted from 0; one that is removed leaves a gap, and one
+    that is added fills it.
     """
 
 
@@ -86,6 +90,42 @@ def list_adapters(*, socket_path: str, guest: str | None, as_json: bool) -> None
         )
     else:
         click.echo("no network adapters" if guests else "no guests attached")
+
+
+@command.command("add")
+@socket_option
+@guest_option
+@json_option
+@click.argument("spec", shell_complete=complete_endpoint)
+def add_adapter(*, socket_path: str, guest: str | None, as_json: bool, spec: str) -> None:
+    """Give a guest one more network adapter, with the endpoint SPEC, scheme:[options]target.
+
+    Paths in it are the server's. The guest has it for as long as its VMM is attached; to have it
+    from the start, give SPEC to vmbus serve --net.
+    """
+    result = _send(socket_path, guest, action=ADD, specs=[spec])
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(f"added as adapter {result['index']}, address {result['mac']}")
+        tell_warnings(result)
+
+
+@command.command("remove")
+@socket_option
+@guest_option
+@json_option
+@click.argument("adapter", type=Number(0))
+def remove_adapter(*, socket_path: str, guest: str | None, as_json: bool, adapter: int) -> None:
+    """Take the network adapter of the number ADAPTER away from a guest.
+
+    What it is about to send is sent first; take the interface down in the guest before.
+    """
+    result = _send(socket_path, guest, action=REMOVE, index=adapter)
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(f"removed adapter {adapter}")
 
 
 def _shown(device: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +210,11 @@ def _count(value: int) -> str:
 def _operate(
     socket_path: str, guest: str | None, adapter: int, **request: object
 ) -> dict[str, Any]:
-    what: dict[str, Any] = {"backend": BACKEND, "index": adapter, **request}
+    return _send(socket_path, guest, index=adapter, **request)
+
+
+def _send(socket_path: str, guest: str | None, **request: object) -> dict[str, Any]:
+    what: dict[str, Any] = {"backend": BACKEND, **request}
     if guest is not None:
         what["guest"] = guest
     return send_command(socket_path, what)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -66,6 +66,12 @@ def print_json(value: object) -> None:
     """Print one JSON document on one line, at once."""
     click.echo(json.dumps(value, ensure_ascii=False))
     sys.stdout.flush()
+
+
+def tell_warnings(result: Mapping[str, Any]) -> None:
+    """Print on standard error what should be known of something that was done as asked."""
+    for text in result.get("warnings", ()):
+        click.echo(f"warning: {safe(text)}", err=True)
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -24,7 +24,7 @@ COMMANDS = {
     "serve": "Serve guests: listen on a socket where VMMs attach them.",
     "top": "Watch the guests of a server: channels, rings and rates.",
     "disk": "List, add, remove and resize the disks of a running guest, and change media.",
-    "nic": "List the network adapters of guests, with link, address and counters.",
+    "nic": "List, add and remove the network adapters of a running guest, and change links.",
     "devices": "Show the installed devices and disk back-ends.",
     "doctor": "Show what this machine can do, and what to do about the rest.",
 }

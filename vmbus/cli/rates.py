@@ -21,6 +21,12 @@ COUNTERS = (
 DISK_COUNTERS = ("commands", "bytes_read", "bytes_written")
 """Counters of a disk that rates are made of (storvsp.scsi.LogicalUnit)."""
 
+NIC_COUNTERS = ("frames", "bytes", "segments", "checksums")
+"""Counters of a network adapter, each way, that rates are made of (netvsp.statistics.Direction)."""
+
+WAYS = {"sent": "transmit", "received": "receive"}
+"""What the guest does, and where a network adapter counts it."""
+
 Key = tuple[object, ...]
 """Begins with the number of the guest: names may come back, numbers do not."""
 
@@ -46,6 +52,21 @@ class Sample:
                 for unit in device.get("units", ()):
                     if all(name in unit for name in DISK_COUNTERS):
                         yield (guest["number"], device["key"], unit["address"]), device, unit
+
+    def nics(self) -> Iterator[tuple[Key, dict[str, Any], dict[str, int]]]:
+        """Yield key, device and counters of everything that counts what a network adapter does."""
+        for guest in self.reply["guests"]:
+            for device in guest["devices"]:
+                ways = {way: device.get(name) for way, name in WAYS.items()}
+                if all(isinstance(each, dict) and "dropped" in each for each in ways.values()):
+                    counted = {
+                        f"{name}_{way}": each[name]
+                        for way, each in ways.items()
+                        for name in NIC_COUNTERS
+                    }
+                    for way, each in ways.items():
+                        counted[f"dropped_{way}"] = sum(each["dropped"].values())
+                    yield (guest["number"], device["key"], device["instance"]), device, counted
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,6 +105,26 @@ class DiskView:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class NicView:
+    """One network adapter."""
+
+    adapter: int
+    """Which of the guest's, as ``vmbus nic`` counts them."""
+    address: str
+    link: str
+    failure: str
+    """Why there is no network behind it any more; empty if there is."""
+    queues: int
+    """Channels that are open."""
+    source: str
+    drops: dict[str, dict[str, int]]
+    """Frames that were not passed on, ever: ``sent`` and ``received``, each by reason."""
+    rates: dict[str, float]
+    """Per second: the names of :data:`NIC_COUNTERS`, and ``dropped``, with ``_sent`` and
+    ``_received`` behind each."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class GuestView:
     """One attached guest."""
 
@@ -95,6 +136,11 @@ class GuestView:
     faults: int
     channels: tuple[ChannelView, ...]
     disks: tuple[DiskView, ...]
+    nics: tuple[NicView, ...]
+
+    def nic_rate(self, name: str) -> float:
+        """Return the sum of a rate over all network adapters, per second."""
+        return sum(nic.rates[name] for nic in self.nics)
 
     def disk_rate(self, name: str) -> float:
         """Return the sum of a rate over all disks, per second."""
@@ -117,7 +163,8 @@ class ServerView:
 def compare(before: Sample, after: Sample) -> ServerView:
     """Describe the later sample, with rates since the earlier one.
 
-    A channel that was opened in between, or again, counts from 0, and so does another disk.
+    A channel that was opened in between, or again, counts from 0, and so does another disk or
+    adapter.
     """
     seconds = max(after.time - before.time, 1e-9)
     earlier = {key: channel for key, _, channel in before.channels()}
@@ -130,6 +177,11 @@ def compare(before: Sample, after: Sample) -> ServerView:
     for key, device, unit in after.disks():
         rates = _rates(earlier.get(key), unit, DISK_COUNTERS, seconds)
         disks.setdefault(key[0], []).append(_disk_view(device, unit, rates))
+    counted_before = {key: counted for key, _, counted in before.nics()}
+    nics: dict[object, list[NicView]] = {}
+    for key, device, counted in after.nics():
+        rates = _rates(counted_before.get(key), counted, counted, seconds)
+        nics.setdefault(key[0], []).append(_nic_view(device, rates))
     reply = after.reply
     return ServerView(
         server=reply["server"],
@@ -147,6 +199,7 @@ def compare(before: Sample, after: Sample) -> ServerView:
                 faults=guest["faults"],
                 channels=tuple(found.get(guest["number"], ())),
                 disks=tuple(disks.get(guest["number"], ())),
+                nics=tuple(nics.get(guest["number"], ())),
             )
             for guest in reply["guests"]
         ),
@@ -183,6 +236,19 @@ def _disk_view(device: dict[str, Any], unit: dict[str, Any], rates: dict[str, fl
         size=unit["size"],
         errors=unit.get("errors", 0),
         stopped=str(unit.get("stopped") or ("its keeper is gone" if unit.get("lost") else "")),
+        rates=rates,
+    )
+
+
+def _nic_view(device: dict[str, Any], rates: dict[str, float]) -> NicView:
+    return NicView(
+        adapter=device.get("index", 0),
+        address=device["mac"],
+        link=device["link"],
+        failure=device["failure"],
+        queues=device["channels"],
+        source=device["source"],
+        drops={way: dict(device[name]["dropped"]) for way, name in WAYS.items()},
         rates=rates,
     )
 

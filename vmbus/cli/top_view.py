@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from vmbus.cli.columns import Column, fit, layout
 from vmbus.cli.output import bold, safe, size_text
-from vmbus.cli.rates import ChannelView, DiskView, GuestView, ServerView
+from vmbus.cli.rates import WAYS, ChannelView, DiskView, GuestView, NicView, ServerView
 
 DISK_COLUMNS = (
     Column("disk", right=False),
@@ -16,6 +16,20 @@ DISK_COLUMNS = (
     Column("errors", rank=1),
     Column("size", rank=3),
     Column("what", rank=4, right=False, text=True),
+)
+NIC_COLUMNS = (
+    Column("nic", right=False),
+    Column("sent", group="MB/s", least=5),
+    Column("received", group="MB/s"),
+    Column("sent", rank=2, group="packets/s", least=5),
+    Column("received", rank=3, group="packets/s"),
+    Column("drops/s", rank=1, least=5),
+    Column("queues", rank=4),
+    Column("sent", rank=6, group="segments/s", least=5),
+    Column("received", rank=7, group="segments/s"),
+    Column("sent", rank=8, group="checksums/s", least=5),
+    Column("received", rank=9, group="checksums/s"),
+    Column("what", rank=5, right=False, text=True),
 )
 CHANNEL_COLUMNS = (
     Column("channel", right=False),
@@ -44,18 +58,20 @@ def table_lines(view: ServerView, width: int) -> list[str]:
         lines += ["", *(bold(line, warn=guest.faults > 0) for line in _headlines(guest, width))]
         for columns, rows in (
             (DISK_COLUMNS, [_disk_cells(disk, guest) for disk in guest.disks]),
+            (NIC_COLUMNS, [_nic_cells(nic) for nic in guest.nics]),
             (CHANNEL_COLUMNS, [_channel_cells(channel) for channel in guest.channels]),
         ):
             if rows:
                 head, body = layout(columns, rows, width)
                 lines += [*map(bold, head), *body]
+            if columns is NIC_COLUMNS:
+                for nic in guest.nics:
+                    lines += _nic_lines(nic, width)
     return lines
 
 
 def _headlines(guest: GuestView, width: int) -> Iterator[str]:
     """Yield words about a guest, as many per line as there is room for."""
-    from rich.cells import cell_len
-
     words = [
         f"VMBus {guest.version}" if guest.version else "no contact yet",
         f"{size_text(guest.memory)} of memory",
@@ -66,11 +82,23 @@ def _headlines(guest: GuestView, width: int) -> Iterator[str]:
             f"{megabytes(guest.disk_rate('bytes_read'))} MB/s read, "
             f"{megabytes(guest.disk_rate('bytes_written'))} MB/s written"
         )
+    if guest.nics:
+        words.append(
+            f"{megabytes(guest.nic_rate('bytes_sent'))} MB/s sent, "
+            f"{megabytes(guest.nic_rate('bytes_received'))} MB/s received"
+        )
     if guest.paused:
         words.append("paused")
     if not guest.channels:
         words.append("no open channels")
-    line = fit(f"{safe(guest.name)}:", width)
+    yield from _enumerated(f"{safe(guest.name)}:", words, width)
+
+
+def _enumerated(start: str, words: Sequence[str], width: int) -> Iterator[str]:
+    """Yield lines of words with commas, as many per line as there is room for."""
+    from rich.cells import cell_len
+
+    line = fit(start, width)
     for index, word in enumerate(words):
         comma = "," if index + 1 < len(words) else ""
         if cell_len(line) + 1 + len(word) + len(comma) > width:
@@ -93,6 +121,39 @@ def _disk_cells(disk: DiskView, guest: GuestView) -> tuple[str, ...]:
         size_text(disk.size),
         safe(f"stopped: {disk.stopped}" if disk.stopped else disk.source or disk.kind),
     )
+
+
+def _nic_cells(nic: NicView) -> tuple[str, ...]:
+    rates = nic.rates
+    return (
+        str(nic.adapter),
+        megabytes(rates["bytes_sent"]),
+        megabytes(rates["bytes_received"]),
+        short(rates["frames_sent"], 1000),
+        short(rates["frames_received"], 1000),
+        short(rates["dropped_sent"] + rates["dropped_received"], 1000),
+        str(nic.queues),
+        short(rates["segments_sent"], 1000),
+        short(rates["segments_received"], 1000),
+        short(rates["checksums_sent"], 1000),
+        short(rates["checksums_received"], 1000),
+        safe(nic.source or nic.address),
+    )
+
+
+def _nic_lines(nic: NicView, width: int) -> Iterator[str]:
+    """Yield words about a link that is down, and what was dropped, by reason; or nothing."""
+    if nic.link != "up":
+        why = [f"the link is {nic.link}", *([safe(nic.failure)] if nic.failure else [])]
+        yield from _enumerated(f"nic {nic.adapter}:", why, width)
+    words = [
+        f"{count} {safe(reason)} ({way})"
+        for way in WAYS
+        for reason, count in sorted(nic.drops[way].items(), key=lambda item: -item[1])
+        if count
+    ]
+    if words:
+        yield from _enumerated(f"nic {nic.adapter} dropped:", words, width)
 
 
 def _channel_cells(channel: ChannelView) -> tuple[str, ...]:
@@ -141,7 +202,7 @@ def plain_lines(view: ServerView) -> Iterator[str]:
         yield (
             f"guest={name} version={guest.version or '-'} memory={guest.memory} "
             f"paused={'yes' if guest.paused else 'no'} faults={guest.faults} "
-            f"channels={len(guest.channels)} disks={len(guest.disks)}"
+            f"channels={len(guest.channels)} disks={len(guest.disks)} nics={len(guest.nics)}"
         )
         for channel in guest.channels:
             yield (
@@ -156,6 +217,22 @@ def plain_lines(view: ServerView) -> Iterator[str]:
                 f"size={'-' if disk.size is None else disk.size} errors={disk.errors} "
                 f"{_rates(disk.rates)}"
             )
+        for nic in guest.nics:
+            yield f"guest={name} {_nic_line(nic)}"
+
+
+def _nic_line(nic: NicView) -> str:
+    words = [
+        f"nic={nic.adapter} address={nic.address} link={nic.link} queues={nic.queues}",
+        _rates(nic.rates),
+        *(f"{way}_drops={_counts(nic.drops[way])}" for way in WAYS),
+    ]
+    return " ".join(words)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    """Return counts by reason as one word."""
+    return ",".join(f"{_word(reason)}:{count}" for reason, count in counts.items()) or "-"
 
 
 def _rates(rates: dict[str, float]) -> str:

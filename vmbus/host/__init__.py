@@ -32,6 +32,7 @@ from vmbus.host.device import (
     Device as Device,
     Offer as Offer,
     Retargetable as Retargetable,
+    Retiring as Retiring,
     Saveable as Saveable,
 )
 from vmbus.host.observer import Observer as Observer
@@ -45,6 +46,7 @@ __all__ = [
     "Device",
     "Offer",
     "Retargetable",
+    "Retiring",
     "Saveable",
     "Life",
     "Observer",

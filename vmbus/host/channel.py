@@ -40,11 +40,7 @@ from vmbus.host.undertakings import Undertakings
 from vmbus.memory import GuestMemory
 from vmbus.partition.transport import Call, Doorbell
 from vmbus.ring import Packet, RingReader, RingWriter, completion
-from vmbus.wire.packets import (
-    FLAG_COMPLETION_REQUESTED,
-    GPA_DIRECT,
-    parse_gpa_ranges_untrusted,
-)
+from vmbus.wire.packets import FLAG_COMPLETION_REQUESTED, GPA_DIRECT, parse_gpa_ranges_untrusted
 from vmbus.wire.versions import Version
 
 MAX_RANGES = 64
@@ -241,6 +237,13 @@ class Channel(OutgoingHalf):
             if self._drained is not None:
                 self._look_drained()
             self._room.set()
+
+    def complete_packets(self, packets: Sequence[bytes]) -> None:
+        """Queue completions that are short enough for any ring. Cannot block."""
+        self._queue += packets
+        self._outstanding = max(self._outstanding - len(packets), 0)
+        self._look_drained()
+        self._room.set()
 
     def _look_drained(self) -> None:
         """Wake who waits for requests to end, if those that are left are at rest."""

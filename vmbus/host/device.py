@@ -20,7 +20,7 @@ What a device may rely on:
 * ``run`` is cancelled if it does not return within the bus's grace period after the channel ended.
 
 A device may have more to it, which the bus looks for by itself: :class:`Retargetable`,
-:class:`Saveable`.
+:class:`Retiring`, :class:`Saveable`.
 
 What the bus relies on:
 
@@ -36,7 +36,7 @@ from typing import Any, Protocol, runtime_checkable
 from vmbus.engine.offers import Offer
 from vmbus.host.channel import Channel
 
-__all__ = ["Device", "Offer", "Retargetable", "Saveable"]
+__all__ = ["Device", "Offer", "Retargetable", "Retiring", "Saveable"]
 
 
 class Device(Protocol):
@@ -70,6 +70,24 @@ class Retargetable(Protocol):
 
     def retarget(self, channel: Channel) -> None:
         """The guest has moved a channel's interrupts (MODIFYCHANNEL). Cannot block."""
+
+
+@runtime_checkable
+class Retiring(Protocol):
+    """A device whose guest should come to rest before it hears that the device is taken away.
+
+    What a guest sends between the last answer and the news of the removal is never answered: the
+    channel is over for the host, and a driver may wait for those answers for ever.
+    """
+
+    async def retire(self) -> None:
+        """Have the guest stop, as far as it can be told to. Is a checkpoint.
+
+        Cancelled after ``close_grace``; the device is removed then all the same. Must not raise.
+        """
+
+    def stay(self) -> None:
+        """It is not taken away after all: serve as before. Cannot block."""
 
 
 @runtime_checkable

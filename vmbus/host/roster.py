@@ -11,7 +11,7 @@ from uuid import UUID
 import trio
 
 from vmbus.errors import BudgetError, ConfigError, NotBackError
-from vmbus.host.device import Device, Saveable
+from vmbus.host.device import Device, Retiring, Saveable
 from vmbus.host.runner import ChannelRunner
 from vmbus.host.services import Services
 from vmbus.host.stops import names_of
@@ -96,6 +96,7 @@ class Roster:
     async def remove(self, number: int) -> None:
         """Rescind a device, wait for it to end, close it. A checkpoint.
 
+        One that is :class:`vmbus.host.device.Retiring` has ``close_grace`` for that before.
         A request that is not at rest after ``close_grace`` and ``pause_grace`` is one of a back-end
         that does not give back what it was handed. The device stays then, and serves on: a guest
         that is told of a removal waits for the answers that it has not got, and never gets them.
@@ -115,7 +116,7 @@ class Roster:
             # In a task of its own: a caller that loses patience must not leave it half removed.
             self._bus.nursery.start_soon(self._remove, entry, removal)
         config = self._bus.config
-        seconds = 2 * config.close_grace + config.pause_grace + config.fence_grace
+        seconds = 3 * config.close_grace + config.pause_grace + config.fence_grace
         with trio.move_on_after(seconds):
             await removal.over.wait()
         if removal.failed:
@@ -127,6 +128,9 @@ class Roster:
         # Linux drops completions of a rescinded channel but waits for them all the same, so what
         # is in flight is answered before the guest hears of the removal.
         config = self._bus.config
+        if isinstance(entry.device, Retiring):
+            with trio.move_on_after(config.close_grace):
+                await entry.device.retire()
         with trio.move_on_after(config.close_grace):
             for runner in self._runners_of(entry):
                 await runner.drain()
@@ -156,6 +160,8 @@ class Roster:
     def _keep(self, entry: Entry) -> None:
         """Go on with a device that could not be removed."""
         entry.removal = None
+        if isinstance(entry.device, Retiring):
+            entry.device.stay()
         if not entry.offered:  # its guest has left meanwhile
             self._offer_again(entry)
         if not self._bus.paused:

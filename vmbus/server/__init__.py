@@ -1,11 +1,12 @@
 """The guest server program: any number of attached guests, each with a bus and devices.
 
-========= ==================================================================
-`guests`  :class:`GuestServer`: makes a bus per guest, answers operators
-`devices` the devices of one guest, and which one an operator means
-`keepers` what guests share
-`process` memory and descriptors of the process
-========= ==================================================================
+========== ==================================================================
+`guests`   :class:`GuestServer`: makes a bus per guest, answers operators
+`attached` one guest, and devices that come and go while it runs
+`devices`  the devices of one guest, and which one an operator means
+`keepers`  what guests share
+`process`  memory and descriptors of the process
+========== ==================================================================
 """
 
 from vmbus.server.devices import DeviceSetup as DeviceSetup

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from vmbus.errors import ConfigError
 from vmbus.host.device import Device
 from vmbus.plugins.devices import DevicePlugin, load_device
 from vmbus.plugins.sharing import Line
+from vmbus.plugins.words import enumerate_words
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -51,7 +54,9 @@ class MadeDevice:
     name: str
     """The plug-in's."""
     index: int
-    """Counts the guest's devices of this plug-in, from 0."""
+    """Counts the guest's devices of this plug-in, from 0; one that is removed leaves a gap."""
+    place: int
+    """Among all of the guest's devices: what its instance GUID is made from."""
 
     @property
     def backend(self) -> str | None:
@@ -78,26 +83,53 @@ async def make_devices(
         ConfigError: A back-end cannot be opened, and nothing stays open.
     """
     made: list[MadeDevice] = []
-    counts: dict[str, int] = {}
     try:
         for place, setup in enumerate(setups):
-            plugin = load_device(setup.plugin)
             shared = {spec: line for (at, spec), line in (lines or {}).items() if at == place}
-            device = await plugin.from_specs(
-                [for_guest(spec, guest) for spec in setup.specs],
-                instance_id=uuid5(INSTANCE_NAMESPACE, f"{setup.plugin}/{place}"),
-                initiator=guest,
-                options=setup.options,
-                **({"shared": shared} if shared else {}),
-            )
-            index = counts[setup.plugin] = counts.get(setup.plugin, -1) + 1
-            made.append(MadeDevice(device, plugin, setup.plugin, index))
+            made.append(await make_device(guest, setup, made, shared))
     except BaseException:
         with trio.CancelScope(shield=True):
             for each in made:
                 await each.device.aclose()
         raise
     return made
+
+
+async def make_device(
+    guest: str, setup: DeviceSetup, others: Iterable[MadeDevice], lines: Mapping[str, Line]
+) -> MadeDevice:
+    """Make one device of a guest, in the first place that is free. Is a checkpoint.
+
+    Args:
+        guest: Its name.
+        setup: What to make.
+        others: The devices that it has.
+        lines: To what it shares with other guests, by the specification; owned.
+
+    Raises:
+        ConfigError: A back-end cannot be opened, and nothing stays open.
+    """
+    others = list(others)
+    place = _lowest({each.place for each in others})
+    index = _lowest({each.index for each in others if each.name == setup.plugin})
+    with contextlib.ExitStack() as owned:
+        for line in lines.values():
+            owned.callback(line.close)
+        plugin = load_device(setup.plugin)
+        specs = [for_guest(spec, guest) for spec in setup.specs]
+        owned.pop_all()
+    device = await plugin.from_specs(
+        specs,
+        instance_id=uuid5(INSTANCE_NAMESPACE, f"{setup.plugin}/{place}"),
+        initiator=guest,
+        options=setup.options,
+        **({"shared": dict(lines)} if lines else {}),
+    )
+    return MadeDevice(device, plugin, setup.plugin, index, place)
+
+
+def _lowest(taken: set[int]) -> int:
+    return next(number for number in itertools.count() if number not in taken)
 
 
 def pick_device(made: Iterable[MadeDevice], request: Mapping[str, Any]) -> MadeDevice:
@@ -118,14 +150,21 @@ def pick_device(made: Iterable[MadeDevice], request: Mapping[str, Any]) -> MadeD
         what = f"{backend} device"
     found = [each for each in kind if each.index == index]
     if not isinstance(index, int) or isinstance(index, bool) or not found:
-        has = {0: "none", 1: "one, number 0"}.get(
-            len(kind), f"{len(kind)}, numbers 0 to {len(kind) - 1}"
-        )
-        raise ConfigError(f"there is no {what} number {index!r}; the guest has {has}")
+        raise ConfigError(f"there is no {what} number {index!r}; the guest has {_numbers_of(kind)}")
     if len(found) > 1:
         names = ", ".join(sorted(each.name for each in found))
         raise ConfigError(f"which {what} number {index}? the guest has: {names}")
     return found[0]
+
+
+def _numbers_of(kind: Sequence[MadeDevice]) -> str:
+    numbers = sorted(each.index for each in kind)
+    if len(numbers) < 2:
+        return f"one, number {numbers[0]}" if numbers else "none"
+    words = f"0 to {len(numbers) - 1}"
+    if numbers != list(range(len(numbers))):
+        words = enumerate_words(map(str, numbers), "and")
+    return f"{len(numbers)}, numbers {words}"
 
 
 def need_names(setups: Iterable[DeviceSetup]) -> bool:

@@ -20,6 +20,7 @@ message that says so.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -28,35 +29,24 @@ from typing import Any, TypeVar
 
 from vmbus import __version__
 from vmbus.errors import ConfigError
-from vmbus.host import Bus, BusConfig, open_bus
+from vmbus.host import BusConfig, open_bus
 from vmbus.partition.transport import Transport
-from vmbus.server.devices import DeviceSetup, MadeDevice, make_devices, pick_device
-from vmbus.server.keepers import LineMaker, NoKeepers, open_keeper, shared_backends, unshared
+from vmbus.plugins.sharing import Line
+from vmbus.server.attached import REMOVE, AttachedGuest, wanted_setup
+from vmbus.server.devices import DeviceSetup, make_devices, pick_device
+from vmbus.server.keepers import (
+    LineMaker,
+    NoKeepers,
+    kept_specs,
+    open_keeper,
+    shared_backends,
+    unshared,
+)
 from vmbus.server.process import resident_bytes
 
 _log = logging.getLogger("vmbus.server")
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(slots=True)
-class _Guest:
-    """An attached guest."""
-
-    number: int
-    transport: Transport
-    devices: list[MadeDevice] = dataclasses.field(default_factory=list)
-    bus: Bus | None = None
-    """None until its devices are there."""
-
-    def snapshot(self, bus: Bus) -> dict[str, Any]:
-        """Describe its bus, with the names that commands have for its devices."""
-        found = bus.snapshot()
-        labels = {id(made.device): made.label() for made in self.devices}
-        devices = bus.devices
-        for each in found["devices"]:
-            each.update(labels.get(id(devices[each["key"]]), {}))
-        return found
 
 
 def check_kind(kind: str) -> None:
@@ -110,7 +100,7 @@ class GuestServer:
         self.config = config or BusConfig()
         self._keepers = keepers or NoKeepers()
         self._attached = attached
-        self._guests: dict[str, _Guest] = {}
+        self._guests: dict[str, AttachedGuest] = {}
         self._served = 0
         self._numbers = 0
         self.faults = 0
@@ -131,7 +121,7 @@ class GuestServer:
             for setup in unshared(self.setups)
         ]
         for key in {how.keeper for how in shared_backends(self.setups).values()}:
-            await (await open_keeper(self.setups, key)).aclose()
+            await (await open_keeper(key, kept_specs(self.setups, key))).aclose()
         for made in await make_devices("check", fixed):
             await made.device.aclose()
 
@@ -145,13 +135,13 @@ class GuestServer:
         if name in self._guests:
             raise ConfigError(f"a guest called {name!r} is attached")
         self._numbers += 1
-        self._guests[name] = guest = _Guest(self._numbers, transport)
+        self._guests[name] = guest = AttachedGuest(self._numbers, transport)
         try:
             lines = await self._keepers.lines(name)
-            guest.devices = await make_devices(name, self.setups, dict(lines))
-            devices = [made.device for made in guest.devices]
+            made = await make_devices(name, self.setups, dict(lines))
+            devices = [each.device for each in made]
             async with open_bus(transport, devices, config=self.config) as bus:
-                guest.bus = bus
+                guest.begin(bus, made)
                 self._served += 1
                 self._attached()
                 _log.info("%s: attached with %d device(s)", name, len(devices))
@@ -204,8 +194,10 @@ class GuestServer:
             ]
         return status
 
-    async def command(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answer a COMMAND: pass it on to a guest's device. Is a checkpoint.
+    async def command(
+        self, request: dict[str, Any], lines: Mapping[str, Line] | None = None
+    ) -> dict[str, Any]:
+        """Answer a COMMAND: change a guest's devices, or pass it on to one. Is a checkpoint.
 
         ::
 
@@ -215,13 +207,42 @@ class GuestServer:
         (the plug-in's name), ``backend`` (what its back-ends are called) and ``index`` (counting
         the guest's devices of one plug-in), as a QUERY lists them.
 
+        Two actions are not a device's own. ``add-device`` offers the guest one more, which has
+        ``specs``, a list of back-ends, and ``options``, an object; the answer describes it as a
+        QUERY does. ``remove-device`` takes one away::
+
+            {"backend": "endpoint", "action": "add-device", "specs": ["switch:lan"]}
+            {"backend": "endpoint", "action": "remove-device", "index": 1}
+
+        Args:
+            request: As above.
+            lines: To what an added device shares with other guests, by its specification; owned.
+                None: what guests share is kept in this process.
+
         Raises:
             ConfigError: There is no such guest or device, or it cannot do that.
+            BudgetError: The guest's bus is full.
+            NotBackError: A device does not give back what it was handed.
         """
-        attached = {name: each for name, each in self._guests.items() if each.bus is not None}
-        guest = pick_guest(attached, request.get("guest"))
-        made = pick_device(guest.devices, request)
-        if request.get("action") is not None:
-            what = {name: each for name, each in request.items() if name != "guest"}
-            _log.info("%s: an operator's command: %s", guest.transport.name, what)
+        with contextlib.ExitStack() as owned:
+            for line in (lines or {}).values():
+                owned.callback(line.close)
+            attached = {name: each for name, each in self._guests.items() if each.bus is not None}
+            guest = pick_guest(attached, request.get("guest"))
+            name = guest.transport.name
+            setup = wanted_setup(request)
+            made = pick_device(guest.devices, request) if setup is None else None
+            if request.get("action") is not None:
+                what = {key: each for key, each in request.items() if key != "guest"}
+                _log.info("%s: an operator's command: %s", name, what)
+            owned.pop_all()
+        if setup is not None:
+            if lines is None:
+                found = await self._keepers.lines(name, setup)
+                lines = {key.spec: line for key, line in found.items()}
+            return await guest.add(setup, lines)
+        assert made is not None
+        if request.get("action") == REMOVE:
+            await guest.remove(made)
+            return {}
         return await made.plugin.command(made.device, request)

@@ -79,12 +79,42 @@ def kept_specs(setups: Sequence[DeviceSetup], key: KeeperKey) -> list[str]:
     return list(dict.fromkeys(each.spec for each, how in shared.items() if how.keeper == key))
 
 
-async def open_keeper(setups: Sequence[DeviceSetup], key: KeeperKey) -> Keeper:
-    """Open what guests share. Is a checkpoint. Raises ConfigError."""
+def shared_by_added(setup: DeviceSetup, *, within_process: bool = False) -> dict[SharedKey, Shared]:
+    """Return what a device shares that is added to a guest which runs.
+
+    Args:
+        setup: The device.
+        within_process: As in :func:`shared_backends`.
+
+    Returns:
+        As :func:`shared_backends` does, for place 0.
+
+    Raises:
+        ConfigError: Something cannot be shared, or only by what is there from the start.
+    """
+    found = shared_backends([setup], within_process=within_process)
+    for key, how in found.items():
+        if how.keeper.place >= 0:  # which differs from guest to guest
+            raise ConfigError(
+                f"{key.spec}: it is shared only by devices that the server was started with"
+            )
+    return found
+
+
+async def open_keeper(key: KeeperKey, specs: Sequence[str]) -> Keeper:
+    """Open what guests share. Is a checkpoint.
+
+    Args:
+        key: What it is called.
+        specs: What it keeps: see :func:`kept_specs`.
+
+    Raises:
+        ConfigError: It cannot be opened.
+    """
     plugin = load_device(key.plugin)
     assert can_share(plugin)
     identity = uuid5(INSTANCE_NAMESPACE, f"{key.plugin}/{key.place}/{key.name}").bytes
-    return await plugin.open_keeper(kept_specs(setups, key), identity=identity)
+    return await plugin.open_keeper(specs, identity=identity)
 
 
 LINE_GRACE = 5.0
@@ -94,26 +124,39 @@ LINE_GRACE = 5.0
 class LineMaker(Protocol):
     """Connects guests with what they share."""
 
-    async def lines(self, guest: str) -> Mapping[SharedKey, Line]:
-        """Return a guest's lines, the caller's to close. Is a checkpoint. Raises ConfigError."""
+    async def lines(self, guest: str, added: DeviceSetup | None = None) -> Mapping[SharedKey, Line]:
+        """Return a guest's lines, the caller's to close. Is a checkpoint.
+
+        Args:
+            guest: Its name.
+            added: A device that it gets, for the lines of that alone, in place 0.
+
+        Raises:
+            ConfigError: What is shared cannot be opened, or not now.
+        """
 
 
 class NoKeepers:
     """For servers that keep nothing."""
 
-    async def lines(self, _guest: str) -> Mapping[SharedKey, Line]:
+    async def lines(
+        self, _guest: str, added: DeviceSetup | None = None
+    ) -> Mapping[SharedKey, Line]:
         """See :class:`LineMaker`."""
         await trio.lowlevel.checkpoint()
+        for key in shared_by_added(added, within_process=True) if added is not None else ():
+            raise ConfigError(f"{key.spec}: this server keeps nothing that guests share")
         return {}
 
 
 class Keepers:
     """Keepers as tasks of this process. Use :meth:`open`."""
 
-    def __init__(self, nursery: trio.Nursery, shared: Mapping[SharedKey, Shared]) -> None:
+    def __init__(self, nursery: trio.Nursery, setups: Sequence[DeviceSetup]) -> None:
         self._nursery = nursery
-        self._shared = shared
+        self._shared = shared_backends(setups, within_process=True)
         self._keepers: dict[KeeperKey, Keeper] = {}
+        self._opening = trio.Lock()
         self._lines: set[trio.CancelScope] = set()
 
     @classmethod
@@ -125,10 +168,10 @@ class Keepers:
             ConfigError: Something cannot be opened.
         """
         async with trio.open_nursery() as nursery:
-            keepers = cls(nursery, shared_backends(setups, within_process=True))
+            keepers = cls(nursery, setups)
             try:
                 for key in dict.fromkeys(how.keeper for how in keepers._shared.values()):
-                    keepers._keepers[key] = await open_keeper(setups, key)
+                    keepers._keepers[key] = await open_keeper(key, kept_specs(setups, key))
                 yield keepers
             finally:
                 for scope in keepers._lines:
@@ -144,11 +187,16 @@ class Keepers:
             await keeper.serve(line, guest, spec)
         self._lines.discard(scope)
 
-    async def lines(self, guest: str) -> Mapping[SharedKey, Line]:
+    async def lines(self, guest: str, added: DeviceSetup | None = None) -> Mapping[SharedKey, Line]:
         """See :class:`LineMaker`."""
         await trio.lowlevel.checkpoint()
+        shared = self._shared if added is None else shared_by_added(added, within_process=True)
+        async with self._opening:
+            for key, how in shared.items():
+                if how.keeper not in self._keepers:
+                    self._keepers[how.keeper] = await open_keeper(how.keeper, [key.spec])
         made: dict[SharedKey, Line] = {}
-        for key, how in self._shared.items():
+        for key, how in shared.items():
             ours, made[key] = make_line(how.staging)
             self._nursery.start_soon(self._serve, self._keepers[how.keeper], ours, guest, key.spec)
         return made

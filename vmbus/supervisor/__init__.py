@@ -7,7 +7,9 @@
 `worker`     what runs in a worker: a :class:`vmbus.server.GuestServer` with one guest
 `parcels`    messages between these processes, bounded
 `sandbox`    what a worker cannot do any more
+`keeping`    what guests share, and the lines to it
 `files`      which files the command line names
+`garbage`    when a worker looks for garbage
 `relay`      lines of a worker's log on their way to the supervisor's
 `plan`       what workers have to know before there is a guest
 ============ =======================================================================================

@@ -27,12 +27,13 @@ from vmbus.attach.server import Admission, Names, accept
 from vmbus.attach.server.admission import Peer
 from vmbus.errors import AttachError, ConfigError
 from vmbus.log_budget import LogBudget
-from vmbus.plugins.sharing import Line, make_line
+from vmbus.plugins.sharing import Line
+from vmbus.server.attached import wanted_setup
 from vmbus.server.devices import SharedKey, need_names
 from vmbus.server.guests import check_kind, pick_guest
-from vmbus.server.keepers import KeeperKey, shared_backends
 from vmbus.server.process import resident_bytes
 from vmbus.supervisor import relay
+from vmbus.supervisor.keeping import Keeping
 from vmbus.supervisor.parcels import MAX_DOWN, send_down
 from vmbus.supervisor.plan import Plan
 from vmbus.supervisor.workers import Gone, Worker, describe_status, make_ends
@@ -91,9 +92,7 @@ class Supervisor:
         self._starting: dict[int, tuple[trio.Event, Worker]] = {}
         self._making = trio.CancelScope()
         self._listening: set[trio.CancelScope] = set()
-        self._shared = shared_backends(plan.setups)
-        self._keepers: dict[KeeperKey, Worker] = {}
-        self._keeping = trio.Lock()
+        self.keeping = Keeping(plan.setups, self._spare)
         self._evictions = LogBudget()
         self._greeting: list[Worker] = []
         self._ended = trio.Event()
@@ -290,7 +289,7 @@ class Supervisor:
     async def _stop(self) -> None:
         self._stopping = True
         self._making.cancel()
-        keepers = set(self._keepers.values())  # until the last guest has let go of them
+        keepers = set(self.keeping.workers.values())  # until the last guest has let go of them
         await self._end([each for each in self._workers.values() if each not in keepers])
         await self._end(list(self._workers.values()))
 
@@ -310,41 +309,9 @@ class Supervisor:
                 await self._ended.wait()
         return [each for each in workers if each.pid in self._workers]
 
-    # -- what guests share -----------------------------------------------------------------------
-
     async def lines(self, guest: str) -> dict[SharedKey, Line]:
         """Internal: see :class:`vmbus.supervisor.workers.Owner`."""
-        made: dict[SharedKey, Line] = {}
-        try:
-            for key, how in self._shared.items():
-                keeper = await self._keeper(how.keeper)
-                theirs, made[key] = make_line(how.staging)
-                try:
-                    keeper.send({"connect": guest, "spec": key.spec}, theirs.filenos())
-                finally:
-                    theirs.close()
-        except BaseException:
-            for line in made.values():
-                line.close()
-            raise
-        return made
-
-    async def _keeper(self, key: KeeperKey) -> Worker:
-        """Return the worker that keeps something, made when it is first needed."""
-        async with self._keeping:
-            keeper = self._keepers.get(key)
-            if keeper is None or keeper.gone.is_set():
-                keeper = await self._spare.receive()
-                while keeper.gone.is_set():
-                    keeper = await self._spare.receive()
-                try:
-                    await keeper.ask({"keep": list(key)})
-                except BaseException:
-                    keeper.stop()  # it is of no use to anybody
-                    raise
-                keeper.keeps = key
-                self._keepers[key] = keeper
-            return keeper
+        return await self.keeping.lines(guest)
 
     # -- VMMs ------------------------------------------------------------------------------------
 
@@ -466,7 +433,8 @@ class Supervisor:
     async def command(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer a COMMAND: pass it on to the guest's worker. Is a checkpoint.
 
-        See :meth:`vmbus.server.GuestServer.command`.
+        See :meth:`vmbus.server.GuestServer.command`. To what an added device shares, the worker
+        gets lines with it.
 
         Raises:
             ConfigError: There is no such guest or device, or it cannot do that.
@@ -474,10 +442,23 @@ class Supervisor:
             OSError: The disk cannot.
         """
         worker = pick_guest(self._attached(), request.get("guest"))
+        setup = wanted_setup(request)
+        lines: dict[SharedKey, Line] = {}
         try:
-            return await worker.ask({"command": request})
+            if setup is not None:
+                lines = await self.keeping.lines(worker.label, setup)
+            parcel = {
+                "command": request,
+                "shared": [[key.spec, len(line.filenos())] for key, line in lines.items()],
+            }
+            return await worker.ask(
+                parcel, [fd for each in lines.values() for fd in each.filenos()]
+            )
         except Gone:
             raise OSError(errno.ENOTCONN, f"{worker.label} has left") from None
+        finally:
+            for line in lines.values():
+                line.close()
 
 
 _UNKNOWN: dict[str, Any] = {

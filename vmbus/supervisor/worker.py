@@ -9,8 +9,9 @@ Down come (JSON, the first with the connection as a descriptor)::
 
     {"serve": true}
     {"answer": n, "value": ...}  or  {"answer": n, "error": text, "errno": e}
-    {"ask": n, "query": kind}    or  {"ask": n, "command": {...}}
-    {"ask": n, "keep": [plugin, place, name]}
+    {"ask": n, "query": kind}
+    {"ask": n, "command": {...}, "shared": [[spec, descriptors], ...]}, with those
+    {"ask": n, "keep": [plugin, place, name], "specs": [...]}
                                  and then, with a line: {"connect": guest, "spec": spec}
     {"stop": true}
 
@@ -29,13 +30,14 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import logging
 import os
 import select
 import socket
 import uuid
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import trio
 
@@ -47,11 +49,13 @@ from vmbus.plugins.devices import load_device
 from vmbus.plugins.sharing import Keeper, Line
 from vmbus.server import DeviceSetup, GuestServer, raise_descriptor_limit
 from vmbus.server.devices import SharedKey
-from vmbus.server.keepers import KeeperKey, kept_specs, open_keeper, unshared
+from vmbus.server.keepers import KeeperKey, open_keeper, unshared
 from vmbus.supervisor import garbage, relay, sandbox
 from vmbus.supervisor.files import named_files
 from vmbus.supervisor.parcels import Parcel, pack, receive_down, write_all
 from vmbus.supervisor.plan import Plan
+
+K = TypeVar("K")
 
 CLAIM_PATIENCE = 5.0
 """Seconds for the supervisor to answer what a worker stops for."""
@@ -152,7 +156,7 @@ class Worker:
                     assert self._keeper is not None
                     nursery.start_soon(self._keeper.serve, Line.of(fds), guest, spec)
                 case {"ask": int(number)}:
-                    nursery.start_soon(self._answer, number, parcel)
+                    nursery.start_soon(self._answer, number, parcel, fds)
                 case _:  # to stop
                     break
 
@@ -209,9 +213,10 @@ class Worker:
         answer, fds = answers[0]
         if "error" in answer:
             raise PeerProtocolError(answer["error"], errno=answer["errno"])
-        for place, spec, count in answer["value"]["shared"]:
-            self._lines[SharedKey(place, spec)] = Line.of(fds[:count])
-            del fds[:count]
+        shared = [
+            (SharedKey(place, spec), count) for place, spec, count in answer["value"]["shared"]
+        ]
+        self._lines = _take_lines(shared, fds)
         name: str = answer["value"]["name"]
         sandbox.set_name(f"vmbus:{name}")
         return name
@@ -241,37 +246,52 @@ class Worker:
 
     # -- what guests share -----------------------------------------------------------------------
 
-    async def lines(self, guest: str) -> Mapping[SharedKey, Line]:
+    async def lines(self, guest: str, added: DeviceSetup | None = None) -> Mapping[SharedKey, Line]:
         """See :class:`vmbus.server.keepers.LineMaker`: they came with the guest's name."""
-        del guest
+        del guest, added  # of those that are added, they come with the command
         await trio.lowlevel.checkpoint()
         lines, self._lines = self._lines, {}
         return lines
 
-    async def _keep(self, key: KeeperKey) -> None:
+    async def _keep(self, key: KeeperKey, specs: list[str]) -> None:
         """Keep something for all guests."""
         plan = self._plan
         sandbox.set_name("vmbus-keeper")
         if plan.sandbox and plan.allowed is not None:
-            setup = DeviceSetup(key.plugin, tuple(kept_specs(plan.setups, key)))
+            setup = DeviceSetup(key.plugin, tuple(specs))
             sandbox.restrict_files([*plan.allowed, *named_files([setup], "")])
-        self._keeper = await open_keeper(plan.setups, key)
+        self._keeper = await open_keeper(key, specs)
 
     # -- operators -------------------------------------------------------------------------------
 
-    async def _answer(self, number: int, parcel: Parcel) -> None:
+    async def _answer(self, number: int, parcel: Parcel, fds: list[int]) -> None:
         answer: dict[str, Any] = {"answer": number}
         try:
             match parcel:
-                case {"keep": [str(plugin), int(place), str(name)]}:
-                    await self._keep(KeeperKey(plugin, place, name))
+                case {"keep": [str(plugin), int(place), str(name)], "specs": list(specs)}:
+                    await self._keep(KeeperKey(plugin, place, name), specs)
                 case {"query": str(kind)}:
                     answer["value"] = self._server.query(kind)
                 case _:
-                    answer["value"] = await self._server.command(parcel["command"])
+                    lines = _take_lines(parcel["shared"], fds)
+                    answer["value"] = await self._server.command(parcel["command"], lines)
         except VMBusError as error:
             code = errno.ETIMEDOUT if isinstance(error, NotBackError) else errno.EINVAL
             answer |= {"error": str(error), "errno": code}
         except OSError as error:
             answer |= {"error": str(error), "errno": error.errno or errno.EIO}
         self.send(answer)
+
+
+def _take_lines(counts: Iterable[tuple[K, int]], fds: list[int]) -> dict[K, Line]:
+    """Make lines of descriptors, which are owned from now on.
+
+    Args:
+        counts: For each line its key, and how many descriptors are its own.
+        fds: All of them, in the same order.
+    """
+    found: dict[K, Line] = {}
+    left = iter(fds)
+    for key, count in counts:
+        found[key] = Line.of(list(itertools.islice(left, count)))
+    return found

@@ -195,8 +195,12 @@ class Worker:
             if not self.gone.is_set():
                 self._owner.kill(self.pid)
 
-    async def ask(self, what: Parcel) -> Parcel:
+    async def ask(self, what: Parcel, fds: Sequence[int] = ()) -> Parcel:
         """Have a worker answer something. Is a checkpoint.
+
+        Args:
+            what: Members of the message.
+            fds: What goes with it, borrowed.
 
         Raises:
             Gone: It ended before it had answered.
@@ -208,7 +212,7 @@ class Worker:
         number = self._asking
         event, answers = self._asked[number] = trio.Event(), []
         try:
-            self.send({"ask": number, **what})
+            self.send({"ask": number, **what}, fds)
             self._owed += 1
             await event.wait()
         finally:

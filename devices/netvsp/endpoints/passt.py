@@ -288,6 +288,9 @@ class _Answer:
     async def wait_room(self) -> None:
         await trio.lowlevel.checkpoint()
 
+    def lost(self, count: int) -> None:
+        """There is nobody to tell."""
+
     def link_changed(self, *, up: bool, speed: int | None = None) -> None:
         """There is nobody to tell."""
 

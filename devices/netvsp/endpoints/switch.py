@@ -24,10 +24,11 @@ from netvsp.shared.messages import (
     frames_untrusted,
     info_untrusted,
     kind_untrusted,
+    lost_untrusted,
     pack_station,
 )
 from netvsp.shared.options import PORT_OPTIONS, SwitchOptions, parse_options
-from netvsp.switch.port import PortConfig
+from netvsp.switch.port import QUEUE_FULL, PortConfig
 from vmbus.errors import ConfigError, PeerProtocolError
 from vmbus.plugins.sharing import Line, Share
 from vmbus.plugins.specs import Spec
@@ -130,6 +131,7 @@ class SwitchEndpoint(Endpoint):
         self._closed = False
         self._adapter: Port | None = None
         self._told: bytes | None = None
+        self._lost = 0
         self._port = hub.switch.add_port(name, config, self._ready)
 
     def _ready(self) -> None:
@@ -152,9 +154,14 @@ class SwitchEndpoint(Endpoint):
         self._adapter = port
         self._introduce(port.mac)
         ours = self._port
+        self._lost = ours.dropped[QUEUE_FULL]
         try:
             while True:
                 frames = ours.take(BATCH, BATCH_SIZE)
+                lost = ours.dropped[QUEUE_FULL]
+                if lost != self._lost:
+                    port.lost(lost - self._lost)
+                    self._lost = lost
                 while frames:
                     taken = port.receive(frames)
                     del frames[:taken]
@@ -203,6 +210,7 @@ class SwitchLineEndpoint(Endpoint):
         self._adapter: Port | None = None
         self._told: bytes | None = None
         self._known: dict[str, Any] = {}
+        self._lost = 0
         self._dropped = 0
 
     def _introduce(self, address: bytes | None) -> bool:
@@ -286,6 +294,10 @@ class SwitchLineEndpoint(Endpoint):
         if kind is not Kind.INFO:
             raise broken(f"{kind.name} from a switch")
         self._known = info_untrusted(data)
+        lost = lost_untrusted(self._known)
+        if self._adapter is not None and lost > self._lost:
+            self._adapter.lost(lost - self._lost)
+        self._lost = lost
         return []
 
     def snapshot(self) -> dict[str, Any]:

@@ -78,6 +78,8 @@ class TapEndpoint(Endpoint):
         self._over = ""
         """Why there is nothing any more, if there is not."""
         self._up: bool | None = None
+        self._lost: int | None = None
+        """Frames that the kernel had dropped when it was last asked."""
         self._dropped: Counter[str] = Counter()
 
     # -- from the guest ----------------------------------------------------------------------------
@@ -124,6 +126,7 @@ class TapEndpoint(Endpoint):
         self._look(port)
         for queue in range(len(self._queues)):
             await self._drain(queue)
+        self._lost = tun.dropped(self.name)
         await run_together(
             functools.partial(self._watch, port),
             *[functools.partial(self._read, queue, port) for queue in range(len(self._queues))],
@@ -158,6 +161,7 @@ class TapEndpoint(Endpoint):
                 if frames:
                     # Not read meanwhile: the kernel keeps some, and drops what is too much.
                     await port.wait_room()
+                    self._tell_lost(port)
 
     def _some(self, fd: int, buffers: Sequence[memoryview]) -> list[Frame]:
         """Read as many frames as one turn is for; their bytes may be in the buffers."""
@@ -189,6 +193,12 @@ class TapEndpoint(Endpoint):
             buffer = buffers[large]
             into = [buffer]
         return frames
+
+    def _tell_lost(self, port: Port) -> None:
+        """Tell the guest of frames that the kernel has dropped since it was last asked."""
+        before, self._lost = self._lost, tun.dropped(self.name)
+        if before is not None and self._lost is not None and self._lost > before:
+            port.lost(self._lost - before)
 
     def _open_queue(self, queue: int) -> int:
         """Return a queue's descriptor. Raises EndpointError if there is none any more."""

@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 
 from netvsp.endpoint import Offloads
 from netvsp.frames.frame import VIRTIO_HEADER
@@ -48,6 +49,8 @@ _OFFLOADS = (
     (_CHECKSUM | _TSO | _ECN, Offloads(checksum=True, tcp_segments=True)),
 )
 
+_TX_DROPPED = 11
+"""Which of an interface's counters it is: linux/net/core/net-procfs.c, dev_seq_printf_stats."""
 _IFREQ = struct.Struct("16sH22x")
 _IFREQ_INT = struct.Struct("16si20x")
 
@@ -200,6 +203,18 @@ def is_set_up(name: str) -> bool:
 def queue_length(name: str) -> int:
     """Return how many frames an interface keeps for who reads them. Raises OSError."""
     return _ask(name, _SIOCGIFTXQLEN)
+
+
+def dropped(name: str) -> int | None:
+    """Return how many frames an interface has dropped since nobody read them in time.
+
+    None, if it is not in our namespace.
+    """
+    for line in Path("/proc/thread-self/net/dev").read_bytes().splitlines():
+        found, colon, counters = line.partition(b":")
+        if colon and found.strip() == os.fsencode(name):
+            return int(counters.split()[_TX_DROPPED])
+    return None
 
 
 def _set_up(name: str) -> None:

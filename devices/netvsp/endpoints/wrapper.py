@@ -60,5 +60,8 @@ class PortWrapper:
     async def wait_room(self) -> None:
         await self.outer.wait_room()
 
+    def lost(self, count: int) -> None:
+        self.outer.lost(count)
+
     def link_changed(self, *, up: bool, speed: int | None = None) -> None:
         self.outer.link_changed(up=up, speed=speed)

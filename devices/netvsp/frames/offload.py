@@ -14,7 +14,7 @@ Everything here reads :attr:`Frame.head`, a private copy, and trusts none of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from netvsp.frames.checksum import checksum, fold, ones_sum, pseudo_header_sum, sum_pieces
@@ -198,17 +198,22 @@ def fill_checksum(frame: Frame) -> Frame:
     return Frame(bytes(data), frame.rest, offload._replace(flags=DATA_VALID), frame.tci, frame.flow)
 
 
-def segments(frame: Frame) -> list[Frame]:
-    """Cut a large segment into frames, each with the headers it needs. Cannot block.
+def cut(frame: Frame) -> Iterator[Frame]:
+    """Cut a large segment into frames, each with the headers it needs, as they are asked for.
 
     Their sums are still to be filled in: NEEDS_CHECKSUM, with the pseudo header's in place.
+    Cannot block.
+
+    Args:
+        frame: Its bytes are copied when the first piece is asked for.
 
     Returns:
         The frame itself, if it is not to be cut, or cannot be.
     """
     offload = frame.offload
     if offload is None or not offload.gso_type or not offload.gso_size:
-        return [frame]
+        yield frame
+        return
     data = frame.tobytes()
     start, end = offload.csum_start, offload.header_length
     ethertype, network = _network_header(data)
@@ -216,28 +221,21 @@ def segments(frame: Frame) -> list[Frame]:
     # The version in the header itself is not to be trusted: it would be cut with wrong offsets.
     ipv6 = ethertype == ETHERTYPE_IPV6
     if ethertype not in _GSO_OF or kind not in {GSO_UDP, _GSO_OF[ethertype]}:
-        return [frame]
+        yield frame
+        return
     fixed = network + (_IPV6_HEADER if ipv6 else _IPV4_HEADER)
     least = _UDP_HEADER if kind == GSO_UDP else _TCP_HEADER
     longest = end + min(offload.gso_size, len(data) - end) - (fixed if ipv6 else network)
     if start < fixed or end < start + least or end >= len(data) or longest > 0xFFFF:
-        return [frame]
-    cut = _Cut(kind, ipv6, network, start, offload.gso_size)
-    pieces = []
-    for number, position in enumerate(range(end, len(data), cut.size)):
-        payload = data[position : position + cut.size]
+        yield frame
+        return
+    how = _Cut(kind, ipv6, network, start, offload.gso_size)
+    left = Offload(NEEDS_CHECKSUM, 0, 0, 0, start, offload.csum_offset)
+    for number, position in enumerate(range(end, len(data), how.size)):
+        payload = data[position : position + how.size]
         head = bytearray(data[:end])
-        _piece_headers(head, cut, number, len(payload), last=position + cut.size >= len(data))
-        pieces.append(
-            Frame(
-                bytes(head) + payload,
-                (),
-                Offload(NEEDS_CHECKSUM, 0, 0, 0, start, offload.csum_offset),
-                frame.tci,
-                frame.flow,
-            )
-        )
-    return pieces
+        _piece_headers(head, how, number, len(payload), last=position + how.size >= len(data))
+        yield Frame(bytes(head) + payload, (), left, frame.tci, frame.flow)
 
 
 class _Cut(NamedTuple):
@@ -253,9 +251,9 @@ class _Cut(NamedTuple):
     """Bytes of payload in each piece."""
 
 
-def _piece_headers(head: bytearray, cut: _Cut, number: int, payload: int, *, last: bool) -> None:
+def _piece_headers(head: bytearray, how: _Cut, number: int, payload: int, *, last: bool) -> None:
     """Make the headers of a piece out of those of the segment."""
-    kind, ipv6, network, start, size = cut
+    kind, ipv6, network, start, size = how
     length = len(head) - start + payload
     if ipv6:
         head[network + 4 : network + 6] = (len(head) - network - 40 + payload).to_bytes(2, "big")
@@ -282,7 +280,7 @@ def _piece_headers(head: bytearray, cut: _Cut, number: int, payload: int, *, las
 
 def complete(frame: Frame) -> list[Frame]:
     """Do all that is left to do for a frame: cut it, fill in its sums. Cannot block."""
-    return [fill_checksum(piece) for piece in segments(frame)]
+    return [fill_checksum(piece) for piece in cut(frame)]
 
 
 # -- towards the guest ---------------------------------------------------------------------------

@@ -271,6 +271,9 @@ class NetvscAdapter(Handshake):
 
     def removed(self) -> None:
         """Take note that the host has taken the adapter, or a channel of it, away."""
+        left = sum(channel.outstanding for channel in self.channels)
+        if left and self.habits.waits_when_removed and self._error is None:
+            self._panic(f"removed with {left} packet(s) unanswered: the driver waits for ever")
         self._end(trio.BrokenResourceError("the host has taken the adapter away"))
         super().removed()
 

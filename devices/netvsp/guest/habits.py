@@ -237,6 +237,8 @@ class NetworkHabits:
     changes_address: bool = False
     ending: tuple[End, ...] = (End.HALT, End.REVOKE)
     teardown: Teardown = Teardown.BY_VERSION
+    waits_when_removed: bool = False
+    """When the host has taken it away it waits for all answers, of which none comes any more."""
 
     def capabilities_of(self, version: int) -> int:
         """Return what SEND_NDIS_CONFIG says in a version. Cannot block."""
@@ -290,6 +292,7 @@ LINUX = NetworkHabits(
     keeps_sections=True,  # netvsc_devinfo_get
     changes_address=True,  # rndis_filter_set_device_mac
     teardown=Teardown.BY_VERSION,  # netvsc_device_remove
+    waits_when_removed=True,  # rndis_filter_halt_device; vmbus_reset_channel_cb
 )
 
 LINUX_NEW = dataclasses.replace(LINUX, max_ranges=32)  # CONFIG_MAX_SKB_FRAGS may be more

@@ -52,8 +52,10 @@ class SwitchKeeper:
                 hub.set_station(carrier.port, station_untrusted(data, count))
             return kind is Kind.STATION
 
-        config = parse_options(Spec.parse(spec)).port
-        carrier = Carrier(hub.switch, line, name, config, obey)
+        options = parse_options(Spec.parse(spec))
+        if options.join:  # of an adapter that was added later
+            hub.join(options.join)
+        carrier = Carrier(hub.switch, line, name, options.port, obey)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tell, carrier)
             await carrier.run()

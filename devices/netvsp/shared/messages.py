@@ -62,6 +62,7 @@ from netvsp.frames.frame import (
     Frame,
     Offload,
 )
+from netvsp.switch.port import QUEUE_FULL
 from netvsp.switch.switch import Crossing
 from vmbus.errors import PeerProtocolError
 
@@ -305,3 +306,15 @@ def info_untrusted(data: Buffer) -> dict[str, Any]:
     if not isinstance(info, dict):
         raise broken("counters that are no object")
     return info
+
+
+def lost_untrusted(info: dict[str, Any]) -> int:
+    """Return how many frames were dropped since the guest did not take them, if it is said.
+
+    Args:
+        info: What :func:`info_untrusted` returns.
+    """
+    found: object = info
+    for name in ("port", "dropped", QUEUE_FULL):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if type(found) is int and 0 < found < 1 << 64 else 0

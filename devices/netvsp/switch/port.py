@@ -22,6 +22,9 @@ UPLINK_ADDRESSES = 12288
 FROM_ISOLATED = 1
 FROM_UPLINK = 2
 
+QUEUE_FULL = "queue full"
+"""Why frames were dropped that whoever is at the port did not take in time."""
+
 FLOOD_RATE = 20_000
 """Frames a second from a port that may go to all others; a second's worth in one go."""
 JOINT_FLOOD_RATE = 200_000
@@ -114,7 +117,7 @@ class SwitchPort:
         queue = self.queue
         gone = queue.push(source, frame, length)
         if gone:
-            self.dropped["queue full"] += gone
+            self.dropped[QUEUE_FULL] += gone
         if queue.count == 1:
             self.ready()
 

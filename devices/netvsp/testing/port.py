@@ -22,6 +22,7 @@ class ListeningPort:
         frames: What has come in, each with bytes of its own.
         up: What the endpoint has said last about the link; None: nothing.
         speed: The same, in bits per second.
+        lost_frames: How many the endpoint says that it had to drop.
         calls: How often ``receive`` was called.
     """
 
@@ -32,6 +33,7 @@ class ListeningPort:
         self.up: bool | None = None
         self.speed: int | None = None
         self.calls = 0
+        self.lost_frames = 0
         self._more = trio.Event()
         self._changed = trio.Event()
 
@@ -59,6 +61,11 @@ class ListeningPort:
     async def wait_room(self) -> None:
         """See :meth:`netvsp.endpoint.Port.wait_room`. Is a checkpoint."""
         await self._more.wait()
+
+    def lost(self, count: int) -> None:
+        """See :meth:`netvsp.endpoint.Port.lost`."""
+        self.lost_frames += count
+        self._tell()
 
     def link_changed(self, *, up: bool, speed: int | None = None) -> None:
         """See :meth:`netvsp.endpoint.Port.link_changed`."""

@@ -7,14 +7,12 @@ just that way, and nothing is imported before its scheme is asked for.
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
-import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, Self, cast
 
 from storvsp.disk import Disk
-from vmbus.errors import ConfigError
+from vmbus.plugins.opening import open_backend
 from vmbus.plugins.registry import Registry
 from vmbus.plugins.specs import Spec
 
@@ -22,12 +20,6 @@ DISKS = Registry("storvsp.disks", "disk", "scheme")
 """The back-ends that are installed."""
 
 _PLACES = "places a disk on the controller"
-
-MAX_NESTING = 32
-"""Disks on top of each other: overlays, delays, faults."""
-_level: contextvars.ContextVar[int] = contextvars.ContextVar("level", default=0)
-
-Opener = Callable[["DiskSpec"], Awaitable[Disk]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,34 +64,4 @@ async def open_disk(spec: str | DiskSpec) -> Disk:
     """
     if isinstance(spec, str):
         spec = DiskSpec.parse(spec)
-    level = _level.get()
-    if level >= MAX_NESTING:
-        raise ConfigError(
-            f"more than {MAX_NESTING} disks on top of each other: {str(spec)[:40]}..."
-        )
-    token = _level.set(level + 1)
-    try:
-        return await _open(spec)
-    finally:
-        _level.reset(token)
-
-
-async def _open(spec: DiskSpec) -> Disk:
-    opener = DISKS.load(spec.scheme)
-    opening = cast("Opener", opener)(spec) if callable(opener) else None
-    if not inspect.isawaitable(opening):
-        raise ConfigError(
-            f"disk plug-in {spec.scheme!r} is broken: it has to be an async function of one "
-            "DiskSpec"
-        )
-    try:
-        disk = await opening
-    except OSError as error:
-        raise spec.error(error.strerror or str(error)) from error
-    except OverflowError as error:
-        raise spec.error(str(error)) from error
-    if not isinstance(disk, Disk):
-        raise ConfigError(
-            f"disk plug-in {spec.scheme!r} is broken: it returned {type(disk).__name__}, not a Disk"
-        )
-    return disk
+    return cast("Disk", await open_backend(DISKS, spec, Disk))

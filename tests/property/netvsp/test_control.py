@@ -76,6 +76,7 @@ def test_a_request_has_one_reply_that_drivers_take(messages, version, allowed, q
     link = Link(MAC, mtu=1500, speed=10**10)
     control = Control(config, link, AdapterStatistics())
     control.version = version
+    control.coalesces = True
     for message in [rndis.build_initialize(1, 0x4000), *messages]:
         before = control.filter, control.scaling, control.rsc
         try:

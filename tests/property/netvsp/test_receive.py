@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from netvsp.frames.frame import Frame, Offload
 from netvsp.link import AdapterConfig
-from netvsp.receive import ROOM
+from netvsp.placing import ROOM
 from netvsp.wire import ndis, nvsp, oids, ppi, rndis
 from tests.support.net_frames import SHAPES, packet
 from tests.support.net_guest import MAC, NetGuest, running
@@ -76,7 +76,7 @@ def other_memory(guest: NetGuest) -> bytes:
 @settings(max_examples=80)
 def test_any_frames_are_messages_or_nothing(config, wants, beside, mtu, chosen, batches):
     async def serve() -> None:
-        capabilities = nvsp.CAPABILITY_8021Q if beside else 0
+        capabilities = nvsp.CAPABILITY_RSC | (nvsp.CAPABILITY_8021Q if beside else 0)
         async with running(config=config, wants=wants, mtu=mtu, capabilities=capabilities) as (
             guest,
             adapter,

@@ -63,6 +63,7 @@ def test_deep_nesting_and_great_lengths_are_refused():
 @given(line=JSON | st.dictionaries(st.sampled_from(
     ["text", "level", "logger", "error", "traceback"]), JSON))  # fmt: skip
 def test_any_line_of_a_log_is_written_or_refused(line):
+    assert relay.is_detail_untrusted(line) in {True, False}
     try:
         relay.replay_untrusted(line)
     except PeerProtocolError:

@@ -9,7 +9,7 @@ import construct as c
 import pytest
 from hypothesis import given, strategies as st
 
-from netvsp import oid_answers, receive
+from netvsp import oid_answers, placing
 from netvsp.frames import frame
 from netvsp.wire import ndis, nvsp, ppi, rndis
 
@@ -201,7 +201,15 @@ NDIS = {
     ),
 }
 OTHERS = {
-    "transfer-range": (receive._RANGE, c.Struct(*words("byte_count", "byte_offset"))),
+    "transfer-pages": (
+        placing._layout(4),
+        c.Struct(
+            *(name / U16 for name in ("type", "data_offset8", "length8", "flags")),
+            "transaction_id" / U64,
+            *(name / U16 for name in ("set_id", "sender_owns_set")),
+            *words("range_count", "byte_count", "byte_offset", "other_count", "other_offset"),
+        ),
+    ),
     "virtio-net": (
         frame.VIRTIO_HEADER,
         c.Struct(

@@ -12,7 +12,7 @@ import trio
 
 from tests.support.cli import run_cli
 from tests.support.patience import SOON
-from vmbus.cli import demo
+from vmbus.cli import demo, demo_child
 from vmbus.cli.demo_report import Report
 from vmbus.cli.demo_view import View
 
@@ -37,6 +37,7 @@ def perform(monkeypatch, *, server=LEAVES, guest=SAYS_GOODBYE, arguments=()):
         demo.Demo, "_serve_arguments",
         lambda self: ["-c", server, "serve", "--once", "--socket", self.socket],
     )  # fmt: skip
+    monkeypatch.setattr(demo, "make_network", lambda *arguments, **options: None)
     monkeypatch.setattr(
         demo.Demo, "_guest_arguments", lambda self: ["-c", LIVES + guest, self.socket]
     )
@@ -90,14 +91,14 @@ def test_a_server_that_does_not_come_up_is_named(monkeypatch):
 
 @pytest.mark.usefixtures("temporary")
 def test_a_server_that_does_not_say_that_it_listens_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(demo, "SILENCE", SOON)
+    monkeypatch.setattr(demo_child, "SILENCE", SOON)
     result = perform(monkeypatch, server="import signal; signal.pause()", arguments=["--json"])
     assert problems_of(result) == [("server", "did not come up: was killed by SIGTERM")]
 
 
 async def test_a_process_that_does_not_want_to_end_is_killed(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "GRACE", SOON)
-    child = demo.Child("guest", ["-c", STUBBORN], tmp_path / "log")
+    monkeypatch.setattr(demo_child, "GRACE", SOON)
+    child = demo_child.Child("guest", ["-c", STUBBORN], tmp_path / "log")
     await child.start(stdout=DEVNULL)
     heard = trio.Event()
     async with trio.open_nursery() as nursery:
@@ -105,7 +106,7 @@ async def test_a_process_that_does_not_want_to_end_is_killed(monkeypatch, tmp_pa
         await heard.wait()
         await child.end()
     assert list(child.lines) == ["I stay"]
-    assert demo.how(child.returncode) == "was killed by SIGKILL"
+    assert demo_child.how(child.returncode) == "was killed by SIGKILL"
 
 
 @pytest.mark.usefixtures("temporary")
@@ -123,7 +124,7 @@ def test_a_guest_that_says_nothing_is_not_waited_for(monkeypatch):
 
     async def start_and_lose_patience(self, listeners):
         came_up = await start(self, listeners)
-        monkeypatch.setattr(demo, "SILENCE", SOON)
+        monkeypatch.setattr(demo_child, "SILENCE", SOON)
         return came_up
 
     monkeypatch.setattr(demo.Demo, "_start_server", start_and_lose_patience)
@@ -149,7 +150,7 @@ def test_a_guest_that_does_not_end_as_it_should_is_named(monkeypatch, guest, tex
 
 @pytest.mark.usefixtures("temporary")
 def test_a_guest_that_goes_on_without_output_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(demo, "GRACE", SOON)
+    monkeypatch.setattr(demo_child, "GRACE", SOON)
     guest = "import os, signal; os.close(1); signal.pause()"
     result = perform(monkeypatch, guest=guest, arguments=["--json"])
     assert problems_of(result)[0] == ("guest", "has closed its output but goes on")
@@ -162,7 +163,7 @@ def test_a_server_that_goes_on_without_its_guest_is_not_waited_for(monkeypatch):
 
     async def lose_patience_with_the_server(self, child, otherwise):
         if child.name == "server":
-            monkeypatch.setattr(demo, "GRACE", SOON)
+            monkeypatch.setattr(demo_child, "GRACE", SOON)
         return await ended(self, child, otherwise)
 
     monkeypatch.setattr(demo.Demo, "_ended", lose_patience_with_the_server)
@@ -226,10 +227,10 @@ def test_openbsd_gets_a_monitor_page(tmp_path):
 
 
 async def test_a_process_that_was_never_started_needs_no_end(tmp_path):
-    child = demo.Child("nobody", [], tmp_path / "log")
+    child = demo_child.Child("nobody", [], tmp_path / "log")
     await child.end()
     assert child.returncode is None
-    assert demo.how(child.returncode) == "had to be ended"
+    assert demo_child.how(child.returncode) == "had to be ended"
 
 
 MISTAKE = "import sys; print('Error: what you typed', file=sys.stderr); sys.exit(2)"

@@ -1,20 +1,14 @@
 """``vmbus nic``: listing, and the requests that are made of a server."""
 
 import json
-import uuid
 
 import pytest
 
 from tests.support.cli import make_controller, make_guest, make_status, run_cli, scripted_server
-from tests.support.nics import network_adapter
+from tests.support.nics import described_nic, network_adapter
+from vmbus.cli import nic
 from vmbus.errors import ConfigError
-
-
-def described(index, **changes):
-    """An adapter as a server describes it."""
-    found = {**network_adapter().snapshot(), "source": "tap:vnet0", **changes}
-    label = {"plugin": "netvsp", "index": index, "backend": "endpoint"}
-    return {"key": 7 + index, "class": "nic", "instance": str(uuid.UUID(int=7)), **label, **found}
+from vmbus.server import attached
 
 
 class Server:
@@ -22,7 +16,7 @@ class Server:
 
     def __init__(self):
         self.guests = [
-            make_guest("vm1", devices=[make_controller(0), described(0), described(1)]),
+            make_guest("vm1", devices=[make_controller(0), described_nic(0), described_nic(1)]),
             make_guest("vm2", devices=[make_controller(0)], number=2),
         ]
         self.commands = []
@@ -116,3 +110,32 @@ def test_a_refusal_is_a_failure(run, server):
     result = run("link", "up", "--adapter", "5")
     assert result.exit_code == 2
     assert "there is no endpoint device number 5" in result.output
+
+
+def test_an_adapter_is_added_and_its_number_and_address_are_said(run, server):
+    server.result = {**described_nic(2), "warnings": ["passt is missing"]}
+    result = run("add", "--guest", "vm1", "switch:[vlan=5]lan")
+    assert result.exit_code == 0
+    assert result.stdout == "added as adapter 2, address 00:15:5d:0a:0b:0c\n"
+    assert result.stderr == "warning: passt is missing\n"
+    assert server.commands == [
+        {
+            "backend": "endpoint",
+            "action": "add-device",
+            "specs": ["switch:[vlan=5]lan"],
+            "guest": "vm1",
+        }
+    ]
+    assert json.loads(run("add", "--json", "null:").stdout) == server.result
+
+
+def test_an_adapter_is_removed_by_its_number(run, server):
+    result = run("remove", "3")
+    assert (result.exit_code, result.output) == (0, "removed adapter 3\n")
+    assert server.commands == [{"backend": "endpoint", "action": "remove-device", "index": 3}]
+    assert json.loads(run("remove", "0", "--json").output) == {}
+    assert "is not a whole number from 0 on" in run("remove", "first").output
+
+
+def test_the_words_for_devices_are_those_of_the_server():
+    assert (nic.ADD, nic.REMOVE) == (attached.ADD, attached.REMOVE)

@@ -2,6 +2,7 @@
 
 from tests.support.cli import make_channel, make_controller, make_guest, make_unit
 from tests.support.looks import channel_of, view_of
+from tests.support.nics import described_nic
 
 
 def test_rates_are_differences_per_second():
@@ -76,3 +77,37 @@ def test_what_counts_nothing_is_no_disk():
     bare = {"key": 3, "class": "nic"}
     (guest,) = view_of([], [make_guest("a", devices=[device, bare])]).guests
     assert guest.disks == ()
+
+
+def test_network_adapters_have_rates_of_their_own_sums_and_drops_by_reason():
+    before = [
+        make_guest("a", devices=[described_nic(0, transmit={"frames": 10, "dropped": {"vlan": 4}})])
+    ]
+    after = [
+        make_guest(
+            "a",
+            devices=[
+                make_controller(0),
+                described_nic(
+                    0,
+                    transmit={"frames": 30, "bytes": 5000, "dropped": {"vlan": 5, "spoofed": 1}},
+                    receive={"segments": 7},
+                ),
+                described_nic(1, transmit={"frames": 100}),  # new
+            ],
+        )
+    ]
+    (guest,) = view_of(before, after).guests
+    first, second = guest.nics
+    assert (first.rates["frames_sent"], first.rates["bytes_sent"]) == (10.0, 2500.0)
+    assert (first.rates["dropped_sent"], first.rates["segments_received"]) == (1.0, 3.5)
+    assert first.drops == {"sent": {"vlan": 5, "spoofed": 1}, "received": {}}
+    assert (second.adapter, second.rates["frames_sent"]) == (1, 50.0)
+    assert guest.nic_rate("frames_sent") == 60.0
+
+
+def test_another_adapter_of_the_same_number_counts_from_zero():
+    before = [make_guest("a", devices=[described_nic(0, transmit={"frames": 10}, key=3)])]
+    after = [make_guest("a", devices=[described_nic(0, transmit={"frames": 12}, key=4)])]
+    (nic,) = view_of(before, after).guests[0].nics
+    assert nic.rates["frames_sent"] == 6.0

@@ -8,6 +8,7 @@ from rich.cells import cell_len
 
 from tests.support.cli import make_channel, make_controller, make_guest, make_unit
 from tests.support.looks import view_of
+from tests.support.nics import described_nic
 from vmbus.cli.top_view import _disk_cells, megabytes, plain_lines, short, table_lines
 
 
@@ -60,7 +61,7 @@ def test_lines_for_a_pipe_are_key_and_value():
     lines = list(plain_lines(view_of([], GUESTS, 1.0)))
     assert lines[0] == "server=vmbus_1.2.3 pid=42 rss=41943040 guests_served=7 guests=2"
     assert lines[1] == (
-        "guest=vm?[2J_1 version=5.3 memory=1073741824 paused=no faults=3 channels=3 disks=2"
+        "guest=vm?[2J_1 version=5.3 memory=1073741824 paused=no faults=3 channels=3 disks=2 nics=0"
     )
     assert lines[2].startswith(
         "guest=vm?[2J_1 channel=1 device=scsi subchannel=0 ring_in=0.500 ring_out=0.000 "
@@ -69,8 +70,8 @@ def test_lines_for_a_pipe_are_key_and_value():
     assert lines[5].startswith("guest=vm?[2J_1 disk=0:0:0 controller=0 size=1048576 errors=2 comm")
     assert lines[5].endswith("commands=69400.0 bytes_read=123456789.0 bytes_written=0.0")
     assert lines[6].startswith("guest=vm?[2J_1 disk=0:0:1 controller=0 size=- errors=0 ")
-    assert (
-        lines[7] == "guest=idle version=- memory=1073741824 paused=yes faults=0 channels=0 disks=0"
+    assert lines[7] == (
+        "guest=idle version=- memory=1073741824 paused=yes faults=0 channels=0 disks=0 nics=0"
     )
     for line in lines:
         assert all(len(word.split("=")) == 2 for word in line.split(" "))
@@ -143,3 +144,67 @@ def test_styles_are_for_those_who_want_them(monkeypatch):
     styled = table_lines(view, 80)
     assert [click.unstyle(line) for line in styled] == plain
     assert any(re.match("\x1b\\[33m.*3 fault", line) for line in styled)
+
+
+NICS = [
+    make_guest(
+        "net",
+        devices=[
+            described_nic(
+                0,
+                channels=4,
+                transmit={
+                    "frames": 69_400,
+                    "bytes": 123_456_789,
+                    "segments": 3000,
+                    "checksums": 812,
+                    "dropped": {"spoofed address": 3},
+                },
+                receive={
+                    "frames": 4390,
+                    "bytes": 1_260_000,
+                    "dropped": {"filtered": 4, "no room": 9999},
+                },
+            ),
+            described_nic(1, source="", link="down", failure="vnet1\x1b was deleted"),
+        ],
+    )
+]
+
+
+@pytest.mark.parametrize("width", range(40, 201, 4))
+def test_network_adapters_fit_the_terminal_and_no_figure_is_cut(width):
+    lines = table_lines(view_of([], NICS, 1.0), width)
+    assert max(map(cell_len, lines)) <= width
+    row = next(line for line in lines if line.startswith("0 ")).split()
+    assert row[:4] == ["0", "123", "1.3", "69.4k"]
+    if width >= 60:
+        assert row[3:7] == ["69.4k", "4.39k", "10k", "4"]
+    if width >= 120:
+        assert row[7:] == ["3k", "0", "812", "0", "tap:vnet0"]
+    # Why a link is down and what was dropped is there at any width.
+    text = " ".join(" ".join(lines).split())
+    assert "nic 1: the link is down, vnet1? was deleted" in text
+    assert (
+        "nic 0 dropped: 3 spoofed address (sent), 9999 no room (received), 4 filtered (received)"
+        in text
+    )
+    assert "123 MB/s sent, 1.3 MB/s received" in text
+
+
+def test_a_network_adapter_is_known_by_its_address_if_nothing_is_said_of_its_network():
+    lines = table_lines(view_of([], NICS, 1.0), 120)
+    assert next(line for line in lines if line.startswith("1 ")).endswith("  00:15:5d:0a:0b:0c")
+
+
+def test_network_adapters_are_key_and_value_for_a_pipe():
+    lines = list(plain_lines(view_of([], NICS, 1.0)))
+    assert lines[1].endswith("channels=0 disks=0 nics=2")
+    assert lines[2].startswith(
+        "guest=net nic=0 address=00:15:5d:0a:0b:0c link=up queues=4 frames_sent=69400.0 "
+        "bytes_sent=123456789.0 segments_sent=3000.0 checksums_sent=812.0 frames_received=4390.0"
+    )
+    assert lines[2].endswith("sent_drops=spoofed_address:3 received_drops=filtered:4,no_room:9999")
+    assert lines[3].endswith("sent_drops=- received_drops=-")
+    for line in lines:
+        assert all(len(word.split("=")) == 2 for word in line.split(" "))

@@ -6,10 +6,13 @@ import json
 from typing import Any
 
 import pytest
+import trio
 
+from tests.support.patience import SOON
 from tests.support.worlds import EchoDevice, RawGuest, world
 from vmbus.errors import ConfigError, LocalProtocolError
-from vmbus.host import Retargetable, Saveable
+from vmbus.guest import LINUX_6_1
+from vmbus.host import BusConfig, Retargetable, Retiring, Saveable
 from vmbus.wire import messages as m
 
 
@@ -88,3 +91,51 @@ async def test_a_device_hears_of_a_channel_that_moves_to_another_vp():
         await guest.post(m.ModifyChannel(relid=1, target_vp=2))
         assert device.moves == [(1, 2)]
         assert device.lives[0].target_vp == 2
+
+
+class RetiringDevice(EchoDevice):
+    """Writes down what it hears of its end, and lets its guest send as long as a test wants."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.heard: list[str] = []
+        self.go_on = trio.Event()
+
+    async def retire(self) -> None:
+        self.heard.append("retire")
+        await self.go_on.wait()
+        self.heard.append("retired")
+
+    def stay(self) -> None:
+        self.heard.append("stay")
+
+    async def aclose(self) -> None:
+        self.heard.append("closed")
+
+
+async def test_a_device_that_is_removed_has_its_guest_come_to_rest_before_it_is_rescinded():
+    device = RetiringDevice()
+    assert isinstance(device, Retiring)
+    assert not isinstance(EchoDevice(1), Retiring)
+    async with (
+        world(device) as there,
+        trio.open_nursery() as nursery,
+        there.boot(LINUX_6_1) as guest,
+    ):
+        (offer,) = await guest.connection.connect()
+        channel = await guest.connection.open_channel(offer, ring_pages=4)
+        nursery.start_soon(there.bus.remove_device, 1)
+        await there.settle()
+        assert (await channel.request(b"answered")).payload == b"answered"
+        assert m.RescindChannelOffer.TYPE not in there.transport.messages
+        device.go_on.set()
+        await guest.connection.wait_gone(offer.relid)
+    assert device.heard == ["retire", "retired", "closed"]
+
+
+async def test_a_guest_that_does_not_come_to_rest_keeps_no_device():
+    device = RetiringDevice()
+    async with world(device, config=BusConfig(close_grace=SOON)) as there:
+        await there.bus.remove_device(1)
+        assert there.bus.devices == {}
+    assert device.heard == ["retire", "closed"]

@@ -9,7 +9,14 @@ import pytest
 import trio
 import trio.testing
 
-from netvsp.adapter import MONITOR_LATENCY, NetworkAdapter, mac_of, parse_mac
+from netvsp.adapter import (
+    MONITOR_LATENCY,
+    QUIET,
+    STOP_SENDING,
+    NetworkAdapter,
+    mac_of,
+    parse_mac,
+)
 from netvsp.endpoint import Endpoint, EndpointError, EndpointInfo
 from netvsp.endpoints.null import NullEndpoint
 from netvsp.link import AdapterConfig
@@ -136,6 +143,42 @@ async def test_a_guest_that_takes_nothing_is_complained_of_and_no_more():
             await guest.settle()
         assert len(guest.received) == guest.part_count
         assert guest.host.complaints == ["too many RNDIS replies that the guest does not take"]
+
+
+async def test_a_guest_is_told_to_stop_before_its_adapter_goes(autojump_clock):
+    async with running() as (guest, adapter):
+        async with trio.open_nursery() as nursery:
+            start = trio.current_time()
+            nursery.start_soon(adapter.retire)
+            await trio.sleep(STOP_SENDING - QUIET / 2)
+            await guest.exchange(guest.section(0, message_of(plain_frame())))
+            assert told(guest) == [(rndis.STATUS_MEDIA_DISCONNECT, b"")]
+            guest.received.clear()
+        waited = trio.current_time() - start
+        assert STOP_SENDING + QUIET / 2 <= waited <= STOP_SENDING + 2 * QUIET, "until it is quiet"
+        assert adapter.statistics.transmit.dropped == {"link down": 1}
+        adapter.stay()
+        await guest.settle()
+        assert told(guest) == [(rndis.STATUS_MEDIA_CONNECT, b"")]
+
+
+@pytest.mark.parametrize("state", ["not open", "not up", "link down"])
+async def test_nobody_is_waited_for_who_does_not_send(state, autojump_clock):
+    if state == "not open":
+        adapter = NetworkAdapter(NullEndpoint())
+        await adapter.retire()
+        assert not adapter.link.up
+        adapter.stay()
+        assert adapter.link.up
+        return
+    async with running() as (guest, adapter):
+        if state == "not up":
+            await guest.set(oids.GEN_CURRENT_PACKET_FILTER, bytes(4))
+        else:
+            adapter.set_link(up=False)
+        start = trio.current_time()
+        await adapter.retire()
+        assert trio.current_time() == start
 
 
 # -- address ---------------------------------------------------------------------------------------
@@ -306,6 +349,17 @@ async def test_a_life_ends_in_the_middle_of_anything():
         assert guest.channel.undertakings.load.total == 0
         assert adapter.snapshot()["stage"] == "not open"
         assert adapter.receive([incoming()]) == 1
+
+
+async def test_a_guest_can_ask_how_many_frames_were_lost_for_want_of_room():
+    network = Network()
+    async with running(network) as (guest, adapter):
+        assert network.port is not None
+        network.port.lost(3)
+        network.port.lost(4)
+        found = await guest.query(oids.GEN_RCV_NO_BUFFER)
+        assert int.from_bytes(found.buffer, "little") == 7
+        assert adapter.statistics.receive.dropped == {"no buffer": 7}
 
 
 async def test_a_guest_that_was_not_told_of_its_link_is_told_when_it_takes_messages_again():

@@ -124,9 +124,9 @@ async def test_all_parts_are_free_and_the_first_one_goes_first():
 async def test_a_part_has_its_views_when_it_is_used_first():
     """Thousands of views, most of them never used, would be megabytes for an idle adapter."""
     buffer = Place(LAYOUTS["contiguous"]).receive_buffer(2048)
-    assert not buffer._parts
+    assert not buffer.parts
     buffer.write(7, b"x")
-    assert list(buffer._parts) == [7]
+    assert list(buffer.parts) == [7]
     buffer.release()
 
 

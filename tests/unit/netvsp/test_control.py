@@ -21,6 +21,7 @@ def make(*, version: int = nvsp.VERSION_6_1, up: bool = True, **options) -> Cont
     link = Link(MAC, mtu=9000, speed=10**10)
     control = Control(AdapterConfig(**options), link, AdapterStatistics())
     control.version = version
+    control.coalesces = True
     if up:
         reply = control.request_untrusted(rndis.build_initialize(1, 0x4000))
         assert rndis.parse_initialize_reply_untrusted(reply).status == 0
@@ -235,6 +236,12 @@ def test_segments_in_parts_need_both_and_version_6_1():
     assert not after(control, rsc_ipv4=1)
     assert not after(make(version=nvsp.VERSION_6), rsc_ipv4=2, rsc_ipv6=2)
     assert not after(make(offloads=False), rsc_ipv4=2, rsc_ipv6=2)
+    control = make()
+    assert after(control, rsc_ipv4=2, rsc_ipv6=2)
+    control.coalesces = False
+    assert not control.rsc, "its driver has to be able to"
+    assert not control.capabilities().rsc_ipv4
+    assert not control.capabilities().rsc_ipv6
     short = ndis.build_offload_parameters(ndis.OffloadParameters(tcp_ipv4=4), size=22)
     assert change(make(), oids.TCP_OFFLOAD_PARAMETERS, short) == 0
     assert change(make(), oids.TCP_OFFLOAD_PARAMETERS, short[:21]) == rndis.STATUS_INVALID_DATA

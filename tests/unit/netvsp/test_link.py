@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import trio
+import trio.testing
 
 from netvsp.link import AdapterConfig, Link, check_mac
 from tests.support.net_guest import MAC
@@ -53,6 +55,34 @@ def test_a_link_is_up_if_both_ends_are():
     assert seen == [(False, 100), (True, 100)], "told of changes only"
     link.set_operator(up=True)
     assert len(seen) == 2
+
+
+def test_a_link_is_down_while_its_adapter_is_about_to_leave():
+    link, seen = make()
+    link.set_leaving(leaving=True)
+    link.set_operator(up=False)
+    link.set_leaving(leaving=False)
+    assert not link.up
+    link.set_operator(up=True)
+    assert seen == [(False, 100), (True, 100)]
+
+
+async def test_what_waits_for_a_network_is_cancelled_when_the_link_goes_down():
+    link, _ = make()
+    async with trio.open_nursery() as nursery:
+
+        async def wait() -> None:
+            with trio.CancelScope() as scope, link.ends(scope):
+                await trio.sleep_forever()
+
+        nursery.start_soon(wait)
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        link.set_endpoint(up=False)
+    await wait()  # it is down already
+    link.set_endpoint(up=True)
+    with trio.CancelScope() as scope, link.ends(scope):
+        assert not scope.cancel_called
 
 
 def test_another_speed_is_told():

@@ -8,7 +8,8 @@ import trio.testing
 
 from netvsp.frames.frame import Frame
 from netvsp.link import AdapterConfig
-from netvsp.receive import CONTROL_PARTS, PATIENCE
+from netvsp.receive import CONTROL_PARTS
+from netvsp.shares import PATIENCE
 from netvsp.wire import ndis, oids
 from tests.support.net_frames import Shape, packet
 from tests.support.net_guest import MAC, incoming, running
@@ -36,7 +37,10 @@ async def three_channels():
         guest.received.clear()
         scaling = adapter._session.control.scaling
         assert scaling is not None
-        frames = {scaling.channel(scaling.hash(each.head)): each for each in map(flow, range(40))}
+        frames = {}
+        for each in map(flow, range(40)):
+            hashed = scaling.hash(each.head)
+            frames[scaling.table[hashed % len(scaling.table)]] = each
         yield guest, adapter, frames, {1: first[1], 2: second[1]}
 
 

@@ -16,7 +16,8 @@ from netvsp.frames.frame import (
     Offload,
 )
 from netvsp.link import AdapterConfig
-from netvsp.receive import MAX_RANGES, ROOM
+from netvsp.placing import ROOM
+from netvsp.receive import MAX_RANGES
 from netvsp.wire import ndis, nvsp, oids, ppi, rndis
 from tests.support.net_frames import SHAPES, TCI, Shape, packet, pieces_of, without_sum
 from tests.support.net_guest import (
@@ -169,6 +170,21 @@ async def test_a_segment_is_in_parts_for_a_guest_that_takes_them(shape, size):
         assert adapter.snapshot()["receive_outstanding"] == 0
 
 
+async def test_a_segment_is_cut_for_a_driver_that_has_not_said_that_it_can_take_it():
+    """Whatever it sets: linux says so in SEND_NDIS_CONFIG, from version 6.1 on."""
+    for capabilities, whole in ((nvsp.CAPABILITY_RSC, True), (nvsp.CAPABILITY_8021Q, False)):
+        async with running(capabilities=capabilities, wants=PROMISCUOUS) as (guest, adapter):
+            assert not await guest.set(oids.TCP_OFFLOAD_PARAMETERS, RSC_ON)
+            guest.received.clear()
+            shape = Shape(4, "tcp", "none")
+            assert adapter.receive([segment(shape, data(5000), 1400)]) == 1
+            await guest.settle()
+            if whole:
+                assert coalesced(guest.received) == [packet(shape, data(5000))]
+            else:
+                assert guest.take_frames() == list(pieces_of(shape, data(5000), 1400))
+
+
 async def test_a_segment_may_need_more_parts_than_a_packet_has_frames():
     """With a small MTU; linux takes 562 ranges."""
     async with running(Network(mtu=68), wants=PROMISCUOUS) as (guest, adapter):
@@ -243,15 +259,16 @@ async def test_only_tcp_is_in_parts():
 
 async def test_a_segment_that_can_never_fit_is_dropped():
     """A guest chooses the buffer, and so do those who bring frames their segments."""
-    guest = NetGuest(receive_pages=32)
-    async with running(guest=guest, wants=PROMISCUOUS) as (_guest, adapter):
+    guest = NetGuest(receive_pages=16)
+    async with running(Network(mtu=68), guest=guest, wants=PROMISCUOUS) as (_guest, adapter):
         assert not await guest.set(oids.TCP_OFFLOAD_PARAMETERS, RSC_ON)
+        guest.received.clear()
         shape = Shape(4, "tcp", "none")
         assert guest.part_count == 64
-        small = Frame(packet(shape, data(60000)), (), Offload(1, GSO_UDP, 42, 48, 34, 6))
-        assert adapter.receive([segment(shape, data(65000), 1400), small]) == 2
+        assert adapter.receive([segment(shape, data(65000), 1400), incoming(20)]) == 2
         assert adapter.statistics.receive.dropped == {"too long": 1}
         await guest.settle()
+        assert guest.take_frames() == [incoming(20).tobytes()]
 
 
 async def test_a_segment_waits_until_there_is_room_for_all_of_it():
@@ -383,6 +400,28 @@ async def test_frames_go_to_the_channels_that_the_guest_has_chosen():
         for channel in order.values():
             ports = [frame[34:36] for frame in channel if frame[12:14] == b"\x08\0"]
             assert ports == sorted(ports), "in order within a channel"
+
+
+async def test_flows_of_channels_that_are_not_there_are_shared_out_among_those_that_are():
+    """linux makes its table for as many as it asks for, whatever it is granted."""
+    async with running(config=AdapterConfig(max_queues=8)) as (guest, adapter):
+        end = guest.add_subchannel(1)[1]
+        await guest.settle()
+        table = tuple(range(8)) * 16
+        assert not await guest.set(oids.GEN_RECEIVE_SCALE_PARAMETERS, scaling(table))
+        guest.received.clear()
+        frames = [Frame(flow(port)) for port in range(1000, 1200)]
+        assert adapter.receive(frames) == 200
+        await guest.settle()
+        first = guest.take_frames()
+        other = [frame for each in guest.collect(end) for frame in each.frames()]
+        assert len(first) + len(other) == 200
+        assert min(len(first), len(other)) > 70
+        session = adapter._session
+        assert session is not None
+        targets = [each.subchannel_index for each in session.receiver._targets]
+        assert targets[:2] == [0, 1]
+        assert targets.count(0) == targets.count(1) == 64
 
 
 async def test_a_channel_that_is_not_open_is_the_primary_one():

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import trio
 import trio.testing
@@ -20,9 +21,9 @@ async def test_all_who_wait_for_room_are_woken():
     link = Link(MAC, mtu=1500, speed=10**9)
     receiver = Receiver(control, AdapterConfig(), link, Direction(), lambda channel: None)
     receiver.buffer = full = SimpleNamespace(  # type: ignore[assignment]
-        gone=False, free=[], part_size=2048, count=1000
+        gone=False, free=[], parts={}, part_size=2048, count=1000
     )
-    receiver.channels[0] = SimpleNamespace(pending=0, undertakings=SimpleNamespace(held=False))  # type: ignore[assignment]
+    receiver.channels[0] = mock.Mock(pending=0, undertakings=SimpleNamespace(held=False))
     woken = []
 
     async def wait(number: int) -> None:

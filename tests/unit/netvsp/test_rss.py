@@ -102,12 +102,6 @@ def test_a_key_that_is_short_ends_in_zeros():
     assert rss.Toeplitz(b"").hash(b"\xff" * 36) == 0
 
 
-def test_channels_are_looked_up_in_the_table():
-    scaling = rss.Scaling(KEY, ALL, (3, 0, 1, 2))
-    assert [scaling.channel(number) for number in range(6)] == [3, 0, 1, 2, 3, 0]
-    assert rss.Scaling(KEY, ALL, (5, 6, 7)).channel(7) == 6
-
-
 def test_no_more_than_so_many_flows_are_remembered():
     scaling = rss.Scaling(KEY, ALL, (0,))
     for number in range(rss.MAX_FLOWS + 10):

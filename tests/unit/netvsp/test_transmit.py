@@ -10,8 +10,8 @@ import pytest
 from netvsp.control import MAX_PACKETS
 from netvsp.endpoint import Offloads
 from netvsp.link import AdapterConfig
+from netvsp.messages import _MEMO, COPIED, MAX_MESSAGE
 from netvsp.session import SECTION_SIZE
-from netvsp.transmit import _MEMO, COPIED, MAX_MESSAGE
 from netvsp.wire import nvsp, ppi, rndis
 from tests.support.net_frames import SHAPES, Shape, packet, pieces_of, uncut, without_sum
 from tests.support.net_guest import MAC, PEER, Network, message_of, plain_frame, running
@@ -329,15 +329,15 @@ async def test_information_is_remembered_but_not_without_end():
     async with running() as (guest, adapter):
         session = adapter._session
         assert session is not None
-        sender = session._senders[guest.channel]
+        reader = session._senders[guest.channel].messages
         padding = struct.pack("<III", 5000, 77, 12).ljust(5000, b"\0")
         await guest.exchange(guest.pages([(0, message_of(plain_frame(60), padding))], number=1))
         assert guest.take_completions() == [(1, GOOD)]
-        assert sender._memo == {}
+        assert reader.memo == {}
         for number in range(_MEMO + 3):
             item = ppi.build_item(ppi.HASH_VALUE, number)
-            sender.frames_untrusted([message_of(plain_frame(60), item)])
-        assert len(sender._memo) == 3
+            reader.frames_untrusted([message_of(plain_frame(60), item)])
+        assert len(reader.memo) == 3
 
 
 # -- what frames become ----------------------------------------------------------------------------

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import trio.testing
 
+from netvsp.backlog import FRAME_WEIGHT, SEGMENT_COST, TURN, WAITING_WEIGHT
 from netvsp.endpoint import Offloads
 from netvsp.frames.frame import Frame, Offload
-from netvsp.transmit import FRAME_WEIGHT, PIECE_COST, SEGMENT_COST, TURN, WAITING_WEIGHT
+from netvsp.transmit import PIECE_COST
 from netvsp.wire import nvsp, ppi
 from tests.support.net_frames import Shape, packet, uncut
 from tests.support.net_guest import MAC, PEER, NetGuest, Network, message_of, running
@@ -159,7 +160,7 @@ async def test_each_channel_waits_for_its_own_queue():
 
 async def test_a_turn_is_over_after_some_segments_that_we_cut_ourselves():
     """A guest that asks for small pieces has a thousand of them made of one packet."""
-    for offloads, cost in ((Offloads(), 1250 * SEGMENT_COST), (Offloads(tcp_segments=True), 0)):
+    for offloads, cost in ((Offloads(), 1249 * SEGMENT_COST), (Offloads(tcp_segments=True), 0)):
         async with running(Network(offloads)) as (guest, adapter):
             session = adapter._session
             assert session is not None
@@ -175,6 +176,39 @@ async def test_a_turn_is_over_after_some_segments_that_we_cut_ourselves():
             packets = guest.channel._reader.read_batch_untrusted(256)
             async with trio.open_nursery() as nursery:
                 done = session.serve_batch(guest.channel, packets, nursery)
-            one = 122 * SEGMENT_COST
+            one = 121 * SEGMENT_COST
             assert done == (4 if not cost else -(-TURN // one))
             guest.channel.try_flush()
+
+
+async def test_what_waits_is_dropped_and_answered_when_the_link_goes_down():
+    network = Network(room=1)
+    async with running(network) as (guest, adapter):
+        await guest.exchange(*[several(guest, index, [index]) for index in range(3)])
+        assert guest.take_completions() == [(0, GOOD)]
+        adapter.set_link(up=False)
+        await guest.settle()
+        assert guest.take_completions() == [(1, GOOD), (2, GOOD)]
+        assert adapter.statistics.transmit.dropped == {"link down": 2}
+        assert guest.channel.undertakings.load.total == 0
+        adapter.set_link(up=True)
+        await guest.exchange(several(guest, 0, [7]))
+        assert guest.take_completions() == []
+        network.make_room(1)
+        await guest.settle()
+        assert guest.take_completions() == [(7, GOOD)]
+        assert network.bytes() == [numbered(0), numbered(7)]
+
+
+async def test_a_link_that_is_down_for_a_moment_has_dropped_what_waited():
+    network = Network(room=0)
+    async with running(network) as (guest, adapter):
+        await guest.exchange(several(guest, 0, [1]))
+        adapter.set_link(up=False)
+        adapter.set_link(up=True)
+        network.make_room(0)
+        await guest.settle()
+        assert guest.channel.outstanding in {0, 1}
+        network.make_room(1)
+        await guest.settle()
+        assert guest.take_completions() == [(1, GOOD)]

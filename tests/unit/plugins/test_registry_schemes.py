@@ -51,7 +51,7 @@ def plugins(monkeypatch):
         ("storvsp.disks.specs:no_such_name", "cannot be imported: AttributeError"),
         (f"{__name__}:NO_OPENER", "has to be an async function of one DiskSpec"),
         (f"{__name__}:open_synchronously", "has to be an async function of one DiskSpec"),
-        (f"{__name__}:open_wrong", "returned str, not a Disk"),
+        (f"{__name__}:open_wrong", "returned str, no Disk"),
         (f"{__name__}:open_missing", "mine:x: No such file or directory"),
     ],
 )

@@ -377,7 +377,7 @@ async def test_a_keeper_that_dies_is_a_lost_disk_and_comes_back_for_others(tmp_p
         world(tmp_path, Plan(setups=SHARED)) as here,
         guest_on(here.path, "a") as (a, _, _),
     ):
-        (keeper,) = here.supervisor._keepers.values()
+        (keeper,) = here.supervisor.keeping.workers.values()
         os.kill(keeper.pid, signal.SIGKILL)
         with trio.fail_after(PATIENCE):
             await keeper.gone.wait()

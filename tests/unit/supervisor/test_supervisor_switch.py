@@ -91,7 +91,7 @@ def plan(*specs: str, allowed: tuple[str, ...] | None = None) -> Plan:
 async def test_adapters_of_all_guests_and_devices_are_on_one_switch():
     wanted = plan("switch:lan", "switch:[vlan=5]lan", "switch:dmz")
     async with Supervisor.open(wanted) as server, guest(server, 1) as one, guest(server, 2) as two:
-        assert sorted(key.name for key in server._keepers) == ["switch:dmz", "switch:lan"]
+        assert sorted(key.name for key in server.keeping.workers) == ["switch:dmz", "switch:lan"]
         for at in range(3):
             await one[at].send(make_frame(10 + at, BROADCAST, bytes([at])))
             await two[at].until(make_frame(10 + at, BROADCAST, bytes([at])).head)
@@ -106,7 +106,7 @@ async def test_a_keeper_that_dies_is_the_end_of_its_lines_and_another_comes(capl
     async with Supervisor.open(plan("switch:lan")) as server:
         with pytest.raises(BaseExceptionGroup) as caught:
             async with guest(server, 1):
-                (keeper,) = server._keepers.values()
+                (keeper,) = server.keeping.workers.values()
                 server.kill(keeper.pid)
                 await trio.sleep_forever()
         assert caught.group_contains(EndpointError, match="keeps the switch has ended")

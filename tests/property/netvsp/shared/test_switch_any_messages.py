@@ -35,6 +35,7 @@ from netvsp.shared.messages import (
     frames_untrusted,
     info_untrusted,
     kind_untrusted,
+    lost_untrusted,
     pack_frames,
     pack_info,
     pack_station,
@@ -125,7 +126,9 @@ def test_a_message_is_understood_or_refused(data, joint):
             case Kind.ADD | Kind.REMOVE:
                 assert len(stations_untrusted(data, count)) == count <= MAX_STATIONS
             case Kind.INFO:
-                assert isinstance(info_untrusted(data), dict)
+                info = info_untrusted(data)
+                assert isinstance(info, dict)
+                assert lost_untrusted(info) >= 0
             case Kind.HELLO | Kind.PROOF:
                 pass  # between switches, in the order of a greeting
 

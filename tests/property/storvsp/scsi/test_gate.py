@@ -7,6 +7,7 @@ import trio.testing
 from hypothesis import given, strategies as st
 
 from storvsp.scsi.gate import EVERYWHERE, SECTION_SHIFT, Gate, sections
+from tests.support.patience import PATIENCE
 
 lbas = st.integers(0, (1 << 64) - 1)
 counts = st.integers(0, 1 << 32)
@@ -69,7 +70,7 @@ def test_nobody_is_where_somebody_else_is_alone(commands, chance):
                     given_up.pop().cancel()
         assert not gate.closed
         assert ended >= sum(each[4] for each in commands)
-        with trio.fail_after(60):
+        with trio.fail_after(PATIENCE):
             await gate.acquire(exclusive=True)
 
     trio.run(run)

@@ -115,8 +115,8 @@ async def test_a_forwarded_port_leads_to_the_guest(outside):
     async with guest_of("nat:[tcp=8081,udp=5353:53]") as guest:
         await guest.get_address()
         await guest.ping(ROUTER)  # now it is known
-        async with trio.open_nursery() as nursery:
-            with trio.socket.socket() as client:
+        with trio.socket.socket() as client:
+            async with trio.open_nursery() as nursery:
                 nursery.start_soon(client.connect, ("127.0.0.1", 8081))
                 packet = await guest.wait(lambda p: TCP in p and p[TCP].flags == "S")
                 assert packet[TCP].dport == 8081

@@ -78,9 +78,9 @@ async def test_a_misspelt_option_is_refused(scheme):
     ("name", "text"),
     [
         ("open_synchronously", "has to be an async function of one EndpointSpec"),
-        ("open_wrong", "returned str, not an Endpoint"),
+        ("open_wrong", "returned str, no Endpoint"),
         ("open_refused", "mine:.*: Operation not permitted"),
-        ("open_turtles", "more than 32 endpoints"),
+        ("open_turtles", "more than 32 endpoints within each other"),
     ],
 )
 async def test_a_broken_plug_in_is_named_in_one_error(plug_in, name, text):

@@ -276,6 +276,8 @@ async def test_an_adapter_without_room_holds_up_nobody_in_its_process():
         assert two.endpoint.snapshot()["port"]["dropped"]["queue full"]
         two.make_room(1 << 30)
         await until(lambda: not two.endpoint.snapshot()["port"]["waiting"])
+        await until(lambda: two.missed == two.endpoint.snapshot()["port"]["dropped"]["queue full"])
+        assert two.missed + len(two.frames) == 2000
         nursery.cancel_scope.cancel()
     for end in ends:
         await end.aclose()

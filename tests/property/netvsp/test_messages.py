@@ -11,13 +11,11 @@ from hypothesis import given, settings, strategies as st
 
 from netvsp.control import MAX_PACKETS
 from netvsp.frames.frame import HEADERS, Frame
-from netvsp.link import AdapterConfig, Link
-from netvsp.statistics import Direction
-from netvsp.transmit import Sender
+from netvsp.messages import Messages
 from netvsp.wire import ppi, rndis
 from netvsp.wire.nvsp import NO_SECTION
 from tests.support.net_frames import SHAPES, packet, uncut, without_sum
-from tests.support.net_guest import MAC, Network, message_of, plain_frame
+from tests.support.net_guest import message_of, plain_frame
 from vmbus.errors import GuestProtocolError
 from vmbus.ring import Packet
 from vmbus.testing import channel_pair
@@ -74,18 +72,11 @@ def seen(frames: list[Frame]) -> list[tuple[object, ...]]:
 
 
 @cache
-def sender() -> Sender:
-    async def make() -> Sender:
+def reader() -> Messages:
+    async def make() -> Messages:
         channel, _guest = channel_pair(ring_pages=4, data_pages=8)
         channel.close_doorbell()
-        return Sender(
-            channel,
-            0,
-            Network(),
-            config=AdapterConfig(),
-            link=Link(MAC, mtu=9000, speed=1),
-            statistics=Direction(),
-        )
+        return Messages(channel.memory)
 
     return trio.run(make)
 
@@ -93,9 +84,9 @@ def sender() -> Sender:
 @given(batches, cuts)
 @settings(max_examples=300)
 def test_messages_that_are_cut_anywhere_are_the_same_frames(data, places):
-    whole = sender().frames_untrusted([data])
+    whole = reader().frames_untrusted([data])
     assert 1 <= len(whole) <= MAX_PACKETS
-    cut = sender().frames_untrusted(pieces(data, places))
+    cut = reader().frames_untrusted(pieces(data, places))
     assert seen(cut) == seen(whole)
     for frame in cut:
         assert len(frame.head) == len(frame) or len(frame.head) >= HEADERS
@@ -107,7 +98,7 @@ def test_any_messages_are_frames_or_refused(data, places):
     found: list[list[tuple[object, ...]]] = []
     for each in ([data], pieces(data, places)):
         try:
-            found.append(seen(sender().frames_untrusted(each)))
+            found.append(seen(reader().frames_untrusted(each)))
         except GuestProtocolError:
             continue
     if len(found) == 2:
@@ -155,7 +146,7 @@ def test_any_pages_are_bytes_or_refused(section, length, ranges, count, kind):
     raw = build_packet(kind, bytes(40), transaction_id=1, flags=1, header=header)
     given_packet = Packet(kind, 1, 1, raw, 16 + len(header))
     try:
-        found = sender().message_untrusted(given_packet, section, length)
+        found = reader().pieces_untrusted(given_packet, section, length)
     except GuestProtocolError:
         return
     assert kind == GPA_DIRECT
