@@ -145,9 +145,7 @@ def test_tcpdump_sees_the_same_inside_and_outside(
     try:
         for size in (0, 1, 56, 1472):
             ping(bench.guest, HOST, count=2, size=size)
-        bench.guest.run(
-            f"traceroute -q 3 -m 1 -w 5 {HOST} >/dev/null && ip neigh flush all"
-        )
+        bench.guest.run(f"traceroute -q 3 -m 1 -w 5 {HOST} >/dev/null && ip neigh flush all")
         ping(bench.guest, HOST, count=1, size=77)
     finally:
         outside.terminate()
