@@ -321,8 +321,7 @@ class Receiver:
         """Store frames; all parts of one are in one packet: Linux drops it otherwise."""
         room = buffer.part_size - ROOM
         for frame in frames:
-            length = len(frame)
-            if length > room:
+            if len(frame) > room:
                 if not whole:  # nobody can cut it
                     self._statistics.dropped["too long"] += 1
                     continue
@@ -331,7 +330,7 @@ class Receiver:
             if group[-1] and len(group[-1]) + len(found) > 2 * MAX_RANGES:
                 group.append([])
             group[-1] += found
-            self._statistics.count(frame.head, length)
+            self._statistics.count(frame)
 
     def _gives_cutting_up(self, buffer: ReceiveBuffer) -> bool:
         """Whether the rest of a segment is dropped since its channel stands still."""
