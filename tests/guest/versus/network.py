@@ -31,9 +31,14 @@ PINGS = 300
 ROUND_TRIP = "ping, round trip"
 TCP = Kind("Mbit/s")
 UDP = Kind("packets/s")
+LARGE = "TCP, host to guest, in large segments"
+"""After ``ethtool -K eth0 lro off`` and ``on``. Linux tells us at first that it wants segments cut,
+and believes to have said the opposite (rndis_filter.c: rndis_netdev_set_hwcaps looks at features
+that netvsc_probe sets afterwards). virtio-net needs no such thing; it is measured once more."""
 JOBS = {
     "TCP, guest to host": ("", TCP),
     "TCP, host to guest": ("-R", TCP),
+    LARGE: ("-R", TCP),
     "UDP, frames of 64 bytes, guest to host": ("-u -b 0 -l 18", UDP),
     "UDP, frames of 64 bytes, host to guest": ("-u -b 0 -l 18 -R", UDP),
 }
@@ -110,12 +115,16 @@ class NetworkContest(Contest):
     def work(self, side: str, guest: Guest, booted: float) -> dict[str, float]:
         """As :meth:`Contest.work` says."""
         guest.mount_tools(TOOLS_LUN)
-        bring_up(guest, interface(guest, MAC), f"{GUEST}/24")
+        name = interface(guest, MAC)
+        bring_up(guest, name, f"{GUEST}/24")
         guest.run(f"ping -q -c 3 {HOST}")
         trip = _TRIP.search(guest.run(f"ping -q -A -c {PINGS} {HOST}", PATIENCE))
         assert trip is not None
         found = {ROUND_TRIP: float(trip[1]) * 1000}
         for title, (options, kind) in JOBS.items():
+            if title == LARGE and side == OURS:
+                guest.tool(f"ethtool -K {name} lro off")
+                guest.tool(f"ethtool -K {name} lro on")
             text = guest.run(
                 f"TMPDIR=/run chroot /tools iperf3 -c {HOST} -p {PORT} -t {self.seconds} -f k"
                 f" {options} | grep receiver",
