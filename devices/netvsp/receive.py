@@ -8,8 +8,8 @@ array with it), and it is free again exactly when the packet has been completed.
 A segment that is longer than a sub-allocation goes to a guest that has asked for receive segment
 coalescing in several of them, marked first to last; to others it goes cut.
 
-Frames come in tasks of an endpoint's, perhaps in another guest's adapter. So nothing that this guest
-does to its rings is found out there: what cannot be written at once is left to a task of its own.
+Frames come in tasks of an endpoint's, perhaps in another guest's adapter. So nothing that this
+guest does to its rings is found out there: what cannot be written at once is another task's.
 """
 
 from __future__ import annotations
