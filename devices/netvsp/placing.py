@@ -90,22 +90,26 @@ def store(buffer: ReceiveBuffer, frame: Frame, hashed: int | None, segment: int)
     whole = frame.tobytes()
     length = len(whole)
     if length <= room:
-        return put(buffer, rndis.build_packet_header(length, information) + whole)
+        return [*put(buffer, rndis.build_packet_header(length, information) + whole)]
     ranges: list[int] = []
-    for start in range(0, length, room):
-        flags = ppi.FRAGMENT_SUB_ALLOCATION
-        if not start:
-            flags |= ppi.FRAGMENT_FIRST
-        if start + room >= length:
-            flags |= ppi.FRAGMENT_LAST
-        part = whole[start : start + room]
-        marked = information + ppi.build_packet_id(flags, segment)
-        try:
-            ranges += put(buffer, rndis.build_packet_header(len(part), marked) + part)
-        except GuestProtocolError:
-            buffer.free += [offset // buffer.part_size for offset in ranges[1::2]]
-            raise
+    last = (length - 1) // room * room
+    header = _part_header(room, information, ppi.FRAGMENT_FIRST, segment)
+    try:
+        for start in range(0, last, room):
+            ranges += put(buffer, header + whole[start : start + room])
+            if start == 0:
+                header = _part_header(room, information, 0, segment)
+        header = _part_header(length - last, information, ppi.FRAGMENT_LAST, segment)
+        ranges += put(buffer, header + whole[last:])
+    except GuestProtocolError:
+        buffer.free += [offset // buffer.part_size for offset in ranges[1::2]]
+        raise
     return ranges
+
+
+def _part_header(length: int, information: bytes, flags: int, segment: int) -> bytes:
+    marked = information + ppi.build_packet_id(ppi.FRAGMENT_SUB_ALLOCATION | flags, segment)
+    return rndis.build_packet_header(length, marked)
 
 
 def summed(frame: Frame) -> Frame:
@@ -117,16 +121,20 @@ def summed(frame: Frame) -> Frame:
     return fill_checksum(plain)
 
 
-def put(buffer: ReceiveBuffer, data: bytes) -> list[int]:
+def put(buffer: ReceiveBuffer, data: bytes) -> tuple[int, int]:
     """Write a message into a free part; return its length and where it is. Cannot block.
 
     Raises:
         GuestProtocolError: The part is no memory any more; it stays free.
     """
     index = buffer.free[-1]
-    buffer.write(index, data)
+    view = (buffer.parts.get(index) or buffer.part(index))[0]
+    if len(data) <= len(view):
+        view[: len(data)] = data
+    else:
+        buffer.write(index, data)
     buffer.free.pop()
-    return [len(data), index * buffer.part_size]
+    return len(data), index * buffer.part_size
 
 
 @lru_cache(maxsize=1024)

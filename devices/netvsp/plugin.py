@@ -85,12 +85,11 @@ class NetworkPlugin:
         monitor = reader.flag("monitor")
         reader.finish()
         line = shared.get(text)
-        if line is None:
-            endpoint = await open_endpoint(spec)
-        elif spec.scheme == nat.SCHEME:
+        if line is not None and spec.scheme == nat.SCHEME:
             endpoint = await nat.connect(text, line)
         else:
-            endpoint = switch.connect(line)
+            with switch.connecting(line):
+                endpoint = await open_endpoint(spec)
         try:
             adapter = NetworkAdapter(
                 endpoint,

@@ -9,7 +9,8 @@ A segment that is longer than a sub-allocation goes to a guest that has asked fo
 coalescing in several of them, marked first to last; to others it goes cut.
 
 Frames come in tasks of an endpoint's, perhaps in another guest's adapter. So nothing that this
-guest does to its rings is found out there: what cannot be written at once is another task's.
+guest does to its rings is found out there: what cannot be written at once is left to a task of its
+own.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class Receiver:
         groups: Groups = {}
         done = directed = size = 0
         budget = TURN
-        free, parts = buffer.free, buffer.parts
+        free = buffer.free
         shares = self._shares
         low = CONTROL_PARTS + shares.reserve
         room = buffer.part_size - ROOM
@@ -213,18 +214,12 @@ class Receiver:
                     continue
                 header = headers.plain(length) if hashed is None else headers.hashed(length, hashed)
                 data = header + (frame.tobytes() if frame.rest else head)
-                index = free[-1]
-                view = (parts.get(index) or buffer.part(index))[0]
-                if len(data) <= len(view):
-                    view[: len(data)] = data
-                else:
-                    buffer.write(index, data)
-                free.pop()
+                where = put(buffer, data)
                 ranges = group[-1]
                 if len(ranges) >= 2 * MAX_RANGES:
                     ranges = []
                     group.append(ranges)
-                ranges += (len(data), index * buffer.part_size)
+                ranges += where
                 directed += 1
                 size += length
                 done += 1
@@ -455,7 +450,7 @@ class Receiver:
             if buffer.gone:
                 break
             try:
-                stored = [put(buffer, self._control_queue[0])]
+                stored = [[*put(buffer, self._control_queue[0])]]
             except GuestProtocolError:
                 break  # its pages are no memory any more
             del self._control_queue[0]

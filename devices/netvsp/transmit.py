@@ -112,7 +112,9 @@ class Sender:
         budget = TURN // parts
         done = 0
         packets_done, frames, ends = self._packets, self._frames, self._ends
-        memo = self.messages.memo
+        memo, statistics = self.messages.memo, self._statistics
+        segments = self._offloads.tcp_segments
+        sums = simple = segments or self._offloads.checksum
         quick, sections, mac = self._state()
         longest = self.max_frame
         for done, packet in enumerate(packets, 1):  # noqa: B007 - wanted behind the loop
@@ -162,15 +164,25 @@ class Sender:
                 quick, sections, mac = self._state()
                 longest = self.max_frame
                 continue
-            head = frame.head
-            size = len(head)
+            head, offload = frame.head, frame.offload
+            size = needed = len(frame) if frame.rest else len(head)
+            if offload is not None:
+                if not offload.gso_type:
+                    simple = sums
+                else:
+                    simple = segments
+                    needed = offload.header_length + offload.gso_size
             if (
-                frame.offload is None
+                (offload is None or simple)
                 and frame.tci is None
-                and ETHERNET_HEADER <= size <= longest
-                and not frame.rest
+                and ETHERNET_HEADER <= needed <= longest
                 and head[6:12] == mac
             ):
+                if offload is not None:
+                    if offload.gso_type:
+                        statistics.segments += 1
+                    else:
+                        statistics.checksums += 1
                 budget -= PIECE_COST * pieces + size
                 packets_done.append(packet)
                 frames.append(frame)

@@ -13,8 +13,8 @@ import pytest
 from netvsp.adapter import NetworkAdapter
 from netvsp.control import MAX_CONTROL
 from netvsp.link import AdapterConfig
+from netvsp.messages import MAX_MESSAGE
 from netvsp.receive import MAX_CONTROL_QUEUE, Receiver
-from netvsp.transmit import MAX_MESSAGE
 from netvsp.wire import ndis, nvsp, oids, ppi, rndis
 from tests.support.net_guest import (
     DATA_PAGES,
@@ -147,7 +147,7 @@ async def test_a_message_that_is_nowhere_costs_its_packet(says):
 
 
 async def test_a_header_may_cross_a_page():
-    """OpenVMM: pull request 1590; linux does that since 6.14."""
+    """Linux does that since 6.14, and OpenVMM had to learn it."""
     network = Network()
     async with running(network) as (guest, _adapter):
         for place in range(4096 - 60, 4096, 7):
@@ -185,7 +185,7 @@ async def test_a_bad_request_costs_its_packet(what):
     ],
 )
 async def test_a_table_that_names_no_channel_changes_nothing(parameters):
-    """OpenVMM: pull request 3183."""
+    """OpenVMM once ended the adapter for it."""
     right = {"flags": 0, "hash_information": 0x1701, "table": (0,), "key": bytes(40)}
     async with running(config=AdapterConfig(max_queues=8)) as (guest, adapter):
         wanted = ndis.build_rss_parameters(**{**right, **parameters})

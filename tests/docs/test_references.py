@@ -31,9 +31,11 @@ SOURCES = {
 }
 """What has docstrings and comments, by the name it would be imported under."""
 
-PATH = re.compile(r"(?<![\w./<{-])(?:vmbus|devices|storvsp|tests|docs|captures)(?:/[\w.*-]+)+/?")
-DOTTED = re.compile(r"(?<![\w./:@\"'{-])(?:vmbus|storvsp|tests)(?:\.\w+)+(?![\w/-])")
-QUOTED = re.compile(r"(?<=[\"'])(?:vmbus|storvsp)(?:\.\w+)+(?=[\"'])")
+PATH = re.compile(
+    r"(?<![\w./<{-])(?:vmbus|devices|netvsp|storvsp|tests|docs|captures)(?:/[\w.*-]+)+/?"
+)
+DOTTED = re.compile(r"(?<![\w./:@\"'{-])(?:vmbus|netvsp|storvsp|tests)(?:\.\w+)+(?![\w/-])")
+QUOTED = re.compile(r"(?<=[\"'])(?:vmbus|netvsp|storvsp)(?:\.\w+)+(?=[\"'])")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ROLE = re.compile(r":(?:mod|class|func|meth|attr|data|exc|obj):`([^`]*)`")
 FILE = re.compile(r"`([a-z]\w*\.py)`")
@@ -41,6 +43,7 @@ PLACE = re.compile(r"`([\w/]+\.py): ([\w.]+)`")
 INLINE_IMPORT = re.compile(r"`from ([\w.]+) import ([\w, ]+)`")
 FENCE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
+DEVICES = ("netvsp/", "storvsp/")
 NOT_MODULES = {
     "vmbus.devices": "group of entry points",
     "vmbus.sock": "the file of a socket, in examples",
@@ -57,7 +60,7 @@ def position(text: str, at: int) -> int:
 def path_exists(written: str) -> bool:
     """Whether a path, perhaps with ``*`` in it, names something."""
     name = written.rstrip("./")
-    bases = (ROOT, ROOT / "devices") if written.startswith("storvsp/") else (ROOT,)
+    bases = (ROOT, ROOT / "devices") if written.startswith(DEVICES) else (ROOT,)
     return any(any(base.glob(name)) for base in bases)
 
 
@@ -160,7 +163,7 @@ def test_functions_named_with_their_file_are_in_it(document):
 
 
 def is_there(file: str, name: str) -> bool:
-    path = (ROOT / "devices" if file.startswith("storvsp/") else ROOT) / file
+    path = (ROOT / "devices" if file.startswith(DEVICES) else ROOT) / file
     return path.exists() and name in defined(path)
 
 

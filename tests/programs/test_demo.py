@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from netvsp.guest import HABITS as NETWORK_HABITS
 from storvsp.guest import HABITS
 from tests.support.cli import child_environment, install_plugin
 from tests.support.house import ROOT
@@ -85,7 +86,21 @@ def test_every_guest_passes_the_demo(place, tmp_path, name):
     document = json.loads(result.stdout)
     assert document["ok"] is True
     assert document["problems"] == []
-    assert document["exit_codes"] == {"server": 0, "guest": 0}
+    codes = document["exit_codes"]
+    assert (codes["server"], codes["guest"], codes["network"]) == (0, 0, 0)
+    if name in NETWORK_HABITS:
+        assert (codes["station 1"], codes["station 2"]) == (0, 0)
+        first, second = document["network"]
+        assert first["ping"]["answered"] == second["ping"]["answered"] == 20
+        assert (first["met"]["mac"], second["met"]["mac"]) == (
+            second["adapter"]["mac"],
+            first["adapter"]["mac"],
+        )
+        for sender, receiver in ((first, second), (second, first)):
+            assert sender["sent"]["frames"] == receiver["received"]["frames"] >= 256
+            assert receiver["received"]["lost"] == receiver["received"]["damaged"] == 0
+    else:
+        assert document["network"] == []
     assert document["guest"]["guest"] == personality.name
     assert document["bus"]["version"] == str(personality.versions[0])
     assert len(document["channels"]) == (4 if HABITS[name].vps_per_sub_channel else 1)
@@ -110,8 +125,10 @@ def test_the_manual_names_every_member_of_the_json_document(place):
     members = set(document)
     for part in ("guest", "attachment", "bus", "storage", "calls", "exit_codes"):
         members |= set(document[part])
-    for part in ("offers", "channels", "notices", "disks"):
+    for part in ("offers", "channels", "notices", "disks", "network"):
         members |= set(document[part][0])
+    for part in ("adapter", "met", "ping", "sent", "received"):
+        members |= set(document["network"][0][part])
     (phases,) = {tuple(disk["phases"]) for disk in document["disks"] if disk["writable"]}
     members |= {*phases, *document["disks"][0]["phases"]["write"]}
     members |= set(document["disks"][0]["digests"])
@@ -139,9 +156,14 @@ def test_a_pipe_gets_plain_lines_and_a_table(place):
         "guest    0:0:4 is gone",
         "server   ended with exit code 0",
         "files    disk.img holds what was written",
+        "vmbus serve --single-process --net switch:demo",
+        "arp      1: 10.0.0.2 is at 00:15:5d:",
+        "ping     2: 20 of 20 answered, ",
+        "0 lost, every byte verified",
     ):
         assert words in text
     assert lines[-1].startswith("All verified: ")
+    assert " datagrams, in " in lines[-1]
 
 
 def test_a_terminal_gets_colour(place):

@@ -237,7 +237,7 @@ class Demo:
 
     @property
     def _children(self) -> list[Child]:
-        if self.network is None or not self.report.network:
+        if self.network is None or not self.network.begun:
             return [self.server, self.guest]
         return [self.server, self.guest, *self.network.children]
 

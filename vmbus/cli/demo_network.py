@@ -43,6 +43,9 @@ class Network:
         guest: Whose drivers both guests play.
         channels: Of each adapter.
         seconds: Time for the disks.
+
+    Attributes:
+        begun: Whether it was performed, or is.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Network:
         self.view = view
         self._socket = str(directory / "switch.sock")
         self._listening = trio.Event()
+        self.begun = False
         options = "[monitor]" if PERSONALITIES[guest].needs_monitor else ""
         self._spec = f"switch:{options}demo"
         self.server = Child(
@@ -91,6 +95,7 @@ class Network:
         Args:
             listeners: For tasks that read what the processes say, until these have ended.
         """
+        self.begun = True
         self.report.network = {number: {} for number in STATIONS}
         process = await self.server.start(stdout=DEVNULL)
         listeners.start_soon(self.server.follow, self._server_said)
@@ -133,7 +138,7 @@ class Network:
         if guest.returncode == EXIT_USAGE and guest.lines:
             # Not every driver is played.
             self.report.network.pop(number)
-            self.view.tell(Line("network", guest.lines[-1]))
+            self.view.tell(Line("network", f"{number}: {guest.lines[-1]}"))
         elif "left" not in self.report.network[number]:
             self._problem(guest, f"{how(guest.returncode)} before its time")
 

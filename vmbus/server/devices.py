@@ -117,13 +117,14 @@ async def make_device(
             owned.callback(line.close)
         plugin = load_device(setup.plugin)
         specs = [for_guest(spec, guest) for spec in setup.specs]
+        shared = {for_guest(spec, guest): line for spec, line in lines.items()}
         owned.pop_all()
     device = await plugin.from_specs(
         specs,
         instance_id=uuid5(INSTANCE_NAMESPACE, f"{setup.plugin}/{place}"),
         initiator=guest,
         options=setup.options,
-        **({"shared": dict(lines)} if lines else {}),
+        **({"shared": shared} if shared else {}),
     )
     return MadeDevice(device, plugin, setup.plugin, index, place)
 

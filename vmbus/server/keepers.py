@@ -53,7 +53,7 @@ def shared_backends(
         plugin = load_device(setup.plugin)
         if can_share(plugin):
             for spec, share in plugin.shared(setup.specs, setup.options).items():
-                if "{guest}" in spec:
+                if "{guest}" in spec and not share.keeper:
                     raise ConfigError(f"{spec}: what all guests share has no guest's name in it")
                 if within_process and not share.within_process:
                     continue

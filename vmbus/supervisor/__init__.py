@@ -9,6 +9,7 @@
 `sandbox`    what a worker cannot do any more
 `keeping`    what guests share, and the lines to it
 `files`      which files the command line names
+`garbage`    when a worker looks for garbage
 `relay`      lines of a worker's log on their way to the supervisor's
 `plan`       what workers have to know before there is a guest
 ============ =======================================================================================

@@ -20,6 +20,7 @@ that has not come, or not as it was sent, is a problem.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 import trio
@@ -45,6 +46,9 @@ class NetworkHalf(Half[NetvscAdapter]):
 
     def __init__(self, options: Options, arguments: argparse.Namespace, story: Story) -> None:
         super().__init__(options, arguments, story)
+        if options.personality.key not in HABITS:
+            sys.stderr.write(f"{options.personality.name}: its network driver is not played\n")
+            raise SystemExit(2)
         self.number: int = arguments.station
         """Which of the two it is."""
 

@@ -126,7 +126,7 @@ def parse(frame: bytes) -> Arp | Echo | Datagram | None:
         if kind == _TYPE_ARP:
             *_, operation, mac, address, target_mac, target = _ARP.unpack_from(frame, 14)
             return Arp(operation, Station(mac, address), Station(target_mac, target))
-        if kind != TYPE_IPV4 or frame[14] != 0x45:
+        if kind != TYPE_IPV4 or frame[14:15] != b"\x45":
             return None
         _, _, size, _, _, _, protocol, _, address, target = _IPV4.unpack_from(frame, 14)
         body = frame[34 : 14 + size]

@@ -202,6 +202,8 @@ class Talker:
                     await self._news.park()
                 continue
             raise VMBusError("the stream of the other station does not come to its end")
+        while self._replies:  # whoever leaves before the last word is sent leaves the other waiting
+            await self._news.park()
         came = len(self._seen)
         took = self._ended - self._begun
         return Stream(came, came * PAYLOAD, took, self._announced - came, self._damaged)
@@ -221,7 +223,9 @@ class Talker:
     async def _answer(self) -> None:
         while True:
             while self._replies:
-                await self._adapter.send(self._replies.popleft())
+                await self._adapter.send(self._replies[0])
+                self._replies.popleft()
+                self._news.unpark_all()
             self._reply = trio.Event()
             await self._reply.wait()
 

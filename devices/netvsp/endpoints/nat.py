@@ -16,6 +16,10 @@ side only, behind the first 64 KB; use a newer one if a program of yours does th
 Without passt, or if this host has no network, a small one is built in: a gateway, DHCP, answers to
 ping, and names looked up as this host does it, with nothing behind; a warning says so.
 ``with=passt`` insists on the one, ``with=built-in`` on the other.
+
+IPv6 is passt's, as far as this host has it. The built-in network is IPv4 alone: it advertises no
+router, and answers neither neighbour solicitations nor ICMPv6, so that a guest keeps to its
+link-local address. A name's IPv6 addresses are told to a guest that asks for them.
 """
 
 from __future__ import annotations

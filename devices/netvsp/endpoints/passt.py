@@ -45,6 +45,8 @@ START = 2.0
 _SOCKET_BUFFER = 1 << 20
 _MESSAGES = 8192
 """Bytes of what it says that are looked at."""
+_LONGEST_REASON = 200
+"""Characters of what it said last."""
 
 
 class Forward(NamedTuple):
@@ -108,7 +110,9 @@ class Passt:
         with contextlib.suppress(OSError):
             said = os.read(self._messages, _MESSAGES)
         lines = said.decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it says nothing")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "it says nothing")
+        # It is for a log, or somebody's terminal.
+        return "".join(each if each.isprintable() else "?" for each in last[:_LONGEST_REASON])
 
     async def aclose(self) -> None:
         """End it: it does not outlive its stream. Is a checkpoint; waits even if cancelled."""

@@ -36,10 +36,12 @@ from netvsp.frames import pcapng
 from netvsp.frames.frame import ETHERNET_HEADER, MAX_FRAME, Frame
 from netvsp.spec import EndpointSpec
 from vmbus.plugins.options import Option
-from vmbus.workers import shared_pool
+from vmbus.workers import abandon, shared_pool, work_for
 
 MAX_WAITING = 16 << 20
 """Bytes that wait to be written; what is more is left out."""
+PATIENCE = 5.0
+"""Seconds for a disk to take what is left; then it is given up."""
 TURN = 64
 """Frames that are read from a file at a time."""
 TURN_SIZE = 1 << 20
@@ -84,16 +86,19 @@ class Capture:
         """Frames among what waits."""
         self._arrived = trio.Event()
         self._arrived.set()
+        self._closing = False
+        self._over = trio.Event()
         self._pool = shared_pool()
-        self._turn = trio.Lock()
+        # Not in the lives of an adapter: a guest that leaves does not wait for a disk.
+        trio.lowlevel.spawn_system_task(self._run)
 
     def add(self, frame: Frame, direction: int) -> None:
         """Have a frame written; its bytes are copied. Cannot block."""
-        if self.failure or self._file is None:
+        if self._closing:
             return
         frame = frame.tagged()
         length = len(frame)
-        if self._size + length > MAX_WAITING:
+        if self.failure or self._size + length > MAX_WAITING:
             self.left_out += 1
             return
         data = frame.head if not frame.rest or 0 < self._snap <= len(frame.head) else b""
@@ -106,35 +111,49 @@ class Capture:
         self._frames += 1
         self._arrived.set()
 
-    async def run(self) -> None:
-        """Write what comes. Is a checkpoint."""
-        while True:
-            await self._arrived.wait()
-            await self._write()
+    async def _run(self) -> None:
+        work_for(self)
+        try:
+            while self._waiting or not self._closing:
+                await self._arrived.wait()
+                self._arrived = trio.Event()
+                if self._closing:
+                    self._arrived.set()
+                if self._waiting:
+                    await self._write()
+        finally:
+            self._over.set()
 
     async def _write(self) -> None:
-        async with self._turn:
-            self._arrived = trio.Event()
-            blocks, count = tuple(self._waiting), self._frames
-            self._waiting.clear()
-            self._size = self._frames = 0
-            if self.failure or self._file is None:
-                return
-            # What has begun is not left: half a block is the end of a capture.
-            with trio.CancelScope(shield=True):
-                left, error = await self._pool.run(_write_all, self._file, blocks)
-            lost = min(left, count)
-            self.written += count - lost
-            self.left_out += lost
-            if error is not None:
-                self.failure = error.strerror or str(error)
-                _log.warning("%s: %s; the capture has ended", self.path, self.failure)
+        blocks, count = tuple(self._waiting), self._frames
+        self._waiting.clear()
+        self._size = self._frames = 0
+        if self.failure:
+            self.left_out += count
+            return
+        assert self._file is not None
+        error: OSError | None
+        try:
+            left, error = await self._pool.run(_write_all, self._file, blocks)
+        except OSError as caught:  # no thread, or it is not back
+            left, error = len(blocks), caught
+        lost = min(left, count)
+        self.written += count - lost
+        self.left_out += lost
+        if error is not None:
+            self.failure = error.strerror or str(error)
+            _log.warning("%s: %s; the capture has ended", self.path, self.failure)
 
     async def aclose(self) -> None:
-        """Write what is left and close the file. Idempotent; waits even if cancelled."""
+        """Write what is left and close the file. Idempotent; waits a while, even if cancelled."""
+        self._closing = True
+        self._arrived.set()
         with trio.CancelScope(shield=True):
-            if self._waiting:
-                await self._write()
+            with trio.move_on_after(PATIENCE):
+                await self._over.wait()
+            if not self._over.is_set():
+                abandon(self)
+                await self._over.wait()
             file, self._file = self._file, None
             if file is not None:
                 await self._pool.aclose()
@@ -214,8 +233,6 @@ class PcapEndpoint(EndpointWrapper):
         if capture is not None:
             port = _CapturingPort(port, capture)
         tasks: list[Callable[[], Awaitable[None]]] = [functools.partial(self.inner.run, port)]
-        if capture is not None:
-            tasks.append(capture.run)
         if self._read:
             tasks.append(functools.partial(self._bring, port))
         await run_together(*tasks)

@@ -7,7 +7,9 @@
 ======================  ===================================================
 
 For when no real one can be had: a guest comes up, has an address and can look names up. Whatever it
-sends to anybody else is answered by ICMP: that is prohibited. There is no IPv6.
+sends to anybody else is answered by ICMP: that is prohibited. There is no IPv6: no router
+advertisement, no answer to a neighbour solicitation or an ICMPv6 echo; frames of it are taken, and
+that is all. AAAA is looked up like A, since who asks may want to know.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ up, and returns what comes first::
 Frames are whole Ethernet frames, without frame check sequence: those of the guest have all their
 sums and are no longer than its MTU, and what is returned is to have its sums, too. ``answer`` is
 called in a thread, for one frame after the other, and may take its time; frames wait meanwhile, and
-then the guest does. If it raises, the frame is lost, and the log says why.
+then the guest does. If it raises, the frame is lost, and the log says why. One that does not return
+holds up no more than its adapter's traffic: when the guest ends, it is waited for two seconds, and
+given up then; the link is down from there on.
 
 Each adapter has the file for itself: what it keeps in its variables is that adapter's own, and
 stays from one life to the next. The directory of the file is not on the path for imports.
@@ -40,10 +42,12 @@ from netvsp.endpoints.tasks import CLOSED
 from netvsp.frames.frame import ETHERNET_HEADER, MAX_FRAME, Frame
 from netvsp.spec import EndpointSpec
 from vmbus.log_budget import LogBudget
-from vmbus.workers import shared_pool
+from vmbus.workers import AbandonedError, abandon, shared_pool, work_for
 
 MAX_FRAMES = 1024
 """Frames that wait for the function; there is room for no more until some are through."""
+PATIENCE = 2.0
+"""Seconds that a function may take to return when the guest, or the adapter, is gone."""
 TURN = 64
 """Frames that it gets in one call of a thread."""
 MAX_ANSWERS = 4096
@@ -57,6 +61,8 @@ Answer = bytes | Iterable[bytes] | None
 Said = tuple[list[bytes], str]
 """What came of a call: frames, and what went wrong."""
 
+_STUCK = "a function of its file has not returned"
+
 _log = logging.getLogger("vmbus.netvsp")
 _numbers = itertools.count()
 
@@ -68,7 +74,9 @@ class ScriptEndpoint(Endpoint):
         answer: Called in a thread with each frame; returns frames for the guest.
         start: The same with the adapter's address, when a guest comes up.
         name: What people call it.
-        closed: Called when it is closed.
+        closed: Called when it is closed, and none of its functions is under way any more.
+        patience: Seconds that a function may take to return when nobody wants its frames any more.
+            It is given up then, and the endpoint is at its end.
     """
 
     def __init__(
@@ -78,11 +86,15 @@ class ScriptEndpoint(Endpoint):
         start: Callable[[bytes], Answer] | None = None,
         name: str = "script",
         closed: Callable[[], None] | None = None,
+        patience: float = PATIENCE,
     ) -> None:
         self._answer = answer
         self._start = start
         self._name = name
         self._when_closed = closed
+        self._patience = patience
+        self._stuck = False
+        """Whether a call was given up; its thread may come back or not."""
         self._frames: deque[bytes] = deque()
         self._arrived = trio.Event()
         self._room = trio.Event()
@@ -129,12 +141,7 @@ class ScriptEndpoint(Endpoint):
         self, port: Port, function: Callable[[bytes], Answer], items: Sequence[bytes]
     ) -> None:
         """Call a function with each item, and hand over what it returns."""
-        if self._closed:
-            raise EndpointError(CLOSED)
-        try:
-            said = await self._pool.run(_call_all, function, items)
-        except trio.ClosedResourceError:
-            raise EndpointError(CLOSED) from None
+        said = await self._ask(function, items)
         for answers, problem in said:
             self._answered += len(answers)
             if problem:
@@ -150,6 +157,47 @@ class ScriptEndpoint(Endpoint):
             if taken < len(some):
                 await port.wait_room()
             await trio.lowlevel.checkpoint()
+
+    async def _ask(self, function: Callable[[bytes], Answer], items: Sequence[bytes]) -> list[Said]:
+        """Call a function in a thread; if it does not return, a life's end does not wait for it."""
+        if self._closed:
+            raise EndpointError(CLOSED)
+        if self._stuck:
+            raise EndpointError(_STUCK)
+        back = trio.Event()
+        said: list[Said] = []
+        reason = ""
+
+        async def call() -> None:
+            nonlocal said, reason
+            work_for(self)
+            try:
+                said = await self._pool.run(_call_all, function, items)
+            except AbandonedError:
+                reason = _STUCK
+            except trio.ClosedResourceError:
+                reason = CLOSED
+            finally:
+                back.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            try:
+                await back.wait()
+            except trio.Cancelled:
+                await self._lose_patience(back)
+                raise
+        if reason:
+            raise EndpointError(reason)
+        return said
+
+    async def _lose_patience(self, back: trio.Event) -> None:
+        """Give a call up that does not come back in time."""
+        with trio.CancelScope(shield=True), trio.move_on_after(self._patience):
+            await back.wait()
+            return
+        self._stuck = True
+        abandon(self)
 
     def _forget(self) -> None:
         self._frames.clear()
@@ -170,9 +218,13 @@ class ScriptEndpoint(Endpoint):
         if not self._closed:
             self._closed = True
             self._forget()
-            await self._pool.aclose()
+            done = trio.Event()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._lose_patience, done)
+                await self._pool.aclose()
+                done.set()
             if self._when_closed is not None:
-                self._when_closed()
+                self._pool.when_back(self._when_closed)
         await trio.lowlevel.checkpoint()
 
 

@@ -7,7 +7,8 @@ processes a :class:`SwitchLineEndpoint` at the end of a line to it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import contextvars
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import trio
@@ -27,14 +28,13 @@ from netvsp.shared.messages import (
     lost_untrusted,
     pack_station,
 )
-from netvsp.shared.options import PORT_OPTIONS, SwitchOptions, parse_options
+from netvsp.shared.options import PORT_OPTIONS, SCHEME, find_switch, parse_options
 from netvsp.switch.port import QUEUE_FULL, PortConfig
 from vmbus.errors import ConfigError, PeerProtocolError
 from vmbus.plugins.sharing import Line, Share
 from vmbus.plugins.specs import Spec
 
 OPTIONS = PORT_OPTIONS
-SCHEME = "switch"
 BATCH = 64
 """Frames that are handed to an adapter in one call."""
 BATCH_SIZE = 256 << 10
@@ -48,16 +48,40 @@ _INFO = EndpointInfo(
 )
 
 
-async def open_spec(spec: Spec) -> SwitchEndpoint:
+_lines: contextvars.ContextVar[list[Line] | None] = contextvars.ContextVar("lines", default=None)
+
+
+@contextlib.contextmanager
+def connecting(line: Line | None) -> Iterator[None]:
+    """Connect the switch that is opened within a ``with`` block by a line. Owns the line.
+
+    Args:
+        line: To the switch, wherever it is in a specification; None: it is in this process.
+    """
+    lines = [] if line is None else [line]
+    token = _lines.set(lines)
+    try:
+        yield
+    finally:
+        _lines.reset(token)
+        for each in lines:  # nobody has wanted it
+            each.close()
+
+
+async def open_spec(spec: Spec) -> SwitchEndpoint | SwitchLineEndpoint:
     """Open ``switch:[vlan=N,trunk=VLANS,isolated,uplink,addresses=N,join=DIRECTORY]NAME``.
 
-    Connects with a switch of this process; the first of its name makes it. Is a checkpoint.
+    Connects with a switch of this process, of which the first of its name makes it, or by a line
+    with one of another: :func:`connecting`. Is a checkpoint.
 
     Raises:
         ConfigError: The specification cannot be honoured.
     """
     options = parse_options(spec)
     await trio.lowlevel.checkpoint()
+    lines = _lines.get()
+    if lines:
+        return connect(lines.pop())
     hub = get_hub(options.name, options.join)
     try:
         return SwitchEndpoint(hub, str(spec), options.port)
@@ -76,18 +100,11 @@ def shared(specs: Sequence[str]) -> dict[str, Share]:
     """
     found: dict[str, Share] = {}
     for text in specs:
-        options = _options_of(text)
-        if options is not None:
-            found[text] = Share(keeper=f"{SCHEME}:{options.name}", within_process=False)
+        spec = find_switch(text)
+        if spec is not None:
+            name = parse_options(spec).name
+            found[text] = Share(keeper=f"{SCHEME}:{name}", within_process=False)
     return found
-
-
-def _options_of(text: str) -> SwitchOptions | None:
-    try:
-        spec = Spec.parse(text)
-    except ConfigError:  # will be said where it is opened
-        return None
-    return parse_options(spec) if spec.scheme == SCHEME else None
 
 
 async def open_keeper(specs: Sequence[str]) -> SwitchKeeper:
@@ -96,7 +113,7 @@ async def open_keeper(specs: Sequence[str]) -> SwitchKeeper:
     Raises:
         ConfigError: They disagree, or one cannot be understood.
     """
-    found = [parse_options(Spec.parse(text)) for text in specs]
+    found = [parse_options(spec) for text in specs if (spec := find_switch(text)) is not None]
     name = found[0].name
     joins = sorted({each.join for each in found if each.join})
     if len(joins) > 1:

@@ -11,10 +11,9 @@ from netvsp.shared.carrier import Carrier
 from netvsp.shared.hub import Hub
 from netvsp.shared.line import FrameLine
 from netvsp.shared.messages import Kind, pack_info, station_untrusted
-from netvsp.shared.options import parse_options
+from netvsp.shared.options import find_switch, parse_options
 from vmbus.errors import ConfigError, PeerProtocolError, leaves
 from vmbus.plugins.sharing import Line
-from vmbus.plugins.specs import Spec
 
 log = logging.getLogger("vmbus.netvsp")
 
@@ -52,7 +51,9 @@ class SwitchKeeper:
                 hub.set_station(carrier.port, station_untrusted(data, count))
             return kind is Kind.STATION
 
-        options = parse_options(Spec.parse(spec))
+        found = find_switch(spec)
+        assert found is not None  # it is kept here
+        options = parse_options(found)
         if options.join:  # of an adapter that was added later
             hub.join(options.join)
         carrier = Carrier(hub.switch, line, name, options.port, obey)

@@ -45,6 +45,23 @@ class SwitchOptions(NamedTuple):
     """Directory where it meets others of its name; empty: it does not."""
 
 
+SCHEME = "switch"
+
+
+def find_switch(text: str) -> Spec | None:
+    """Return the switch in a specification, itself or within others; None if there is none.
+
+    ``pcap:[write=a.pcapng]switch:lan`` is a switch, too. Cannot block.
+    """
+    try:
+        spec = Spec.parse(text)
+        while spec.scheme != SCHEME:
+            spec = Spec.parse(spec.target)
+    except ConfigError:  # will be said where it is opened
+        return None
+    return spec
+
+
 def parse_options(spec: Spec) -> SwitchOptions:
     """Return what a specification means. Cannot block.
 

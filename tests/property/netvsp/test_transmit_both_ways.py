@@ -218,29 +218,43 @@ def test_every_kind_of_message_ends_the_same_both_ways():
     trio.run(both)
 
 
-async def _kinds_that_go_short() -> dict[str, bool]:
-    found = {}
-    for name, pieces in {
-        "section": None,
-        "pages": (44,),
-        "large": (60, 200),
-    }.items():
-        network = Network(ALL)
-        async with running(network, mtu=9000) as (guest, adapter):
-            session = adapter._session
-            assert session is not None
-            frame = plain_frame(8000 if name == "large" else 1514)
-            for _ in range(2):  # the first one of a section goes the long way
-                with mock.patch.object(session, "_act", wraps=session._act) as act:
-                    if pieces is None:
-                        await guest.exchange(guest.section(3, message_of(frame)))
-                    else:
-                        parts = [(0, each) for each in _cut(message_of(frame), list(pieces))]
-                        await guest.exchange(guest.pages(parts))
-            assert network.bytes() == [frame, frame]
-            found[name] = not act.called
-    return found
+def _of_tcp(size: int, *, segment: bool) -> bytes:
+    shape = next(each for each in SHAPES if each.protocol == "tcp" and each.vlan == "none")
+    whole = packet(shape, bytes(size))
+    left, items = uncut(shape, whole, 1000) if segment else without_sum(shape, whole)
+    return message_of(left, b"".join(ppi.build_item(*each) for each in items.items()))
+
+
+COMMON = {
+    "in a section": (message_of(plain_frame(1514)), None),
+    "in pages": (message_of(plain_frame(1514)), (44,)),
+    "long, in pages": (message_of(plain_frame(8000)), (44, 200)),
+    "without its sum": (_of_tcp(1400, segment=False), None),
+    "a segment": (_of_tcp(20_000, segment=True), (100,)),
+}
+
+
+async def _goes_short(message: bytes, pieces: tuple[int, ...] | None) -> bool:
+    network = Network(ALL)
+    async with running(network, mtu=9000) as (guest, adapter):
+        session = adapter._session
+        assert session is not None
+        sender = session._senders[guest.channel]
+        # The first one of a section, or with new information, goes the long way.
+        for _ in range(2):
+            with (
+                mock.patch.object(session, "_act", wraps=session._act) as act,
+                mock.patch.object(sender, "add", wraps=sender.add) as add,
+            ):
+                if pieces is None:
+                    await guest.exchange(guest.section(3, message))
+                else:
+                    parts = [(0, each) for each in _cut(message, list(pieces))]
+                    await guest.exchange(guest.pages(parts))
+        assert len(network.frames) == 2
+        return not act.called and not add.called
 
 
 def test_what_drivers_send_goes_the_short_way():
-    assert trio.run(_kinds_that_go_short) == {"section": True, "pages": True, "large": True}
+    found = {name: trio.run(_goes_short, *each) for name, each in COMMON.items()}
+    assert found == dict.fromkeys(COMMON, True)

@@ -8,11 +8,12 @@ from uuid import UUID
 import pytest
 
 from netvsp.adapter import NetworkAdapter
+from netvsp.endpoints import switch
 from netvsp.endpoints.null import NullEndpoint
 from netvsp.plugin import PLUGIN
 from vmbus.errors import ConfigError
 from vmbus.plugins.devices import device_with, load_device
-from vmbus.plugins.sharing import can_share
+from vmbus.plugins.sharing import can_share, make_line
 
 INSTANCE = UUID(int=0xE7)
 
@@ -105,3 +106,26 @@ async def test_switches_are_shared_and_nothing_else():
     assert shared[specs[0]].keeper == "switch:lan"
     keeper = await PLUGIN.open_keeper(specs[:1], identity=bytes(16))
     await keeper.aclose()
+
+
+@pytest.mark.parametrize("spec", ["switch:lan", "pcap:[write={folder}/a.pcapng]switch:lan"])
+async def test_a_line_is_the_switchs_wherever_it_is_and_ends_with_the_adapter(tmp_path, spec):
+    text = spec.format(folder=tmp_path)
+    ours, theirs = make_line(0)
+    adapter = await PLUGIN.from_specs(
+        [text], instance_id=INSTANCE, initiator="vm", options={}, shared={text: theirs}
+    )
+    ours.sock.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        ours.sock.recv(1)
+    await adapter.aclose()
+    assert ours.sock.recv(1) == b""
+    ours.close()
+
+
+async def test_a_line_that_nobody_wants_is_closed():
+    ours, theirs = make_line(0)
+    with switch.connecting(theirs):
+        pass
+    assert ours.sock.recv(1) == b""
+    ours.close()

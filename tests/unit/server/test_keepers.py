@@ -9,11 +9,19 @@ import pytest
 import trio
 
 from tests.support.patience import until
+from vmbus.errors import ConfigError
 from vmbus.plugins import sharing
 from vmbus.plugins.sharing import Line, Share
 from vmbus.server import DeviceSetup, Keepers, keepers as keepers_module
 from vmbus.server.devices import SharedKey
-from vmbus.server.keepers import KeeperKey, kept_specs, shared_backends, unshared
+from vmbus.server.keepers import (
+    KeeperKey,
+    NoKeepers,
+    kept_specs,
+    shared_backends,
+    shared_by_added,
+    unshared,
+)
 
 
 class Toy:
@@ -111,3 +119,41 @@ async def test_keepers_of_a_process_are_made_once_and_serve_each_guest(toy):
             assert len(line.filenos()) == 1 + (line.staging_fd is not None)
             line.close()
     assert toy.closed == 3
+
+
+def test_what_several_devices_share_may_have_a_guests_name_in_its_options(toy):
+    found = shared_backends([DeviceSetup("toy", ("common:{guest}",))])
+    assert [how.keeper for how in found.values()] == [ALL]
+    with pytest.raises(ConfigError, match="has no guest's name in it"):
+        shared_backends([DeviceSetup("toy", ("own:{guest}",))])
+
+
+def test_what_an_added_device_shares_has_a_keeper_of_that_name(toy):
+    found = shared_by_added(DeviceSetup("toy", ("common:b", "local:d", "private")))
+    assert {key: how.keeper for key, how in found.items()} == {
+        (0, "common:b"): ALL,
+        (0, "local:d"): ALL,
+    }
+    local = shared_by_added(DeviceSetup("toy", ("local:d",)), within_process=True)
+    assert local == {}
+    with pytest.raises(ConfigError, match="only by devices that the server was started with"):
+        shared_by_added(DeviceSetup("toy", ("own:a",)))
+
+
+async def test_keepers_of_a_process_serve_what_is_added_and_open_it_once(toy):
+    added = DeviceSetup("toy", ("common:x", "common:y"))
+    async with Keepers.open([DeviceSetup("toy", ("private",))]) as keepers:
+        assert await keepers.lines("guest") == {}
+        for _ in range(2):
+            for line in (await keepers.lines("guest", added)).values():
+                line.close()
+        await until(lambda: len(toy.served) == 4)
+        assert [specs for specs, _ in toy.opened] == [["common:x"]]
+    assert toy.closed == 1
+
+
+async def test_a_server_that_keeps_nothing_says_so(toy):
+    assert await NoKeepers().lines("guest") == {}
+    assert await NoKeepers().lines("guest", DeviceSetup("toy", ("local:d",))) == {}
+    with pytest.raises(ConfigError, match="common:b: this server keeps nothing"):
+        await NoKeepers().lines("guest", DeviceSetup("toy", ("common:b",)))

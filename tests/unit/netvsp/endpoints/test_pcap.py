@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import struct
+import threading
 import time
 from contextlib import asynccontextmanager
 
@@ -24,7 +25,7 @@ from netvsp.frames.frame import Frame
 from netvsp.testing import ListeningPort
 from netvsp.testing.frames import GuestFrame, Packet
 from netvsp.testing.port import MAC
-from tests.support.patience import until
+from tests.support.patience import PATIENCE, until
 from vmbus.errors import ConfigError
 
 
@@ -143,6 +144,37 @@ async def test_a_disk_that_becomes_full_keeps_what_is_whole(tmp_path, monkeypatc
 def has_seen(endpoint, count):
     state = endpoint.snapshot()["write"]
     return state["written"] + state["left_out"] >= count
+
+
+class StuckDisk(io.FileIO):
+    """Does not come back until it is let go."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.go_on = threading.Event()
+
+    def write(self, data):
+        assert self.go_on.wait(PATIENCE)
+        return super().write(data)
+
+
+async def test_a_disk_that_hangs_keeps_neither_a_life_nor_the_end(tmp_path, monkeypatch):
+    disk = StuckDisk(tmp_path / "a", "wb")
+    monkeypatch.setattr(pcap, "open_to_write", lambda _path: disk)
+    monkeypatch.setattr(pcap, "PATIENCE", 0.01)
+    endpoint = await open_endpoint(f"pcap:[write={tmp_path}/a]null:")
+    for _ in range(3):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(endpoint.run, ListeningPort())
+            await trio.testing.wait_all_tasks_blocked()
+            assert endpoint.transmit(0, [Frame(Packet().build())]) == 1
+            nursery.cancel_scope.cancel()
+    await endpoint.aclose()
+    assert endpoint.transmit(0, [Frame(Packet().build())]) == 1
+    assert "has not come back" in endpoint.snapshot()["write"]["failure"]
+    assert not disk.closed, "its number is not given to another one"
+    disk.go_on.set()
+    await until(lambda: disk.closed)
 
 
 async def test_what_comes_faster_than_it_is_written_is_left_out_and_counted(tmp_path, monkeypatch):

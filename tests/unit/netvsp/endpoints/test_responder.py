@@ -8,6 +8,7 @@ import trio
 import trio.testing
 from scapy.layers.dhcp import BOOTP, DHCP
 from scapy.layers.inet import ICMP, IP, TCP, UDP
+from scapy.layers.inet6 import ICMPv6EchoRequest, ICMPv6ND_NS, ICMPv6ND_RS, IPv6
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 
@@ -39,6 +40,22 @@ async def test_a_guest_gets_an_address_a_router_and_a_resolver():
     assert options["name_server"] == "10.0.2.3"
     assert options["interface-mtu"] == 1500
     assert options["lease_time"] == 86400
+
+
+async def test_there_is_no_ipv6():
+    """Neither router nor neighbour nor echo, as the documentation says."""
+    asked = [
+        IPv6(dst="ff02::2") / ICMPv6ND_RS(),
+        IPv6(dst="ff02::1:ff00:2") / ICMPv6ND_NS(tgt="fe80::2"),
+        IPv6(dst="ff02::1") / ICMPv6EchoRequest(),
+    ]
+    async with guest_of() as guest:
+        for each in asked:
+            frame = Frame(bytes(Ether(src=guest.mac, dst="33:33:00:00:00:02") / each))
+            assert guest.endpoint.transmit(0, [frame]) == 1
+        await trio.testing.wait_all_tasks_blocked()
+        assert guest.port.frames == []
+        assert guest.endpoint.snapshot()["refused"] == 0
 
 
 async def test_a_client_that_hears_everybody_only_is_answered_like_that():

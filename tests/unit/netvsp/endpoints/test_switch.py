@@ -25,7 +25,7 @@ from netvsp.frames.frame import Frame
 from netvsp.shared.line import FrameLine, make_buffer
 from netvsp.switch import switch as switch_module
 from netvsp.wire import ppi, rndis
-from tests.bench.bench_netvsp import RECEIVE_PAGES, RING_PAGES, SEND_PAGES, _Guest
+from tests.bench.nic import RECEIVE_PAGES, RING_PAGES, SEND_PAGES, Guest as _Guest
 from tests.support.patience import until
 from tests.support.switch import BROADCAST, make_frame, station
 from tests.support.switch_lines import Adapter, kept
@@ -369,3 +369,8 @@ async def test_a_switch_without_a_port_left_refuses(monkeypatch):
     again = await open_spec(Spec.parse("switch:[vlan=5]a"))
     assert again.snapshot()["ports"] == 1
     await again.aclose()
+
+
+def test_a_switch_within_another_endpoint_is_shared_as_well():
+    specs = ["pcap:[write=a.pcapng]switch:[vlan=5]lan", "pcap:[write=b]null:", "script:a.py"]
+    assert {spec: share.keeper for spec, share in shared(specs).items()} == {specs[0]: "switch:lan"}
