@@ -150,6 +150,7 @@ def test_tcpdump_sees_the_same_inside_and_outside(
     finally:
         outside.terminate()
         outside.wait(PATIENCE)
+        outside.stderr.close()
     bench.guest.run(
         "kill $(cat /run/pid); while kill -0 $(cat /run/pid) 2>/dev/null; do usleep 50000; done"
     )
@@ -219,7 +220,8 @@ def test_two_guests_meet_at_a_switch(lab: Lab):
     one.run(f"until {exchange('10.5.0.2')}; do usleep 100000; done")
     assert two.finish(number)[0] == 0
 
-    for number, guest in enumerate((one, two)):
+    for number in range(2):
         assert all(each["refused"] == 0 for each in server.adapters(number))
+    for guest in (one, two):
         guest.check_log()
         guest.power_off()

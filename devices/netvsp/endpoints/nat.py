@@ -10,6 +10,9 @@ It takes the program ``passt`` (Debian's package of that name), which runs as a 
 as long as the adapter is there. A guest's own process may start no program, so ``vmbus serve`` has
 one that does it for all guests; for a ``nat:`` within ``pcap:`` it takes ``--no-sandbox``.
 
+The passt of Debian 12 loses or spoils what comes on a connection that the guest has closed on its
+side only, behind the first 64 KB; use a newer one if a program of yours does that.
+
 Without passt, or if this host has no network, a small one is built in: a gateway, DHCP, answers to
 ping, and names looked up as this host does it, with nothing behind; a warning says so.
 ``with=passt`` insists on the one, ``with=built-in`` on the other.
