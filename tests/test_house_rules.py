@@ -56,6 +56,7 @@ REACHED_THROUGH = {
     "_items_untrusted": FRAMES,
     "large_frame_untrusted": BOTH_WAYS,
     "_pages_untrusted": PAGES,
+    "_single_pages_untrusted": PAGES,
     "_control_untrusted": ADAPTER,
     "_init_untrusted": ADAPTER,
     "_message_untrusted": ADAPTER,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 from netvsp.buffers import SendBuffer
 from netvsp.control import MAX_PACKETS
@@ -18,9 +19,9 @@ from netvsp.wire import ppi, rndis
 from netvsp.wire.nvsp import NO_SECTION
 from vmbus.errors import GuestProtocolError
 from vmbus.host.channel import MAX_RANGES
-from vmbus.memory import Cutter, GuestMemory, total_length
+from vmbus.memory import PAGE_SIZE, Cutter, GuestMemory, total_length
 from vmbus.ring import Packet
-from vmbus.wire.packets import GPA_DIRECT, parse_gpa_ranges_untrusted
+from vmbus.wire.packets import GPA_DIRECT, RANGES_OFFSET, parse_gpa_ranges_untrusted
 
 MAX_MESSAGE = MAX_FRAME + 4096
 """Bytes of one packet's messages, whatever it says."""
@@ -38,6 +39,13 @@ FIRST_OFFSET = rndis.PACKET_HEADER_SIZE - rndis.HEADER_SIZE
 whereabouts = struct.Struct("<4I12xII").unpack_from
 """Type, length, data offset and length, information offset and length of a PACKET message: see
 :data:`netvsp.wire.rndis.PACKET_HEADER`."""
+
+
+@lru_cache(maxsize=MAX_RANGES)
+def _singles(count: int) -> struct.Struct:
+    """How many ranges there are, and length, offset and page number of each."""
+    return struct.Struct("<I" + "IIQ" * count)
+
 
 _NOTHING: dict[int, int] = {}
 
@@ -97,6 +105,9 @@ class Messages:
         return pieces + views
 
     def _pages_untrusted(self, packet: Packet) -> list[memoryview]:
+        found = self._single_pages_untrusted(packet.data, packet.payload_offset)
+        if found is not None:
+            return found
         ranges = parse_gpa_ranges_untrusted(
             packet.data,
             packet.payload_offset,
@@ -115,6 +126,36 @@ class Messages:
             if each.byte_count:
                 views += gather(each.byte_offset, each.byte_count, each.pfns)
         return views
+
+    def _single_pages_untrusted(self, data: bytes, end: int) -> list[memoryview] | None:
+        """Return what ranges of one page each hold: Linux sends such (netvsc_drv.c: fill_pg_buf).
+
+        None, if there are others among them, or they hold too much.
+        """
+        count = end - RANGES_OFFSET >> 4
+        if not 0 < count <= MAX_RANGES or end - RANGES_OFFSET != count << 4 or end > len(data):
+            return None
+        fields = _singles(count).unpack_from(data, RANGES_OFFSET - 4)
+        if fields[0] != count:
+            return None
+        gather = self._memory.gather
+        views: list[memoryview] = []
+        pfns: list[int] = []
+        first = length = total = 0
+        for size, offset, pfn in zip(fields[1::3], fields[2::3], fields[3::3], strict=True):
+            if not size or offset + size > PAGE_SIZE:
+                return None
+            if pfns and (offset or (first + length) % PAGE_SIZE):
+                views += gather(first, length, pfns)
+                pfns = []
+            if not pfns:
+                first, length = offset, 0
+            pfns.append(pfn)
+            length += size
+            total += size
+        if total > MAX_MESSAGE:
+            return None
+        return views + gather(first, length, pfns)
 
     def frames_untrusted(self, pieces: Sequence[Buffer]) -> list[Frame]:
         """Return the frames of a packet's messages. Cannot block.

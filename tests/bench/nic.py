@@ -132,13 +132,15 @@ class Guest:
         )
 
     def pages_packet(self, index: int, header: bytes, frame: bytes) -> bytes:
-        """A header in a page, and a frame in others."""
+        """A header in a page, and a frame in others: a range for each, as Linux has it."""
         count = -(-len(frame) // PAGE_SIZE)
         first = self.data_pages[index * (count + 1)]
         self.end.memory.write(first * PAGE_SIZE, header)
         self.end.memory.write((first + 1) * PAGE_SIZE, frame)
-        ranges = struct.pack("<II", 0, 2) + build_range(len(header), 0, [first])
-        ranges += build_range(len(frame), 0, range(first + 1, first + 1 + count))
+        ranges = struct.pack("<II", 0, 1 + count) + build_range(len(header), 0, [first])
+        for page in range(count):
+            size = min(len(frame) - page * PAGE_SIZE, PAGE_SIZE)
+            ranges += build_range(size, 0, [first + 1 + page])
         return build_packet(
             GPA_DIRECT,
             nvsp.build_rndis_packet(nvsp.CHANNEL_DATA),

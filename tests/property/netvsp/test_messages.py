@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import random
 import struct
 from functools import cache
+from unittest import mock
 
 import trio
 from hypothesis import given, settings, strategies as st
@@ -151,3 +153,36 @@ def test_any_pages_are_bytes_or_refused(section, length, ranges, count, kind):
         return
     assert kind == GPA_DIRECT
     assert not exact or sum(map(len, found)) == sum(size for size, _offset, _pfns in ranges[:count])
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0, 0, 0, 1, 100, 4000]),
+            st.sampled_from([0, 1, 96, 96, 4096, 4096, 4096, 4097]),
+            st.integers(0, 15) | st.just(1 << 40),
+        ),
+        min_size=1,
+        max_size=40,
+    ),
+    st.sampled_from([0, 0, 0, 1, -1]),
+)
+@settings(max_examples=300)
+def test_ranges_of_one_page_hold_what_any_ranges_hold(ranges, more):
+    # _single_pages_untrusted against parse_gpa_ranges_untrusted and gather.
+    listed = b"".join(struct.pack("<IIQ", size, offset, pfn) for offset, size, pfn in ranges)
+    header = RANGES_HEADER.pack(0, len(ranges) + more) + listed
+    raw = build_packet(GPA_DIRECT, bytes(40), transaction_id=1, flags=1, header=header)
+    given_packet = Packet(GPA_DIRECT, 1, 1, raw, 16 + len(header))
+
+    def read() -> bytes | None:
+        try:
+            return b"".join(reader().pieces_untrusted(given_packet, NO_SECTION, 0))
+        except GuestProtocolError:
+            return None
+
+    for pfn in range(16):
+        reader()._memory.page(pfn)[:] = random.Random(pfn).randbytes(4096)
+    found = read()
+    with mock.patch.object(Messages, "_single_pages_untrusted", return_value=None):
+        assert found == read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ from netvsp.endpoint import EndpointError
 from netvsp.endpoints.script import ScriptEndpoint
 from netvsp.frames.frame import Frame
 from netvsp.testing import ListeningPort
-from tests.support.patience import until
+from tests.support.patience import until, until_in_thread
 
 
 class Stuck:
@@ -36,7 +37,7 @@ def stuck() -> Iterator[Stuck]:
     function = Stuck()
     yield function
     function.go.set()
-    assert function.back.wait(60)
+    until_in_thread(function.back.is_set)
 
 
 FRAMES = [Frame(bytes(60))]
@@ -76,7 +77,7 @@ async def test_closing_does_not_wait_for_it_either(stuck):
 
 
 async def test_a_function_that_takes_its_time_is_waited_for(stuck):
-    endpoint = ScriptEndpoint(stuck, patience=60)
+    endpoint = ScriptEndpoint(stuck, patience=math.inf)
     port = ListeningPort()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(endpoint.run, port)
