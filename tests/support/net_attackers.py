@@ -28,6 +28,8 @@ PAGE = 4096
 KEPT = 4096
 """Packets whose pages stay as they are: long enough for the host to have read them."""
 RAM = 160 << 20
+SAID = 4
+"""Rounds of which an attacker says that it has done them."""
 
 
 class Attacker:
@@ -44,9 +46,7 @@ class Attacker:
         self.mac = adapter.address
         self.random = random.Random(1)
         self._used: collections.deque[list[int]] = collections.deque()
-        self._count = 0
-        # Replies to what the driver does not know of.
-        adapter.control.reply = lambda *_: None  # type: ignore[method-assign]
+        self._count = self._rounds = 0
 
     def message(self, target: bytes, source: bytes, size: int = 60, items: bytes = b"") -> bytes:
         frame = (target + source + b"\x88\xb5").ljust(size, b"x")
@@ -72,6 +72,8 @@ class Attacker:
         )
 
     def request(self, kind: int, oid: int, value: bytes = b"") -> bytes:
+        """A packet with a control request, to whose reply the driver does not listen."""
+        self.adapter.control.reply = lambda *_: None  # type: ignore[method-assign]
         return self.pages(rndis.build_request(kind, 5, oid, value), nvsp.CHANNEL_CONTROL)
 
     async def send(self, *packets: bytes, channel: int = 0) -> None:
@@ -79,7 +81,14 @@ class Attacker:
             await self.adapter.channels[channel].send_packet(each)
             self._count += 1
             if not self._count % 64:
-                await trio.lowlevel.checkpoint()
+                await self.round()
+
+    async def round(self) -> None:
+        """Say that it goes on, the first few times; let others have their turn."""
+        self._rounds += 1
+        if self._rounds <= SAID:
+            print("on", flush=True)
+        await trio.lowlevel.checkpoint()
 
 
 async def flood(attacker: Attacker) -> None:
@@ -140,6 +149,16 @@ async def restless(attacker: Attacker) -> None:
             await attacker.send(build_packet(IN_BAND, each, transaction_id=9, flags=0))
 
 
+async def reopening(attacker: Attacker) -> None:
+    """Close the adapter and open it again, with another MTU and other channels, without end."""
+    while True:
+        await attacker.adapter.reopen(
+            mtu=attacker.random.choice([68, 1500, 9000]),
+            sub_channels=attacker.random.randrange(8),
+        )
+        await attacker.round()
+
+
 async def deaf(attacker: Attacker) -> None:
     """Take no frame and give nothing back, while asking for replies."""
     attacker.adapter.receiver.hold()
@@ -180,7 +199,17 @@ async def segments(attacker: Attacker) -> None:
 
 KINDS: dict[str, Callable[[Attacker], Awaitable[None]]] = {
     each.__name__: each
-    for each in (flood, everybody, addresses, rubbish, restless, deaf, settings, segments)
+    for each in (
+        flood,
+        everybody,
+        addresses,
+        rubbish,
+        restless,
+        reopening,
+        deaf,
+        settings,
+        segments,
+    )
 }
 """What a guest can do."""
 
