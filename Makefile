@@ -35,7 +35,7 @@ help:
 	@echo "make test    lint, types, and every test with branch coverage"
 	@echo "make guest-test       tests with an unmodified Linux as guest; needs root"
 	@echo "make guest-test-full  the same, with their long campaigns"
-	@echo "make guest-bench      the guest's disk compared with QEMU's virtio-scsi"
+	@echo "make guest-bench      the guest's disk and network compared with QEMU's virtio devices"
 	@echo "make bench   benchmarks, as a table and as bench-results.json"
 	@echo "make docs    regenerate the generated pages in docs/"
 	@echo "make clean   remove the virtual environment and caches"
@@ -98,7 +98,7 @@ guest-test-full: $(VENV)/.dev
 	VMBUS_LONG=1 $(RIG) --machines $(MACHINES) -- $(GUEST_PYTEST)
 
 guest-bench: $(VENV)/.dev
-	$(RIG) --cpus 2 -- -m tests.guest.versus_qemu $(BENCH_ARGS)
+	$(RIG) --cpus 2 -- -m tests.guest.versus $(BENCH_ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench --json bench-results.json $(BENCH_ARGS)

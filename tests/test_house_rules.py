@@ -316,7 +316,7 @@ def test_time_decides_no_test():
     """What has to come is waited for with ``tests/support/patience.py`` alone."""
     found = []
     for path in sources("tests"):
-        if path.parts[-2] == "bench" or relative(path) in TIME_IS_THEIR_TASK:
+        if path.parts[-2] in BENCHMARKS or relative(path) in TIME_IS_THEIR_TASK:
             continue
         found += [f"{relative(path)}:{each.lineno}" for each in own_clocks(tree(path))]
     assert not found, "\n".join(found)
@@ -324,8 +324,9 @@ def test_time_decides_no_test():
 
 TIME_IS_THEIR_TASK = {
     "tests/support/patience.py": "is where the time is",
-    "tests/guest/versus_qemu.py": "is a benchmark",
 }
+BENCHMARKS = ("bench", "versus")
+"""Directories."""
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ array with it), and it is free again exactly when the packet has been completed.
 A segment that is longer than a sub-allocation goes to a guest that has asked for receive segment
 coalescing in several of them, marked first to last; to others it goes cut.
 
-Frames come in tasks of an endpoint's, perhaps in another guest's adapter. So nothing that this
-guest does to its rings is found out there: what cannot be written at once is left to a task of its
-own.
+Frames come in tasks of an endpoint's, perhaps in another guest's adapter. So nothing that a guest
+does to its rings is found out there: what cannot be written at once is left to a task of its own.
 """
 
 from __future__ import annotations
@@ -321,8 +320,7 @@ class Receiver:
         """Store frames; all parts of one are in one packet: Linux drops it otherwise."""
         room = buffer.part_size - ROOM
         for frame in frames:
-            length = len(frame)
-            if length > room:
+            if len(frame) > room:
                 if not whole:  # nobody can cut it
                     self._statistics.dropped["too long"] += 1
                     continue
@@ -331,7 +329,7 @@ class Receiver:
             if group[-1] and len(group[-1]) + len(found) > 2 * MAX_RANGES:
                 group.append([])
             group[-1] += found
-            self._statistics.count(frame.head, length)
+            self._statistics.count(frame)
 
     def _gives_cutting_up(self, buffer: ReceiveBuffer) -> bool:
         """Whether the rest of a segment is dropped since its channel stands still."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from netvsp.frames.frame import BROADCAST, Frame
+from netvsp.frames.frame import BROADCAST, VLAN_TAG, Frame
 
 DIRECTED, MULTICAST, BROADCAST_KIND = range(3)
 NO_BUFFER = "no buffer"
@@ -18,7 +18,7 @@ class Direction:
 
     Attributes:
         frames: Count of each kind: directed, multicast, broadcast.
-        bytes: The same in bytes, Ethernet headers included.
+        bytes: The same in bytes, Ethernet headers included, and tags wherever they are.
         dropped: Frames that were not passed on, by reason.
         segments: Large segments among the frames.
         checksums: Frames whose sum was left to the other side.
@@ -33,11 +33,13 @@ class Direction:
         self.checksums = 0
         self.errors = 0
 
-    def count(self, head: bytes, length: int) -> None:
+    def count(self, frame: Frame) -> None:
         """Count a frame that was passed on. Cannot block."""
-        kind = 0
+        head, length, kind = frame.head, len(frame), DIRECTED
         if head[0] & 1:
             kind = BROADCAST_KIND if head[:6] == BROADCAST else MULTICAST
+        if frame.tci is not None:
+            length += VLAN_TAG
         self.frames[kind] += 1
         self.bytes[kind] += length
 
@@ -47,10 +49,12 @@ class Direction:
         for frame in frames:
             head = frame.head
             if head[0] & 1:
-                self.count(head, len(frame))
+                self.count(frame)
             else:
                 directed += 1
                 size += len(frame) if frame.rest else len(head)
+                if frame.tci is not None:
+                    size += VLAN_TAG
         self.frames[DIRECTED] += directed
         self.bytes[DIRECTED] += size
 

@@ -172,13 +172,27 @@ class Lab:
         return server
 
     def boot(
-        self, server: Server | None = None, *arguments: str, ready: bool = True, **options: Any
+        self,
+        server: Server | None = None,
+        *arguments: str,
+        ready: bool = True,
+        ordinary: bool = False,
+        **options: Any,
     ) -> Guest:
-        """Boot a guest, on a server if one is given; ready for commands."""
+        """Boot a guest, on a server if one is given; ready for commands.
+
+        Args:
+            server: The server.
+            arguments: More for ``vmbus boot``.
+            ready: Wait until it is ready.
+            ordinary: With Debian's kernel for machines instead of that for clouds.
+            options: See :class:`~tests.guest.rig.guest.Guest`.
+        """
         if server is not None:
             arguments = (f"--socket={server.socket}", *arguments)
         log = self.folder / f"guest{next(self._numbers)}.log"
-        guest = Guest(self.assets, log, arguments, **options)
+        assets = self.assets.ordinary() if ordinary else self.assets
+        guest = Guest(assets, log, arguments, **options)
         self.all_guests.append(guest)
         if ready:
             guest.wait_ready()

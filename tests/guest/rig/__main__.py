@@ -99,6 +99,9 @@ def _run(options: argparse.Namespace) -> int:
     if not options.command and not options.prepare:
         raise RigError("what is to be run? for the tests: make guest-test")
     nested = options.where == "nested" or (options.where == "auto" and not kvm_suffices())
+    # The outer machine's kernel is that of guests, too, which need what clouds' have not.
+    ordinary = packages.kernel(cache, packages.OUTER_KERNEL)
+    ordinary_kernel, ordinary_modules = packages.kernel_files(ordinary)
     assets = Assets(
         kernel=kernel,
         initramfs=images.initramfs(cache, userland, modules),
@@ -106,8 +109,13 @@ def _run(options: argparse.Namespace) -> int:
         scratch=cache / "scratch",
         emulator=packages.emulator(cache),
         release=modules.name,
+        ordinary_kernel=ordinary_kernel,
+        ordinary_initramfs=images.initramfs(
+            cache, userland, ordinary_modules, images.ORDINARY_MODULES
+        ),
+        ordinary_release=ordinary_modules.name,
+        dpdk=images.dpdk_image(cache, packages.dpdk(cache)),
     )
-    outer_kernel, _ = packages.kernel_files(packages.kernel(cache, packages.OUTER_KERNEL))
     if options.prepare:
         return 0
     command = [sys.executable, *options.command]
@@ -117,7 +125,7 @@ def _run(options: argparse.Namespace) -> int:
     if nested:
         return outer.run_inside(
             command, assets,
-            kernel=outer_kernel, busybox=userland / "bin/busybox", cache=cache,
+            kernel=ordinary_kernel, busybox=userland / "bin/busybox", cache=cache,
             environment=environment, cpus=options.cpus, machines=max(options.machines, 1),
         )  # fmt: skip
     say("this machine's KVM is used")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any, ClassVar
 
 ENVIRONMENT = "VMBUS_RIG"
 """The variable that has the path of the description."""
@@ -14,6 +15,11 @@ ENVIRONMENT = "VMBUS_RIG"
 @dataclasses.dataclass(frozen=True, slots=True)
 class Assets:
     """Paths, valid where the tests run."""
+
+    FILES: ClassVar = (
+        "kernel", "initramfs", "root", "ordinary_kernel", "ordinary_initramfs", "dpdk",
+    )  # fmt: skip
+    """Those that tests read."""
 
     kernel: Path
     """The guests' bzImage."""
@@ -26,6 +32,21 @@ class Assets:
     """QEMU, for comparison."""
     release: str
     """Of the guests' kernel, for example ``6.1.0-57-cloud-amd64``."""
+    ordinary_kernel: Path
+    """Debian's kernel for machines, which has drivers that the one for clouds has not."""
+    ordinary_initramfs: Path
+    ordinary_release: str
+    dpdk: Path
+    """ext4, with DPDK and what it needs beside :attr:`root`."""
+
+    def ordinary(self) -> Assets:
+        """Return the same, with guests that have the ordinary kernel."""
+        return dataclasses.replace(
+            self,
+            kernel=self.ordinary_kernel,
+            initramfs=self.ordinary_initramfs,
+            release=self.ordinary_release,
+        )
 
     def save(self, path: Path) -> None:
         """Write the description."""
@@ -37,6 +58,7 @@ def load_assets() -> Assets | None:
     path = os.environ.get(ENVIRONMENT)
     if path is None:
         return None
-    fields = json.loads(Path(path).read_text())
-    release = fields.pop("release")
-    return Assets(release=release, **{name: Path(value) for name, value in fields.items()})
+    fields: dict[str, Any] = json.loads(Path(path).read_text())
+    for name in fields.keys() - {"release", "ordinary_release"}:
+        fields[name] = Path(fields[name])
+    return Assets(**fields)

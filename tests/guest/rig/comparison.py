@@ -56,9 +56,10 @@ def ratios(mine: Sequence[float], theirs: Sequence[float], kind: Kind) -> list[f
     return [b / a if kind.less else a / b for a, b in pairs]
 
 
-def order(number: int, first: Callable[[], None], second: Callable[[], None]) -> None:
+def order(number: int, *sides: Callable[[], None]) -> None:
     """Carry out one round; who begins changes, so that a machine that gets slower favours none."""
-    for side in (first, second) if number % 2 == 0 else (second, first):
+    first = number % len(sides)
+    for side in sides[first:] + sides[:first]:
         side()
 
 
@@ -86,20 +87,24 @@ MACHINE = {
 }
 
 
-def table(
-    ours: Mapping[str, Sequence[float]],
-    theirs: Mapping[str, Sequence[float]],
-    kinds: Mapping[str, Kind],
-) -> list[str]:
-    """Return the comparison as lines of Markdown. Each title needs as many rounds on both sides."""
-    lines = ["| | vmbus | QEMU virtio-scsi | ratio |", "|---|---|---|---|"]
+def table(sides: Mapping[str, Results], kinds: Mapping[str, Kind]) -> list[str]:
+    """Return the comparison as lines of Markdown.
+
+    Args:
+        sides: What each has measured, ours first; each title as many rounds on all of them.
+        kinds: What the titles are.
+    """
+    (name, ours), *others = sides.items()
+    heads = [name, *(head for other, _ in others for head in (other, "ratio"))]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for title, mine in ours.items():
         kind = kinds[title]
-        sides = [spread(each).text(kind.digits, kind.unit) for each in (mine, theirs[title])]
-        lines.append(
-            f"| {title} | {' | '.join(sides)} |"
-            f" {spread(ratios(mine, theirs[title], kind)).text(2)} |"
-        )
+        cells = [spread(mine).text(kind.digits, kind.unit)]
+        for _, results in others:
+            theirs = results[title]
+            cells.append(spread(theirs).text(kind.digits, kind.unit))
+            cells.append(spread(ratios(mine, theirs, kind)).text(2))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
 
 

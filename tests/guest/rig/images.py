@@ -13,7 +13,7 @@ import lzma
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tests.guest.rig.packages import RigError, building, run, say
@@ -21,11 +21,16 @@ from tests.guest.rig.packages import RigError, building, run, say
 INIT = Path(__file__).with_name("init.sh")
 ROOT_LABEL = "tools"
 ROOT_SIZE = "900M"
+DPDK_SIZE = "96M"
 MODULES = (
     "hv_vmbus", "hv_storvsc", "hv_netvsc", "hv_utils", "sd_mod", "sg", "sr_mod", "ext4", "isofs",
-    "loop", "8021q", "virtio_pci", "virtio_scsi", "virtio_blk", "virtio_net",
+    "loop", "8021q", "virtio_pci", "virtio_scsi", "virtio_blk", "virtio_net", "crc32c_generic",
 )  # fmt: skip
 """What guests can load; those of QEMU's virtual devices are for comparison."""
+IF_THERE = {"crc32c_generic"}
+"""Linux 6.14 and later have it built in; before, ext4 does not go without."""
+ORDINARY_MODULES = (*MODULES, "uio_hv_generic")
+"""What guests with the ordinary kernel can load; that for clouds has no drivers in user space."""
 _LEAVE_OUT = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var/cache",
               "usr/share/zoneinfo", "usr/lib/x86_64-linux-gnu/perl")  # fmt: skip
 
@@ -44,7 +49,7 @@ def module_order(modules: Path, wanted: Iterable[str]) -> list[str]:
     built_in = {_module_name(line) for line in _lines(modules / "modules.builtin")}
     found: list[str] = []
     for name in wanted:
-        if name in built_in:
+        if name in built_in or (name in IF_THERE and name not in path_of):
             continue
         if name not in path_of:
             raise RigError(f"{modules} has no module {name}")
@@ -83,10 +88,11 @@ def _read_module(path: Path) -> bytes:
             return data
 
 
-def initramfs(cache: Path, userland: Path, modules: Path) -> Path:
+def initramfs(cache: Path, userland: Path, modules: Path, wanted: Sequence[str] = MODULES) -> Path:
     """Return an initramfs for the kernel that ``modules`` belong to. Raises RigError."""
-    order = module_order(modules, MODULES)
-    digest = hashlib.sha256(INIT.read_bytes() + str(modules).encode() + repr(order).encode())
+    order = module_order(modules, wanted)
+    made_by = INIT.read_bytes() + Path(__file__).read_bytes()
+    digest = hashlib.sha256(made_by + str(modules).encode() + repr(order).encode())
     target = cache / f"initramfs-{modules.name}-{digest.hexdigest()[:12]}.cpio"
     with building(target) as part:
         if part is not None:
@@ -102,6 +108,7 @@ def _fill(tree: Path, userland: Path, modules: Path, order: list[str]) -> None:
         (tree / name).mkdir()
     shutil.copy2(userland / "usr/bin/busybox", tree / "bin/busybox")
     (tree / "bin/sh").symlink_to("busybox")
+    (tree / "sbin").symlink_to("bin")  # where the kernel itself calls modprobe
     shutil.copy2(INIT, tree / "init")
     (tree / "init").chmod(0o755)
     release = tree / "lib/modules" / modules.name
@@ -145,4 +152,19 @@ def root_image(cache: Path, userland: Path) -> Path:
                 for name in ("mnt", "tools", "tmp"):
                     (tree / name).mkdir(exist_ok=True)
                 run("mke2fs", "-q", "-t", "ext4", "-L", ROOT_LABEL, "-d", tree, part, ROOT_SIZE)
+    return target
+
+
+def dpdk_image(cache: Path, tree: Path) -> Path:
+    """Return an ext4 file system with DPDK: its libraries and testpmd.
+
+    Args:
+        cache: The rig's.
+        tree: See :func:`tests.guest.rig.packages.dpdk`.
+    """
+    target = cache / f"{tree.name}.img"
+    with building(target) as part:
+        if part is not None:
+            say("making the file system with DPDK")
+            run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", tree, part, DPDK_SIZE)
     return target

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import compileall
 import contextlib
+import dataclasses
 import fcntl
 import os
 import re
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.guest.rig.assets import ENVIRONMENT, Assets
 from tests.guest.rig.claims import ENVIRONMENT as CLAIMS_ENVIRONMENT, Claims
@@ -75,17 +77,13 @@ def _make_disk(path: Path, assets: Assets) -> list[tuple[str, str]]:
         mounts += [("code", str(REPOSITORY)), ("prefix", str(prefix)), ("library", str(library))]
         files = tree / "files"
         files.mkdir()
-        for file in (assets.kernel, assets.initramfs, assets.root):
-            run("cp", "--reflink=auto", "--sparse=always", file, files / file.name)
+        inside: dict[str, Any] = {"scratch": MOUNT_POINT / "scratch"}
+        for name in Assets.FILES:
+            file: Path = getattr(assets, name)
+            run("cp", "--reflink=auto", "--sparse=always", file, files / name)
+            inside[name] = MOUNT_POINT / "files" / name
         (tree / "scratch").mkdir()
-        Assets(
-            kernel=MOUNT_POINT / "files" / assets.kernel.name,
-            initramfs=MOUNT_POINT / "files" / assets.initramfs.name,
-            root=MOUNT_POINT / "files" / assets.root.name,
-            scratch=MOUNT_POINT / "scratch",
-            emulator=assets.emulator,
-            release=assets.release,
-        ).save(files / "assets.json")
+        dataclasses.replace(assets, **inside).save(files / "assets.json")
         run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", tree, path, DISK_SIZE)
     return mounts
 

@@ -28,6 +28,13 @@ USERLAND_PACKAGES = (
     "busybox-static", "e2fsprogs", "ethtool", "fio", "genisoimage", "iperf3", "iproute2",
     "kexec-tools", "kmod", "libiscsi-bin", "procps", "sg3-utils", "tcpdump", "util-linux",
 )  # fmt: skip
+DPDK_SUITE = "trixie"
+"""DPDK 24.11. With 22.11 testpmd forwards nothing: it takes the driver's queues for stopped, as the
+driver does not say that they have started."""
+DPDK = "dpdk-dev"
+"""Has ``dpdk-testpmd``; the package ``dpdk`` has scripts only."""
+DPDK_DRIVERS = ("librte-bus-vmbus", "librte-mempool-ring", "librte-net-netvsc")
+"""What testpmd opens when it runs; the end of their names is the version of their interface."""
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 HOST_TOOLS = {
     "cpio": "cpio",
@@ -248,3 +255,43 @@ def emulator(cache: Path) -> Path:
 def userland(cache: Path) -> Path:
     """Return the guest's user land. Raises RigError."""
     return system(cache, "userland", USERLAND_SUITE, USERLAND_PACKAGES)
+
+
+def dpdk(cache: Path) -> Path:
+    """Return a directory with DPDK's testpmd, and all libraries that it needs. Raises RigError."""
+    target = cache / f"dpdk-{DPDK_SUITE}"
+    with building(target) as part:
+        if part is not None:
+            say(f"fetching DPDK of Debian {DPDK_SUITE}")
+            nothing_installed = ("-o", "Dir::State::status=/dev/null", "-o", "Debug::NoLocking=1")
+            _unpack_dpdk(part, (*_suite_options(cache, DPDK_SUITE), *nothing_installed))
+    return target
+
+
+def _unpack_dpdk(target: Path, options: Sequence[str]) -> None:
+    depends = run("apt-cache", *options, "depends", "--no-recommends", "--no-suggests", DPDK)
+    # Not the Python of its scripts, and not what programs are compiled with.
+    libraries = set(re.findall(r"Depends: (lib\S+)", depends)) - {"libdpdk-dev"}
+    names = run("apt-cache", *options, "pkgnames", "librte-").split()
+    drivers = [
+        name for name in names for driver in DPDK_DRIVERS if re.fullmatch(rf"{driver}-?\d+", name)
+    ]
+    uris = run(
+        *("apt-get", "install", "-qq", "--print-uris", "--no-install-recommends", *options),
+        *(*sorted(libraries), *drivers),
+    )
+    # Libraries come with programs that set a machine up, of which there is none.
+    needed = re.findall(r"^\S+ ((?:lib|ibverbs-)[^_\s]+)_\S+\.deb ", uris, re.MULTILINE)
+    download = target.with_name(target.name + ".deb")
+    _remove(download)
+    download.mkdir()
+    run("apt-get", "download", "-q", *options, DPDK, *needed, cwd=download)
+    target.mkdir()
+    for package in sorted(download.glob("*.deb")):
+        run("dpkg-deb", "-x", package, target)
+    _remove(download)
+    for program in target.glob("usr/bin/*"):
+        if program.name != "dpdk-testpmd":
+            program.unlink()
+    for name in ("usr/share", "usr/include"):
+        shutil.rmtree(target / name, ignore_errors=True)

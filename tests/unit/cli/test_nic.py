@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from netvsp.frames.frame import Frame
 from tests.support.cli import make_controller, make_guest, make_status, run_cli, scripted_server
 from tests.support.nics import described_nic, network_adapter
 from vmbus.cli import nic
@@ -89,7 +90,7 @@ def test_requests(run, server, arguments, request_, result, said):
 
 def test_statistics_are_shown_with_the_reasons_of_drops(run, server):
     counted = network_adapter().statistics
-    counted.transmit.count(b"\xff" * 14, 1060)
+    counted.transmit.count(Frame(b"\xff" * 1060))
     counted.receive.dropped["filtered"] += 1234
     server.result = {
         "transmit": counted.transmit.describe(),

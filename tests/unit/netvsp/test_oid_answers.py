@@ -132,9 +132,9 @@ def test_counters_count_the_way_that_the_guest_means():
     found = facts()
     frames = [Frame(first + bytes(50 + more)) for more, first in enumerate((MAC, b"\1" * 6))]
     for frame in [*frames, Frame(b"\xff" * 60)]:
-        found.statistics.transmit.count(frame.head, len(frame))
+        found.statistics.transmit.count(frame)
     found.statistics.transmit.errors = 1 << 64 | 5
-    found.statistics.receive.count(b"\xff" * 6, 99)
+    found.statistics.receive.count(Frame(b"\xff" * 99))
     found.statistics.receive.dropped["no buffer"] = 3
     got = {oid: int.from_bytes(ANSWERS[oid](found), "little") for oid in COUNTERS}
     assert {oid: value for oid, value in got.items() if value} == {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from tests.guest.rig.comparison import (
@@ -39,19 +41,30 @@ def test_rounds_that_only_one_side_has_are_not_compared():
 def test_the_table_says_how_far_the_rounds_were_apart():
     ours = {"boot": [4.0, 5.0, 4.5], "reads": [1000.0, 2000.0, 1500.0]}
     theirs = {"boot": [4.4, 4.0, 4.5], "reads": [500.0, 4000.0, 1500.0]}
-    assert table(ours, theirs, {"boot": BOOT, "reads": READS}) == [
-        "| | vmbus | QEMU virtio-scsi | ratio |",
+    sides = {"vmbus": ours, "QEMU": theirs}
+    assert table(sides, {"boot": BOOT, "reads": READS}) == [
+        "| | vmbus | QEMU | ratio |",
         "|---|---|---|---|",
         "| boot | 4.5 (4.0 to 5.0) s | 4.4 (4.0 to 4.5) s | 1.00 (0.80 to 1.10) |",
         "| reads | 1500 (1000 to 2000) iops | 1500 (500 to 4000) iops | 1.00 (0.50 to 2.00) |",
     ]
 
 
+def test_several_sides_stand_beside_ours_each_with_its_ratio():
+    sides = {"vmbus": {"reads": [8.0]}, "A": {"reads": [4.0]}, "B": {"reads": [16.0]}}
+    assert table(sides, {"reads": READS}) == [
+        "| | vmbus | A | ratio | B | ratio |",
+        "|---|---|---|---|---|---|",
+        "| reads | 8 (8 to 8) iops | 4 (4 to 4) iops | 2.00 (2.00 to 2.00)"
+        " | 16 (16 to 16) iops | 0.50 (0.50 to 0.50) |",
+    ]
+
+
 def test_who_begins_changes_from_round_to_round():
     turns: list[str] = []
     for number in range(3):
-        order(number, lambda: turns.append("ours"), lambda: turns.append("qemu"))
-    assert turns == ["ours", "qemu", "qemu", "ours", "ours", "qemu"]
+        order(number, *(partial(turns.append, each) for each in "abc"))
+    assert "".join(turns) == "abcbcacab"
 
 
 def test_the_machines_own_speed_is_what_it_does_in_a_second():

@@ -48,6 +48,12 @@ def test_a_module_that_is_not_there_is_named(modules):
         module_order(modules, ["hv_netvsc"])
 
 
+def test_a_module_that_newer_kernels_have_built_in_may_be_missing(modules):
+    assert module_order(modules, ["crc32c_generic", "scsi_common"]) == [
+        "kernel/scsi/scsi_common.ko.xz"
+    ]
+
+
 def test_a_directory_without_modules_is_named(tmp_path):
     with pytest.raises(RigError, match=r"no modules\.dep"):
         module_order(tmp_path, ["ext4"])
