@@ -1,10 +1,10 @@
-"""An internet of our own: a name server, a web server and one for digests, behind a wire.
+"""An internet of our own: a name server and a web server, behind a wire.
 
 ::
 
     namespace home                       namespace internet
       HOST  --------- a pair of veth ---------  SERVER
-      a default route that leads there          DNS, HTTP, digests of streams
+      a default route that leads there          DNS, HTTP
 
 The server under test is at home. So what it does to reach the world is what it does anywhere, and
 the machine that the tests run on may have no network at all.
@@ -34,8 +34,6 @@ PAGE = hashlib.sha256(b"page").digest() * 4096
 """What the web server has to say."""
 STREAM_PORT = 4000
 """Where streams come back from."""
-DIGEST_PORT = 4001
-"""Where their digests come back from."""
 IPERF_PORT = 5201
 
 _DNS_HEADER = struct.Struct(">HHHHHH")
@@ -74,6 +72,15 @@ class _Pages(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(PAGE)
 
+    def do_POST(self) -> None:
+        """Say what the SHA-256 is of what somebody sends."""
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        digest = hashlib.sha256(data).hexdigest().encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(digest)))
+        self.end_headers()
+        self.wfile.write(digest)
+
     def log_message(self, *_said: object) -> None:
         """Nobody reads it."""
 
@@ -84,16 +91,6 @@ class _Streams(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         data = b"".join(iter(lambda: self.request.recv(1 << 16), b""))
         self.request.sendall(data)
-
-
-class _Digests(socketserver.BaseRequestHandler):
-    """Takes a stream to its end, and says what its SHA-256 is."""
-
-    def handle(self) -> None:
-        digest = hashlib.sha256()
-        while data := self.request.recv(1 << 16):
-            digest.update(data)
-        self.request.sendall(digest.hexdigest().encode())
 
 
 class _NameServer(socketserver.ThreadingUDPServer):
@@ -174,7 +171,6 @@ def open_internet(folder: Path) -> Iterator[Internet]:
             servers: list[socketserver.BaseServer] = [
                 _NameServer((SERVER, 53), _Names),
                 http.server.ThreadingHTTPServer((SERVER, 80), _Pages),
-                _Server((SERVER, DIGEST_PORT), _Digests),
             ]
         for server in servers:
             stack.enter_context(_serving(server))

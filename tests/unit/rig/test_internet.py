@@ -10,7 +10,7 @@ import pytest
 from scapy.layers.dns import DNS, DNSQR
 
 from tests.guest.rig import internet
-from tests.guest.rig.internet import DIGEST_PORT, HOST, NAME, PAGE, SERVER, open_internet
+from tests.guest.rig.internet import HOST, NAME, PAGE, SERVER, open_internet
 
 
 def ask(name: str, kind: str) -> DNS:
@@ -38,17 +38,16 @@ def test_there_are_no_other_names():
 @pytest.mark.root
 def test_home_reaches_what_is_there_and_nothing_is_left(tmp_path):
     with open_internet(tmp_path) as network:
-        with network.home.inside():
+        for method, data, answer in (
+            ("GET", None, PAGE),
+            ("POST", b"hello", hashlib.sha256(b"hello").hexdigest().encode()),
+        ):
             page = http.client.HTTPConnection(SERVER, 80)
-            page.connect()
-            stream = socket.create_connection((SERVER, DIGEST_PORT))
-        page.request("GET", "/")
-        assert page.getresponse().read() == PAGE
-        page.close()
-        with stream:
-            stream.sendall(b"hello")
-            stream.shutdown(socket.SHUT_WR)
-            assert stream.recv(100) == hashlib.sha256(b"hello").hexdigest().encode()
+            with network.home.inside():
+                page.connect()
+            page.request(method, "/", data)
+            assert page.getresponse().read() == answer
+            page.close()
         with network.home.inside():
             socket.create_server((HOST, 8080)).close()
         with pytest.raises(OSError, match="assign"):
