@@ -229,7 +229,8 @@ async def test_a_guest_uses_its_disks_while_operators_look_and_change_them(path,
             assert top.returncode == 0, top.stderr
             _, line, channel, used = top.stdout.splitlines()
             assert line == (
-                f"guest=vm1 version=5.3 memory={MEMORY} paused=no faults=0 channels=1 disks=1"
+                f"guest=vm1 version=5.3 memory={MEMORY} paused=no faults=0 channels=1"
+                " disks=1 nics=0"
             )
             assert channel.startswith("guest=vm1 channel=1 device=scsi subchannel=0 ")
             assert used.startswith("guest=vm1 disk=0:0:0 controller=0 size=4194304 errors=0 ")
