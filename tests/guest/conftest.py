@@ -48,6 +48,14 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
         claims.finish(nodeid)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say why a test is tried again: whatever comes of that, it has failed once."""
+    if str(report.outcome) == "rerun":  # of pytest-rerunfailures
+        print(f"\n{report.nodeid} has failed:\n{report.longreprtext[-3000:]}")
+        for title, text in report.sections:
+            print(f"--- {title}\n{text[-3000:]}")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """Show guests and servers of a failed test."""
