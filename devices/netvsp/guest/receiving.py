@@ -35,6 +35,8 @@ from vmbus.wire.packets import (
 
 _MAX_RANGES = 562
 """NVSP_RSC_MAX: of one packet, and parts of one coalesced segment."""
+BACKLOG = 4096
+"""Frames that nobody has taken; then the oldest is dropped, as in a guest's network stack."""
 _LONGEST = 14 + 4 + 65535
 """Bytes of a coalesced frame."""
 _COMPLETED = nvsp.build_rndis_packet_complete(nvsp.SUCCESS)
@@ -261,6 +263,9 @@ class Receiver:
         )
         self._counters.received += 1
         self._counters.received_bytes += len(data)
+        if len(self.frames) >= BACKLOG:
+            self._take()
+            self._counters.dropped += 1
         self.frames.append(frame)
         self._arrived.unpark()
         return frame
@@ -277,6 +282,9 @@ class Receiver:
             if self._error is not None:
                 raise self._error
             await self._arrived.park()
+        return self._take()
+
+    def _take(self) -> GuestFrame:
         frame = self.frames.popleft()
         token = self._untaken.pop(id(frame), None)
         if token is not None:

@@ -22,6 +22,8 @@ class Counters:
     received: int = 0
     """Frames, coalesced ones counting once."""
     received_bytes: int = 0
+    dropped: int = 0
+    """Frames that nobody has taken in time."""
     late: int = 0
     """Frames that came after the packet filter was cleared, and were dropped."""
     packets: int = 0

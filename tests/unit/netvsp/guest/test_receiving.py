@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from netvsp.guest import Counters, GuestFrame
+from netvsp.guest import Counters, GuestFrame, receiving
 from netvsp.guest.habits import HABITS
 from netvsp.guest.receiving import Receiver
 from netvsp.wire import ndis, nvsp, oids, ppi, rndis
@@ -52,6 +52,21 @@ async def test_frames_come_and_are_completed(personality):
         assert adapter.receiver.outstanding == 0
         assert adapter.counters.received == 150
         assert adapter.counters.received_bytes == 61 * 150
+
+
+@pytest.mark.parametrize("personality", [LINUX_6_1, FREEBSD, UEFI], ids=str)
+async def test_the_oldest_frames_are_dropped_if_nobody_takes_any(personality, monkeypatch):
+    monkeypatch.setattr(receiving, "BACKLOG", 5)
+    async with plugged(personality) as (adapter, nic):
+        await adapter.up()
+        for number in range(12):
+            nic.frame(FRAME + bytes([number]))
+            await settle()
+        for number in range(7, 12):
+            assert (await adapter.receive()).data[-1] == number
+        await settle()
+        assert adapter.counters.dropped == 7
+        assert adapter.receiver.outstanding == 0
 
 
 async def test_what_is_said_of_a_frame_is_kept():
