@@ -81,6 +81,7 @@ class Supervisor:
         zygote.setblocking(False)
         self.plan = plan
         self._zygote = zygote
+        self._down = trio.Lock()
         self._nursery: trio.Nursery
         self._workers: dict[int, Worker] = {}
         """Those whose process is there, by pid."""
@@ -210,7 +211,9 @@ class Supervisor:
             return  # it has ended, and so do all workers
 
     async def _kill_later(self, pid: int, _: object) -> None:
-        await trio.lowlevel.wait_writable(self._zygote)
+        # Several workers may have to be killed at once, and one task can wait for a socket.
+        async with self._down:
+            await trio.lowlevel.wait_writable(self._zygote)
         self.kill(pid)
 
     def came(self) -> None:

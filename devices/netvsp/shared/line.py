@@ -35,6 +35,7 @@ class FrameLine:
         sock.setblocking(False)
         self._sock = sock
         self._buffer = buffer
+        self._turn = trio.Lock()
         self.lost = 0
 
     def send_frames(self, frames: Sequence[Frame]) -> int:
@@ -79,9 +80,15 @@ class FrameLine:
         return True
 
     async def wait_writable(self) -> None:
-        """Wait until there may be room. Is a checkpoint."""
-        with contextlib.suppress(trio.ClosedResourceError):
-            await trio.lowlevel.wait_writable(self._sock)
+        """Wait until there may be room. Is a checkpoint. Several tasks may wait.
+
+        All channels of an adapter share its line, and trio lets one task wait for a socket.
+        """
+        async with self._turn:
+            if self._sock.fileno() < 0:
+                return
+            with contextlib.suppress(trio.ClosedResourceError):
+                await trio.lowlevel.wait_writable(self._sock)
 
     def receive_nowait(self) -> memoryview | None:
         """Return the next message, as :meth:`receive`; None: there is none yet. Cannot block.

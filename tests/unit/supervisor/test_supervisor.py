@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import os
 import signal
+import uuid
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -14,7 +15,7 @@ import pytest
 import trio
 
 from storvsp.guest import attach, scan
-from tests.support.attach import raw_vmm
+from tests.support.attach import INFO, raw_vmm
 from tests.support.patience import LOOK, PATIENCE, SOON, until
 from vmbus.attach.client.machine import attach_machine
 from vmbus.attach.protocol.limits import Role
@@ -26,7 +27,7 @@ from vmbus.errors import AttachError, ConfigError
 from vmbus.guest import LINUX_6_1, boot
 from vmbus.partition.soft_machine import SoftMachine
 from vmbus.server import DeviceSetup
-from vmbus.supervisor import Plan, Supervisor, supervisor as supervisor_module
+from vmbus.supervisor import Plan, Supervisor, parcels, supervisor as supervisor_module
 from vmbus.supervisor.sandbox import landlock_version
 
 pytestmark = pytest.mark.slow
@@ -164,6 +165,32 @@ async def test_a_worker_that_stands_still_holds_nobody_up(tmp_path, monkeypatch)
         # It answers late what nobody waits for any more, and that is no mistake.
         monkeypatch.setattr(supervisor_module, "QUERY_PATIENCE", PATIENCE)
         assert await answers_of(here) == {"good": True, "stuck": True}
+
+
+async def test_several_workers_may_be_killed_while_the_zygote_has_much_to_read(
+    tmp_path, monkeypatch
+):
+    refusals = 3
+    send = parcels.send_down
+
+    def send_down(sock, message, *arguments):
+        nonlocal refusals
+        if "kill" in message and refusals:
+            refusals -= 1
+            raise BlockingIOError
+        return send(sock, message, *arguments)
+
+    monkeypatch.setattr(supervisor_module, "send_down", send_down)
+    async with world(tmp_path) as here:
+        with contextlib.ExitStack() as peers:
+            for number in range(refusals):
+                info = dataclasses.replace(INFO, vm_id=uuid.UUID(int=number + 1).bytes)
+                await peers.enter_context(raw_vmm(tmp_path / "s")).attach(info=info)
+            await here.until(refusals)
+            for guest in (await here.supervisor.query("guests"))["guests"]:
+                here.supervisor.kill(guest["pid"])
+            await here.until(0)
+    assert not refusals
 
 
 async def test_a_worker_that_does_not_end_is_killed(tmp_path, monkeypatch, caplog):
