@@ -11,6 +11,8 @@
      +-- BudgetError                 a guest asked us to hold more than its budget allows
      +-- AttachError                 a vmbus-user connection could not be made or was lost
      +-- ConfigError (ValueError)    a specification, option or offer that cannot be honoured
+     +-- TraceError                  a file is no trace, or no longer one from a position on
+     |    +-- TraceCutError          ... because it ends there
      +-- DeviceError                 a device or back-end failed (devices derive their own)
           +-- NotBackError           ... to give back what it was asked to let go of
 
@@ -19,7 +21,8 @@ it), ``trio.BrokenResourceError`` (the other side is gone) and ``trio.BusyResour
 tasks at one end), exactly with the meanings trio gives them.
 
 A function whose name ends in ``_untrusted`` reads bytes chosen by a guest or a peer and lets
-nothing but :class:`GuestProtocolError` (or :class:`PeerProtocolError` for socket peers) escape.
+nothing but :class:`GuestProtocolError` (or :class:`PeerProtocolError` for socket peers,
+:class:`TraceError` for files) escape.
 Any other exception from such a function is a bug in this project.
 """
 
@@ -99,6 +102,23 @@ class AttachError(VMBusError):
 
 class ConfigError(VMBusError, ValueError):
     """A specification, an option or an offer that cannot be honoured; says what would be."""
+
+
+class TraceError(VMBusError):
+    """A file is no trace, or is one no longer from a position on.
+
+    Args:
+        message: What is wrong there, in a few words.
+        position: Where, in bytes from the beginning of the file.
+    """
+
+    def __init__(self, message: str, position: int = 0) -> None:
+        super().__init__(f"{message}, at byte {position}")
+        self.position = position
+
+
+class TraceCutError(TraceError):
+    """A file ends in the middle: its writer was killed, or the disk was full."""
 
 
 class DeviceError(VMBusError):

@@ -24,6 +24,7 @@ ROOMS: dict[str, str] = {
     "vmbus.workers": "threads for blocking calls",
     "vmbus.log_budget": "how many lines others can cause in a log",
     "vmbus.streams": "standard streams that cannot be relied on",
+    "vmbus.trace": "traces as files",
     "vmbus.engine": "the control plane, without I/O",
     "vmbus.synic": "the SynIC and its hypercalls, without I/O",
     "vmbus.guest": "the driver half, for guests in Python; knows no device",
