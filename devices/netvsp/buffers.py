@@ -11,6 +11,8 @@ megabytes. So a view is made when its part of the buffer is used for the first t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from netvsp.frames.frame import Buffer
 from vmbus.host.buffer import GpadlLease
 from vmbus.memory import PAGE_SIZE, GuestMemory, window
@@ -110,6 +112,17 @@ class ReceiveBuffer(SharedBuffer):
         # What was given back last is used first: it may be in a cache, and its views are made.
         self.free = list(range(self.count - 1, -1, -1))
         """Parts that are the device's."""
+
+    def stored(self, ranges: Sequence[int]) -> list[memoryview]:
+        """Return what a packet names, uncopied; the buffer's. Cannot block.
+
+        Args:
+            ranges: Length and offset of each part.
+        """
+        found: list[memoryview] = []
+        for length, offset in zip(ranges[::2], ranges[1::2], strict=True):
+            found += window(self.part(offset // self.part_size), 0, length)
+        return found
 
     def write(self, index: int, data: Buffer) -> None:
         """Store a message at the start of a part. Cannot block.

@@ -40,6 +40,7 @@ from netvsp.view import guests_view
 from netvsp.wire import nvsp, oids
 from vmbus.errors import GuestProtocolError
 from vmbus.host.channel import Channel
+from vmbus.host.observer import MemoryUse
 
 MAX_RANGES = 64
 """Frames of one packet. Linux takes 562, OpenVMM sends 375; a packet is 16 + 8 bytes a frame."""
@@ -395,6 +396,9 @@ class Receiver:
         for ranges in group:
             if ranges:
                 indexes = [offset // size for offset in ranges[1::2]]
+                if channel.tells_memory:
+                    stored = self.buffer.stored(ranges)
+                    channel.tell_memory(indexes[0], stored, MemoryUse.SENT)
                 channel.send_packet(build_packet(self.buffer_id, ranges, indexes[0], message))
                 self._outstanding[indexes[0]] = channel, indexes
                 self._shares.took(channel, len(indexes))

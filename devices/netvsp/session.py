@@ -229,7 +229,7 @@ class Session:
         if kind != nvsp.SEND_RNDIS_PACKET:
             return self._message_untrusted(sender.channel, packet)
         self._expect_agreed("SEND_RNDIS_PACKET")
-        pieces = sender.messages.pieces_untrusted(packet, section, length)
+        pieces = sender.pieces_untrusted(packet, section, length)
         # UEFI says 2, which is neither frames nor control, for its frames (NetvscTransmit).
         if channel_type != nvsp.CHANNEL_DATA and not _is_frame(pieces[0]):
             self._control_untrusted(sender, packet, pieces)

@@ -18,7 +18,7 @@ import trio
 
 from netvsp.backlog import ANSWER, MAX_PIECES, SEGMENT_COST, TURN, Backlog, count_pieces, finished
 from netvsp.endpoint import Endpoint
-from netvsp.frames.frame import ETHERNET_HEADER, ETHERTYPE_VLAN, Frame, hides_tag
+from netvsp.frames.frame import ETHERNET_HEADER, ETHERTYPE_VLAN, Buffer, Frame, hides_tag
 from netvsp.frames.offload import from_guest_untrusted
 from netvsp.link import AdapterConfig, Link
 from netvsp.messages import FIRST_OFFSET, Messages, whereabouts
@@ -27,6 +27,7 @@ from netvsp.wire import rndis
 from netvsp.wire.nvsp import CHANNEL_DATA, RNDIS_PACKET, SEND_RNDIS_PACKET
 from vmbus.errors import GuestProtocolError
 from vmbus.host.channel import Channel
+from vmbus.host.observer import MemoryUse
 from vmbus.ring import Packet
 from vmbus.wire.packets import COMPLETION, DESCRIPTOR_SIZE, GPA_DIRECT, IN_BAND
 
@@ -117,11 +118,12 @@ class Sender:
         sums = simple = segments or self._offloads.checksum
         quick, sections, mac = self._state()
         longest = self.max_frame
+        tells = self.channel.tells_memory
         for done, packet in enumerate(packets, 1):  # noqa: B007 - wanted behind the loop
             budget -= COST
             data = packet.data
             start = packet.payload_offset
-            frame = message = None
+            frame = message = found = None
             pieces = 1
             if quick and len(data) - start >= _NVSP_SIZE:
                 kind, channel_type, section, length = _nvsp_packet(data, start)
@@ -164,6 +166,10 @@ class Sender:
                 quick, sections, mac = self._state()
                 longest = self.max_frame
                 continue
+            if tells:
+                self.channel.tell_memory(
+                    packet.transaction_id, found or [message or b""], MemoryUse.READ
+                )
             head, offload = frame.head, frame.offload
             size = needed = len(frame) if frame.rest else len(head)
             if offload is not None:
@@ -210,6 +216,13 @@ class Sender:
             {} if buffer is None else buffer.parts,
             link.mac if plain else b"",
         )
+
+    def pieces_untrusted(self, packet: Packet, section: int, length: int) -> list[Buffer]:
+        """As :meth:`netvsp.messages.Messages.pieces_untrusted`; who listens is told of them."""
+        pieces = self.messages.pieces_untrusted(packet, section, length)
+        if self.channel.tells_memory:
+            self.channel.tell_memory(packet.transaction_id, pieces, MemoryUse.READ)
+        return pieces
 
     def cost(self, frames: Sequence[Frame], pieces: int) -> int:
         """Return what it takes to send frames; see :data:`TURN`. Cannot block."""

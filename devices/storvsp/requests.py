@@ -43,7 +43,9 @@ from storvsp.wire import (
 )
 from vmbus.errors import STATUS_SUCCESS, GuestProtocolError
 from vmbus.host.channel import Channel
+from vmbus.host.observer import MemoryUse
 from vmbus.host.undertakings import Undertaking
+from vmbus.memory import window
 from vmbus.ring import Packet
 from vmbus.wire.gpa import PAGE_SIZE, pfn_list
 from vmbus.wire.packets import COMPLETION, DESCRIPTOR_SIZE, GPA_DIRECT
@@ -162,6 +164,7 @@ class Requests:
         complete = channel.complete_packet
         max_transfer = self._max_transfer
         moves = _MOVES
+        tells = channel.tells_memory
         done = 0
         budget = TURN // parts
         # Counted per unit, which seldom changes within a batch.
@@ -205,6 +208,8 @@ class Requests:
                         if not otherwise(channel, packet, nursery) or budget <= 0:
                             break
                         continue
+                    if tells and not data_in:
+                        channel.tell_memory(packet.transaction_id, views, MemoryUse.READ)
                     cdb = request[14]
                     command = Command(
                         cdb[:cdb_length],
@@ -233,6 +238,8 @@ class Requests:
                     moved = outcome[2]
                     if data_in:
                         read += moved
+                        if tells:
+                            _tell_read(channel, packet, command, moved)
                     else:
                         written += moved
                     if outcome[0]:
@@ -295,6 +302,7 @@ class Requests:
         if outcome is not None:
             self.inline += 1
             _count(unit, command, outcome)
+            _tell_read(channel, packet, command, outcome.transferred)
             self._finish(channel, packet, srb, outcome)
         else:
             self._wait(channel, packet, srb, command, unit=unit, nursery=nursery)
@@ -320,6 +328,8 @@ class Requests:
             data = channel.external_data_untrusted(
                 packet, length, write=direction is DataDirection.READ
             )
+            if channel.tells_memory and direction is not DataDirection.READ:
+                channel.tell_memory(packet.transaction_id, data, MemoryUse.READ)
         return Command(srb.cdb[: srb.cdb_length], data, length, direction, self._units.initiator)
 
     def _wait(
@@ -363,6 +373,7 @@ class Requests:
             del self._undertakings[number]
             self._under_way.end(number)
         _count(unit, execution.command, outcome)
+        _tell_read(channel, execution.packet, execution.command, outcome.transferred)
         self._finish(channel, execution.packet, execution.srb, outcome)
         # Tasks that end in the same turn of the loop share one flush only by luck; the ring's
         # signalling rule keeps the price of a flush low.
@@ -443,6 +454,17 @@ class Requests:
                 size=answer_size(packet),
             ),
         )
+
+
+def _tell_read(channel: Channel, packet: Packet, command: Command, size: int) -> None:
+    """Tell who listens what has been read, of so many bytes."""
+    if (
+        channel.tells_memory
+        and size
+        and command.direction is DataDirection.READ
+        and not channel.ended
+    ):
+        channel.tell_memory(packet.transaction_id, window(command.data, 0, size), MemoryUse.WRITTEN)
 
 
 def _count(unit: LogicalUnit, command: Command, outcome: Outcome) -> None:

@@ -34,6 +34,7 @@ ROOMS: dict[str, str] = {
     "vmbus.attach.client": "`vmbus-user`: VMMs and operators",
     "vmbus.attach.server": "`vmbus-user`: the server's end",
     "vmbus.host": "the runtime of one bus: channels, tasks, delivery, devices' contract",
+    "vmbus.capture": "what is said on a bus becomes a trace",
     "vmbus.plugins": "devices and back-ends by name; the grammar of specifications",
     "vmbus.demo": "a demo's guest as far as it knows no device, and the seam for those",
     "vmbus.testing": "checks and scenery for authors of devices and back-ends",

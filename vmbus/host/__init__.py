@@ -35,7 +35,7 @@ from vmbus.host.device import (
     Retiring as Retiring,
     Saveable as Saveable,
 )
-from vmbus.host.observer import Observer as Observer
+from vmbus.host.observer import MemoryUse as MemoryUse, Observer as Observer
 from vmbus.host.serving import Life as Life
 
 __all__ = [
@@ -49,5 +49,6 @@ __all__ = [
     "Retiring",
     "Saveable",
     "Life",
+    "MemoryUse",
     "Observer",
 ]

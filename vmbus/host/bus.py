@@ -316,7 +316,7 @@ class Bus:
 
     def _ring_observer_changed(self) -> None:
         for channel in self.open_channels():
-            channel.observer = self.observers.ring
+            channel.observe(self.observers)
 
     def _runner_done(self, runner: ChannelRunner) -> None:
         """A channel's task is over; nothing of it touches guest memory. Cannot block."""

@@ -60,6 +60,7 @@ class Channel(OutgoingHalf):
         target_vp: VP that is interrupted for it; None: none is.
         statistics: Counters.
         observer: Hears of packets and signals; None, which costs nothing, if nobody listens.
+        tells_memory: Whether somebody wants to hear of the memory that packets point to.
         max_outstanding: Requests that may be unanswered before reading stops; a budget, since
             each one makes the device hold state.
         undertakings: Those of them that take their time, weighed by what they hold.

@@ -1,4 +1,4 @@
-"""Listening to a bus: control messages, packets, signals, faults, channels that come and go.
+"""Listening to a bus: messages, packets, memory, signals, faults, channels coming and going.
 
 Traces, fuzzers and the account of ``vmbus serve -vv`` hang on this, and on nothing else. A
 listener overrides the methods of :class:`Observer` that it cares for::
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Protocol
 
 from vmbus.engine.offers import Offer
@@ -26,6 +27,21 @@ from vmbus.wire.messages import Direction
 from vmbus.wire.versions import Version
 
 _log = logging.getLogger("vmbus.bus")
+
+Piece = bytes | bytearray | memoryview
+"""A part of what a packet points to."""
+
+
+class MemoryUse(Enum):
+    """What a device does with the memory that a packet points to."""
+
+    READ = "read"
+    """A packet of the guest's, which :meth:`Observer.packets_in` has told of. The guest could write
+    there at any time, so what the device acts on may be something else."""
+    WRITTEN = "written"
+    """A packet of the guest's, whose completion follows."""
+    SENT = "sent"
+    """A packet of the host's, which follows."""
 
 
 class ObservedChannel(Protocol):
@@ -62,6 +78,23 @@ class Observer:
     def packets_out(self, channel: ObservedChannel, packets: Sequence[bytes]) -> None:
         """These packets are in the guest's ring: from descriptor to padding, without trailers."""
 
+    def memory(
+        self,
+        channel: ObservedChannel,
+        transaction_id: int,
+        pieces: Sequence[Piece],
+        use: MemoryUse,
+    ) -> None:
+        """What a packet points to, as its device has found it.
+
+        Args:
+            channel: Where the packet is.
+            transaction_id: Of the packet.
+            pieces: Its bytes, one behind the other; guest memory, which is lent for this call:
+                whoever wants to keep it copies it.
+            use: What it is to the device.
+        """
+
     def signal(self, channel: ObservedChannel, direction: Direction) -> None:
         """One side has rung the other's doorbell for this channel."""
 
@@ -69,7 +102,7 @@ class Observer:
         """The guest broke a rule, on a channel or, if None, in the control plane."""
 
 
-_RING_METHODS = ("packets_in", "packets_out", "signal")
+_RING_METHODS = ("packets_in", "packets_out", "memory", "signal")
 
 
 class Observers:
@@ -88,6 +121,11 @@ class Observers:
     def ring(self) -> Observers | None:
         """What channels are to tell of their rings, None if nobody listens to that."""
         return self if any(name in self._listeners for name in _RING_METHODS) else None
+
+    @property
+    def to_memory(self) -> bool:
+        """Whether somebody listens to memory: devices look before they tell."""
+        return "memory" in self._listeners
 
     def add(self, observer: Observer) -> Callable[[], None]:
         """Add an observer; the same one may be added twice.
@@ -145,6 +183,16 @@ class Observers:
     def packets_out(self, channel: ObservedChannel, packets: Sequence[bytes]) -> None:
         """See :meth:`Observer.packets_out`. Never raises."""
         self._tell("packets_out", channel, packets)
+
+    def memory(
+        self,
+        channel: ObservedChannel,
+        transaction_id: int,
+        pieces: Sequence[Piece],
+        use: MemoryUse,
+    ) -> None:
+        """See :meth:`Observer.memory`. Never raises."""
+        self._tell("memory", channel, transaction_id, pieces, use)
 
     def signal(self, channel: ObservedChannel, direction: Direction) -> None:
         """See :meth:`Observer.signal`. Never raises."""

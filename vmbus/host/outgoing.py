@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections import deque
+from collections.abc import Sequence
 
 import trio
 
 from vmbus.engine.offers import Offer
 from vmbus.errors import LocalProtocolError
 from vmbus.host.bell import Bell
-from vmbus.host.observer import Observers
+from vmbus.host.observer import MemoryUse, Observers, Piece
 from vmbus.host.statistics import Statistics
 from vmbus.partition.transport import Call
 from vmbus.ring import RingWriter
@@ -42,6 +43,7 @@ class OutgoingHalf(abc.ABC):
     def __init__(self, writer: RingWriter, bell: Bell, call: Call) -> None:
         self.statistics = Statistics()
         self.observer: Observers | None = None
+        self.tells_memory = False
         self._writer = writer
         self._capacity = writer.capacity
         self._bell = bell
@@ -104,10 +106,10 @@ class OutgoingHalf(abc.ABC):
             return False
         packets = tuple(queue)
         count, signal = self._writer.write_batch_untrusted(packets)
-        if signal:
-            self._signal()
         if self.observer is not None:
             self.observer.packets_out(self, packets[:count])
+        if signal:
+            self._signal()
         if count == len(queue):
             size = sum(map(len, queue))
             queue.clear()
@@ -159,6 +161,25 @@ class OutgoingHalf(abc.ABC):
                 writer.stop_waiting()
             flushed, self._flushed = self._flushed, None
             flushed.set()
+
+    def observe(self, observers: Observers) -> None:
+        """Internal: these listen from now on. Cannot block."""
+        self.observer = observers.ring
+        self.tells_memory = observers.to_memory
+
+    def tell_memory(self, transaction_id: int, pieces: Sequence[Piece], use: MemoryUse) -> None:
+        """Tell who listens what a packet points to. Cannot block, never raises.
+
+        A device calls this if :attr:`tells_memory`, when it has found the bytes that it is going to
+        read, or has written those that it is going to tell the guest of.
+
+        Args:
+            transaction_id: Of the packet.
+            pieces: The bytes, one behind the other; only borrowed.
+            use: What they are to the device.
+        """
+        if self.observer is not None:
+            self.observer.memory(self, transaction_id, pieces, use)
 
     @property
     def doorbell_fd(self) -> int:

@@ -234,7 +234,7 @@ class ChannelRunner:
             max_outstanding=self.bus.config.max_outstanding,
             longest_look=self.bus.config.longest_look,
         )
-        channel.observer = self.bus.observers.ring
+        channel.observe(self.bus.observers)
         return channel
 
     def _make_call(self) -> Call:

@@ -64,6 +64,8 @@ class Flag(IntFlag):
     """Bytes were replaced, because they are nobody else's business."""
     HOST_WROTE = 4
     """MEMORY: the host has written it; else it has read it."""
+    HOSTS_PACKET = 8
+    """MEMORY: the packet is one of the host's, and follows; else it is one of the guest's."""
 
 
 class Way(IntEnum):

@@ -87,7 +87,7 @@ async def test_packets_and_signals_of_both_directions_are_heard():
     observer = Everything()
     observers = Observers(lambda: None)
     observers.add(observer)
-    channel.observer = observers.ring
+    channel.observe(observers)
     request = build_packet(IN_BAND, b"12345678", transaction_id=5, flags=1)
     async with trio.open_nursery() as nursery:
 
@@ -102,8 +102,8 @@ async def test_packets_and_signals_of_both_directions_are_heard():
     assert observer.heard == [
         ("signal", Direction.GUEST_TO_HOST),
         ("in", 5),
-        ("signal", Direction.HOST_TO_GUEST),
         ("out", 16),
+        ("signal", Direction.HOST_TO_GUEST),
     ]
     channel.close_doorbell()
 
