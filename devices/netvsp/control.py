@@ -194,18 +194,19 @@ class Control:
             lso_max_size=0xF53C,
             lso_min_segments=2,
             lso_ipv6=True,
-            rsc_ipv4=self._may_coalesce,
-            rsc_ipv6=self._may_coalesce,
+            rsc_ipv4=self.may_coalesce,
+            rsc_ipv6=self.may_coalesce,
         )
 
     @property
-    def _may_coalesce(self) -> bool:
+    def may_coalesce(self) -> bool:
+        """Whether the guest can take segments that are longer than the MTU."""
         return self.coalesces and self.version >= VERSION_6_1 and self.config.offloads
 
     @property
     def rsc(self) -> bool:
         """Whether the guest takes segments that are longer than the MTU: it can, and wants to."""
-        return self._may_coalesce and set(self._rsc_wanted.values()) == {ndis.OFFLOAD_ENABLED}
+        return self.may_coalesce and set(self._rsc_wanted.values()) == {ndis.OFFLOAD_ENABLED}
 
     # -- settings --------------------------------------------------------------------------------
 

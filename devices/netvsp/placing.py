@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from netvsp.buffers import ReceiveBuffer
-from netvsp.frames.frame import NEEDS_CHECKSUM, VLAN_TAG, Frame
-from netvsp.frames.offload import fill_checksum, receive_value
+from netvsp.frames.frame import VLAN_TAG, Frame
+from netvsp.frames.offload import receive_value
 from netvsp.wire import ppi, rndis
 from vmbus.errors import GuestProtocolError
 from vmbus.wire.packets import FLAG_COMPLETION_REQUESTED, RANGES_OFFSET, TRANSFER_PAGES
@@ -18,17 +18,30 @@ ROOM = 256
 LONGEST_CONTROL = 1024
 """Bytes that a sub-allocation has for control messages at least; a name takes 536."""
 
+COALESCED_PART = 16 << 10
+"""Bytes of a sub-allocation for drivers that take coalesced segments, of which each part is one."""
+COALESCED_PARTS = 512
+"""They are that long if there are so many of them at least."""
+
 _HEADERS = 2048
 """Lengths of frames whose header is remembered; then all are forgotten."""
 
 
-def part_size(max_frame: int) -> int:
+def part_size(max_frame: int, coalesced: int = 0) -> int:
     """Return how long a sub-allocation has to be for such frames, in bytes. Cannot block.
 
     However short they are, what the guest asks for goes there as well.
 
     A power of two up to a page: then none of them is in two pages, whatever the guest's are.
+
+    Args:
+        max_frame: Bytes of the longest frame.
+        coalesced: Bytes of the whole buffer, if its driver takes coalesced segments. No message may
+            be longer than a sub-allocation (linux/drivers/net/hyperv/netvsc.c: netvsc_receive), and
+            each costs as much as a frame: so they are long.
     """
+    if coalesced >= COALESCED_PARTS * COALESCED_PART:
+        max_frame = max(max_frame, COALESCED_PART - VLAN_TAG - ROOM)
     need = max(max_frame + VLAN_TAG + ROOM, LONGEST_CONTROL)
     if need <= 4096:
         return 1 << (need - 1).bit_length()
@@ -110,15 +123,6 @@ def store(buffer: ReceiveBuffer, frame: Frame, hashed: int | None, segment: int)
 def _part_header(length: int, information: bytes, flags: int, segment: int) -> bytes:
     marked = information + ppi.build_packet_id(ppi.FRAGMENT_SUB_ALLOCATION | flags, segment)
     return rndis.build_packet_header(length, marked)
-
-
-def summed(frame: Frame) -> Frame:
-    """Return a frame with its sum: who takes a whole segment may look at it, too. Cannot block."""
-    offload = frame.offload
-    if offload is None or not offload.flags & NEEDS_CHECKSUM:
-        return frame
-    plain = Frame(frame.head, frame.rest, offload._replace(gso_type=0), frame.tci, frame.flow)
-    return fill_checksum(plain)
 
 
 def put(buffer: ReceiveBuffer, data: bytes) -> tuple[int, int]:

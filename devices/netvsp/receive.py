@@ -33,7 +33,7 @@ from netvsp.frames.frame import (
 )
 from netvsp.frames.offload import complete, cut, fill_checksum
 from netvsp.link import AdapterConfig, Link
-from netvsp.placing import ROOM, Headers, build_packet, put, store, summed
+from netvsp.placing import ROOM, Headers, build_packet, put, store
 from netvsp.shares import Shares
 from netvsp.statistics import DIRECTED, Direction
 from netvsp.view import guests_view
@@ -305,7 +305,10 @@ class Receiver:
             self._wait_for(None)
             return 0
         self._count_offload(offload)
-        made = [summed(wanted)] if whole else complete(wanted)
+        # A driver that sends what it gets on elsewhere does not want segments coalesced. So the sum
+        # of one is not made, which is most of the work: the guest is told that it is good.
+        coalesced = whole and not longest
+        made = [wanted] if coalesced else complete(wanted)
         self._store_all(buffer, made, hashed, group, whole=whole)
         return COST + 2 * length + (0 if whole else SEGMENT_COST * len(made))
 

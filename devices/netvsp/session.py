@@ -368,10 +368,10 @@ class Session:
         handle, number = nvsp.parse_buffer_untrusted(payload)
         if self.receiver.buffer is not None and not self.receiver.buffer.gone:
             raise GuestProtocolError("a second receive buffer", field="gpadl_handle")
-        size = part_size(self._max_frame)
         lease = channel.lease_gpadl(handle)
         try:
             pages = lease.gpadl.size
+            size = part_size(self._max_frame, pages if self.control.may_coalesce else 0)
             if not MIN_RECEIVE_PARTS * size <= pages <= MAX_BUFFER:
                 raise GuestProtocolError(f"a receive buffer of {pages} bytes", field="gpadl_handle")
             buffer = ReceiveBuffer(lease, channel.memory, size)

@@ -21,7 +21,7 @@ from vmbus.wire.packets import (
 
 DEPTH = 64
 RING_PAGES = 64
-RECEIVE_PAGES = 1024
+RECEIVE_PAGES = 2048
 SEND_PAGES = 256
 MAC = bytes.fromhex("00155d000001")
 PEER = bytes.fromhex("00155d000002")

@@ -25,9 +25,13 @@ FROM_UPLINK = 2
 QUEUE_FULL = "queue full"
 """Why frames were dropped that whoever is at the port did not take in time."""
 
-FLOOD_RATE = 20_000
-"""Frames a second from a port that may go to all others; a second's worth in one go."""
-JOINT_FLOOD_RATE = 200_000
+FLOOD_RATE = 5_000
+"""Frames a second from a port that may go to all others. A thousand stations that all look for each
+other are below that, and each of these frames is work for every guest."""
+FLOOD_BURST = 1_000
+"""How many in one go: so much later than without them is what is behind them."""
+JOINT_FLOODS = 10
+"""A joint may have so many times that."""
 FLOOD_PORTS = 16
 """Ports that such a frame goes to for one; if there are more, it counts for several."""
 
@@ -144,8 +148,9 @@ class SwitchPort:
     def spend_flood(self, now: float, ports: int) -> bool:
         """Whether a frame may go to all others, of which there are so many, now. Cannot block."""
         if self.tokens < 1:
-            rate = JOINT_FLOOD_RATE if self.config.joint else FLOOD_RATE
-            self.tokens = min(float(rate), self.tokens + (now - self.tokens_at) * rate)
+            times = JOINT_FLOODS if self.config.joint else 1
+            grown = self.tokens + (now - self.tokens_at) * FLOOD_RATE * times
+            self.tokens = min(float(FLOOD_BURST * times), grown)
             self.tokens_at = now
             if self.tokens < 1:
                 return False

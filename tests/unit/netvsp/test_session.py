@@ -174,6 +174,18 @@ async def test_the_mtu_is_what_guest_and_network_can_do(asked, carried, got):
         assert adapter.statistics.transmit.dropped["too long"] == 1
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "pages", "size"),
+    [(nvsp.CAPABILITY_RSC, 2048, 16384), (nvsp.CAPABILITY_RSC, 2047, 2048), (0, 2048, 2048)],
+)
+async def test_a_driver_that_takes_coalesced_segments_has_long_parts_for_them(
+    capabilities, pages, size
+):
+    guest = NetGuest(receive_pages=pages)
+    async with running(guest=guest, capabilities=capabilities):
+        assert (guest.part_size, guest.part_count) == (size, pages * 4096 // size)
+
+
 async def test_another_mtu_is_another_handshake():
     """linux closes the channel for that; a driver that begins anew on it is served as well."""
     async with running(mtu=1500) as (guest, adapter):

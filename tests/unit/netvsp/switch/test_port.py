@@ -6,8 +6,10 @@ import pytest
 
 from netvsp.switch.port import (
     EVERY_VLAN,
+    FLOOD_BURST,
     FLOOD_PORTS,
     FLOOD_RATE,
+    JOINT_FLOODS,
     PortConfig,
     SwitchPort,
     format_vlans,
@@ -57,10 +59,14 @@ def test_what_makes_no_sense_is_refused(options):
 
 def test_floods_have_a_rate():
     port = SwitchPort("a", PortConfig(), lambda: None)
-    assert sum(port.spend_flood(0, 2) for _ in range(2 * FLOOD_RATE)) == FLOOD_RATE
-    assert sum(port.spend_flood(0.5, FLOOD_PORTS) for _ in range(FLOOD_RATE)) == FLOOD_RATE // 2
+    assert sum(port.spend_flood(0, 2) for _ in range(2 * FLOOD_BURST)) == FLOOD_BURST
+    soon = FLOOD_BURST / FLOOD_RATE / 2
+    assert sum(port.spend_flood(soon, FLOOD_PORTS) for _ in range(FLOOD_BURST)) == FLOOD_BURST // 2
     # Silence is not saved up.
-    assert sum(port.spend_flood(1000, 2) for _ in range(2 * FLOOD_RATE)) == FLOOD_RATE
+    assert sum(port.spend_flood(1000, 2) for _ in range(2 * FLOOD_BURST)) == FLOOD_BURST
+    joint = SwitchPort("b", PortConfig(joint=True), lambda: None)
+    count = JOINT_FLOODS * FLOOD_BURST
+    assert sum(joint.spend_flood(0, 2) for _ in range(2 * count)) == count
 
 
 def test_a_port_is_described():
