@@ -15,6 +15,9 @@ from netvsp.frames.frame import Buffer
 _CHUNK = 2048
 """Bytes that are taken as one number; an even count, so that all words count the same."""
 
+_SHORT = 512
+"""Bytes of which a sum is made in one piece."""
+
 
 def ones_sum(data: Buffer) -> int:
     """Return the ones' complement sum of 16-bit words in network order, 0 to 65535. Cannot block.
@@ -24,14 +27,24 @@ def ones_sum(data: Buffer) -> int:
     """
     if len(data) & 1:
         data = bytes(data) + b"\0"
-    if len(data) <= _CHUNK:
+    size = len(data)
+    if size <= _SHORT:
         number = int.from_bytes(data, "big")
+    elif size <= _CHUNK:
+        # What nearly all frames are: in four parts, without a loop.
+        part = size >> 3 << 1
+        number = (
+            int.from_bytes(data[:part], "big")
+            + int.from_bytes(data[part : 2 * part], "big")
+            + int.from_bytes(data[2 * part : 3 * part], "big")
+            + int.from_bytes(data[3 * part :], "big")
+        )
     else:
         # Added first, divided then: dividing takes longer than everything else.
         number = sum(
             [
                 int.from_bytes(data[start : start + _CHUNK], "big")
-                for start in range(0, len(data), _CHUNK)
+                for start in range(0, size, _CHUNK)
             ]
         )
     # 0 stays 0, but 65535 and its multiples are minus zero, not zero.
