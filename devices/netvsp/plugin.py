@@ -27,6 +27,7 @@ class NetworkPlugin:
 
     backends: Registry | None = ENDPOINTS
     demo: str | None = "netvsp.demo"
+    questions = frozenset({"stats"})
 
     async def from_specs(
         self,

@@ -55,9 +55,17 @@ class DevicePlugin(Protocol):
     async def command(self, device: Device, request: Mapping[str, Any]) -> dict[str, Any]:
         """Carry out an operator's request on a running device. Is a checkpoint.
 
+        Requests whose ``action`` is among the plug-in's ``questions``, a collection that it may
+        have, change nothing. They come as often as somebody looks, and are no news for a log.
+
         Raises:
             ConfigError: The request is unknown or cannot be honoured.
         """
+
+
+def asks_only(plugin: DevicePlugin, action: object) -> bool:
+    """Whether an operator's request changes nothing; see :meth:`DevicePlugin.command`."""
+    return action in getattr(plugin, "questions", ())
 
 
 _MEMBERS = ("backends", "demo", "from_specs", "command")

@@ -31,6 +31,7 @@ from vmbus import __version__
 from vmbus.errors import ConfigError
 from vmbus.host import BusConfig, open_bus
 from vmbus.partition.transport import Transport
+from vmbus.plugins.devices import asks_only
 from vmbus.plugins.sharing import Line
 from vmbus.server.attached import REMOVE, AttachedGuest, wanted_setup
 from vmbus.server.devices import DeviceSetup, make_devices, pick_device
@@ -234,7 +235,9 @@ class GuestServer:
             made = pick_device(guest.devices, request) if setup is None else None
             if request.get("action") is not None:
                 what = {key: each for key, each in request.items() if key != "guest"}
-                _log.info("%s: an operator's command: %s", name, what)
+                question = made is not None and asks_only(made.plugin, request["action"])
+                level = logging.DEBUG if question else logging.INFO
+                _log.log(level, "%s: an operator's command: %s", name, what)
             owned.pop_all()
         if setup is not None:
             if lines is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator
 
 import pytest
@@ -165,6 +166,22 @@ async def test_operators_reach_the_devices_of_guests(machines):
             link.close()
     with pytest.raises(ConfigError, match="no guest is attached"):
         await server.command(add)
+
+
+async def test_what_operators_do_is_in_the_log_and_what_they_ask_is_not(machines, caplog):
+    """A program that watches counters asks once a second."""
+    server = GuestServer([DeviceSetup("netvsp", ("null:",))])
+    link = transport(machines[0])
+    with caplog.at_level(logging.INFO):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.handle, link)
+            await trio.testing.wait_all_tasks_blocked()
+            caplog.clear()
+            assert "transmit" in await server.command({"action": "stats"})
+            assert not caplog.records
+            await server.command({"action": "link", "up": False})
+            assert "an operator's command: {'action': 'link', 'up': False}" in caplog.text
+            link.close()
 
 
 async def test_a_device_that_has_failed_and_is_back_can_be_operated(machines):
