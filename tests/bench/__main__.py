@@ -24,6 +24,7 @@ MODULES = (
     "bench_switch",
     "bench_guests",
     "bench_channels",
+    "bench_trace",
 )
 
 

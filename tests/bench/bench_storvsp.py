@@ -32,6 +32,7 @@ from storvsp.wire import (
 )
 from tests.bench import harness
 from tests.bench.harness import Figure, median_ns
+from vmbus.host.observer import Observers
 from vmbus.testing import GuestEnd, channel_pair
 from vmbus.wire.gpa import build_range
 from vmbus.wire.packets import FLAG_COMPLETION_REQUESTED, GPA_DIRECT, IN_BAND, build_packet
@@ -56,7 +57,7 @@ async def _figures() -> list[Figure]:
         floors = {size: preadv_floor(size) for size in (4096, 65536)}
         for depth in (1, DEPTH):
             raw = await open_disk(f"raw:{path}")
-            value = await _run(raw, 4096, depth)
+            value = await run_requests(raw, 4096, depth)
             found.append(
                 Figure(
                     f"cached 4 KiB read, raw file, depth {depth}",
@@ -68,7 +69,7 @@ async def _figures() -> list[Figure]:
                 )
             )
         raw = await open_disk(f"raw:{path}")
-        value = await _run(raw, 65536, DEPTH)
+        value = await run_requests(raw, 65536, DEPTH)
         found.append(
             Figure(
                 f"cached 64 KiB read, raw file, depth {DEPTH}",
@@ -86,13 +87,13 @@ async def _figures() -> list[Figure]:
                     "us",
                 )
             )
-    value = await _run(RamDisk(DISK), 4096, DEPTH)
+    value = await run_requests(RamDisk(DISK), 4096, DEPTH)
     found.append(
         Figure(
             f"4 KiB read, RAM disk, depth {DEPTH}", value / 1000, "us", "bare copy", _copy_floor()
         )
     )
-    value = await _run(RamDisk(DISK), 4096, DEPTH, write=True)
+    value = await run_requests(RamDisk(DISK), 4096, DEPTH, write=True)
     found.append(
         Figure(
             f"4 KiB write, RAM disk, depth {DEPTH}", value / 1000, "us", "bare copy", _copy_floor()
@@ -143,11 +144,20 @@ def _request(guest: GuestEnd, index: int, size: int, *, write: bool) -> bytes:
     )
 
 
-async def _run(disk: Disk, size: int, depth: int, *, write: bool = False) -> float:
-    """Return the median nanoseconds per request at a queue depth."""
+async def run_requests(
+    disk: Disk,
+    size: int,
+    depth: int,
+    *,
+    write: bool = False,
+    observers: Observers | None = None,
+) -> float:
+    """Return the median nanoseconds per request at a queue depth; somebody may listen."""
     controller = ScsiController()
     controller.add_disk(disk)
     channel, guest = channel_pair(ring_pages=64, data_pages=DEPTH * size // 4096)
+    if observers is not None:
+        channel.observe(observers)
     times = []
     async with trio.open_nursery() as nursery:
         nursery.start_soon(controller.run, channel)

@@ -148,6 +148,15 @@ together.""",
         plain,
     ),
     Section(
+        "traces",
+        ("bench_trace",),
+        """## Traces
+
+A record is a message, a packet, or a piece of the memory that one points to: a recorded read has
+three. Recording is measured without the file, in the process that serves the guest.""",
+        plain,
+    ),
+    Section(
         "turns",
         ("bench_turns",),
         """## Longest turns
