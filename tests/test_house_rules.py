@@ -30,6 +30,7 @@ ADAPTER = (
 )
 CONTROL = "test_control.py: test_a_request_has_one_reply_that_drivers_take"
 WISHES = "test_frames.py: test_a_guest_may_wish_anything_of_any_frame"
+DISSECTED = "test_session_any_records.py: test_any_records_are_taken_apart"
 TRACES = "test_reader_any_bytes.py: test_any_bytes_behind_a_section_are_read_or_an_error"
 FRAMES = "test_messages.py: test_any_messages_are_frames_or_refused"
 BOTH_WAYS = "test_transmit_both_ways.py: test_the_short_way_ends_where_the_long_way_does"
@@ -42,6 +43,9 @@ REACHED_THROUGH = {
     "_obey_untrusted": "test_shared_any_records.py: test_no_guest_harms_a_keeper_or_its_neighbours",
     "_claim_untrusted": "test_parcels_any_bytes.py: test_any_message_is_taken_or_ends_the_worker",
     "_take_untrusted": "test_parcels_any_bytes.py: test_any_message_is_taken_or_ends_the_worker",
+    "_answer_untrusted": DISSECTED,
+    "_dissect_untrusted": DISSECTED,
+    "_memory_untrusted": DISSECTED,
     "_byte_order_untrusted": TRACES,
     "_options_untrusted": TRACES,
     "_record_untrusted": TRACES,

@@ -46,6 +46,7 @@ FENCE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 DEVICES = ("netvsp/", "storvsp/")
 NOT_MODULES = {
     "vmbus.devices": "group of entry points",
+    "vmbus.dissectors": "group of entry points",
     "vmbus.sock": "the file of a socket, in examples",
     "vmbus.socket": "a unit of systemd",
     "vmbus.service": "a unit of systemd",
