@@ -104,13 +104,28 @@ class Passt:
         self._process = process
         self._messages = messages
 
-    def reason(self) -> str:
-        """Return the last line that it has said. Cannot block."""
+    async def reason(self) -> str:
+        """Return how it has ended, as far as that is known here, and what it said last.
+
+        Its last line need not have to do with its end: a signal leaves none. Is a checkpoint.
+        """
+        said = self.last_line()
+        code = None
+        if self._process is not None:
+            with trio.move_on_after(START):  # its stream may have ended before it
+                await self._process.wait()
+            code = self._process.returncode
+        await trio.lowlevel.checkpoint()
+        words = f"it said last: {said}" if said else "it says nothing"
+        return words if code is None else f"{_end_of(code)}; {words}"
+
+    def last_line(self) -> str:
+        """Return the last line that it has said since the last call. Cannot block."""
         said = b""
         with contextlib.suppress(OSError):
             said = os.read(self._messages, _MESSAGES)
         lines = said.decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it says nothing")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         # It is for a log, or somebody's terminal.
         return "".join(each if each.isprintable() else "?" for each in last[:_LONGEST_REASON])
 
@@ -121,6 +136,16 @@ class Passt:
             await end(self._process)
         os.close(self._messages)
         await trio.lowlevel.checkpoint()
+
+
+def _end_of(code: int) -> str:
+    """Return in words what ``returncode`` says."""
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:  # a real-time one
+        return f"killed by signal {-code}"
 
 
 class Starter(Protocol):
@@ -247,12 +272,14 @@ class PasstEndpoint(Endpoint):
         try:
             await _answered(running)
         except BaseException as error:
-            reason = running.reason()
             starter.close()
-            await running.aclose()
-            if isinstance(error, EndpointError):
-                raise ConfigError(f"passt has ended: {reason}") from error
-            raise
+            try:
+                if isinstance(error, EndpointError):
+                    reason = await running.reason()
+                    raise ConfigError(f"passt has ended: {reason}") from error
+                raise
+            finally:
+                await running.aclose()
         return cls(starter, running)
 
     def transmit(self, queue: int, frames: Sequence[Frame]) -> int:
@@ -280,7 +307,7 @@ class PasstEndpoint(Endpoint):
         except trio.ClosedResourceError:
             raise EndpointError(CLOSED) from None
         except EndpointError as error:
-            raise EndpointError(f"{error}: {self._running.reason()}") from error
+            raise EndpointError(f"{error}: {await self._running.reason()}") from error
 
     async def _renew(self) -> None:
         """See to it that there is a passt that has had no guest yet."""

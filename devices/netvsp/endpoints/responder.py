@@ -41,7 +41,7 @@ MTU = 1500
 MAX_REPLIES = 256
 """Frames for a guest that does not take them; it sends no more meanwhile."""
 MAX_LOOKUPS = 16
-"""Names that are being looked up; others get an error."""
+"""Names that are being looked up, each in a thread; others get an error."""
 TURN = 64
 _LEASE = dhcp.Lease(
     GUEST, bytes((255, 255, 255, 0)), GATEWAY, GATEWAY, RESOLVER, seconds=86400, mtu=MTU
@@ -141,6 +141,9 @@ class ResponderEndpoint(Endpoint):
         self._room = trio.Event()
         self._closed = False
         self._looking_up = 0
+        # Threads of its own: everybody else's work waits for none of them. One that was given up
+        # counts until its look-up ends, so a guest that starts over and over has no more of them.
+        self._threads = trio.CapacityLimiter(MAX_LOOKUPS)
         self._refused = 0
 
     def transmit(self, queue: int, frames: Sequence[Frame]) -> int:
@@ -223,8 +226,14 @@ class ResponderEndpoint(Endpoint):
         family = socket.AF_INET if lookup.query.kind == dns.A else socket.AF_INET6
         try:
             # Of both families: "no such name" would be for both, and a resolver asks no further.
-            found = await trio.socket.getaddrinfo(
-                lookup.query.name, None, socket.AF_UNSPEC, socket.SOCK_STREAM
+            found = await trio.to_thread.run_sync(
+                socket.getaddrinfo,
+                lookup.query.name.encode("ascii"),  # as it is: a str would be made IDNA
+                None,
+                socket.AF_UNSPEC,
+                socket.SOCK_STREAM,
+                abandon_on_cancel=True,
+                limiter=self._threads,
             )
         except socket.gaierror as error:
             code = {socket.EAI_NONAME: dns.NO_SUCH_NAME, socket.EAI_NODATA: dns.OK}

@@ -57,7 +57,7 @@ def is_there(pid: int) -> bool:
 
 
 async def said(passt: Passt) -> None:
-    await until(lambda: passt.reason() == "here I am")
+    await until(lambda: passt.last_line() == "here I am")
 
 
 async def test_each_start_ends_the_one_before_and_the_lines_end_the_last():

@@ -1,6 +1,7 @@
 """The network that is built in, asked by a guest whose packets are scapy's."""
 
 import socket
+import threading
 from contextlib import asynccontextmanager
 
 import pytest
@@ -118,8 +119,8 @@ async def test_a_name_is_looked_up_as_the_host_does_it(monkeypatch):
         (socket.AF_INET, "old.example"): ["192.0.2.9"],
     }
 
-    async def getaddrinfo(host, port, family, kind):
-        await trio.lowlevel.checkpoint()
+    def getaddrinfo(name, port, family, kind):
+        host = name.decode()
         if host == "broken.example":
             raise socket.gaierror(socket.EAI_AGAIN, "try again")
         if host == "empty.example":
@@ -134,7 +135,7 @@ async def test_a_name_is_looked_up_as_the_host_does_it(monkeypatch):
             if name == host
         ]
 
-    monkeypatch.setattr(trio.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     async with guest_of() as guest:
         await guest.get_address()
         v4 = await guest.look_up("host.example", "A", "10.0.2.3")
@@ -164,21 +165,48 @@ async def test_a_name_is_looked_up_as_the_host_does_it(monkeypatch):
     }
 
 
-async def test_names_that_take_long_are_not_looked_up_without_end(monkeypatch):
-    async def getaddrinfo(*_):
-        await trio.sleep_forever()
+@pytest.fixture
+def slow_resolver(monkeypatch):
+    """One that answers nobody before the test ends."""
+    end = threading.Event()
 
-    monkeypatch.setattr(trio.socket, "getaddrinfo", getaddrinfo)
+    def getaddrinfo(*_):
+        end.wait()
+        raise socket.gaierror(socket.EAI_AGAIN, "try again")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    yield
+    end.set()
+
+
+async def look_up_without_end(guest):
+    """Ask for as many names as are looked up at a time."""
+    await guest.get_address()
+    await guest.mac_of("10.0.2.3")
+    async with trio.open_nursery() as nursery:
+        for number in range(MAX_LOOKUPS):
+            nursery.start_soon(guest.look_up, f"n{number}.example", "A", "10.0.2.3")
+        await until(lambda: guest.endpoint.snapshot()["looking_up"] == MAX_LOOKUPS)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.usefixtures("slow_resolver")
+async def test_names_that_take_long_are_not_looked_up_without_end():
     async with guest_of() as guest:
-        await guest.get_address()
-        await guest.mac_of("10.0.2.3")
-        async with trio.open_nursery() as nursery:
-            for number in range(MAX_LOOKUPS):
-                nursery.start_soon(guest.look_up, f"n{number}.example", "A", "10.0.2.3")
-            await until(lambda: guest.endpoint.snapshot()["looking_up"] == MAX_LOOKUPS)
-            nursery.cancel_scope.cancel()
+        await look_up_without_end(guest)
         assert (await guest.look_up("last.example", "A", "10.0.2.3")).rcode == 2
     assert guest.endpoint.snapshot()["looking_up"] == 0
+
+
+@pytest.mark.usefixtures("slow_resolver")
+async def test_names_that_take_long_take_no_thread_of_anybody_else():
+    others = trio.to_thread.current_default_thread_limiter()
+    async with guest_of() as guest:
+        await look_up_without_end(guest)
+        assert others.borrowed_tokens == 0
+        assert guest.endpoint._threads.borrowed_tokens == MAX_LOOKUPS
+    # Nobody can end them; they count as long as they last.
+    assert guest.endpoint._threads.borrowed_tokens == MAX_LOOKUPS
 
 
 async def test_a_guest_that_does_not_read_has_to_wait():
