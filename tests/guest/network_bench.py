@@ -53,10 +53,10 @@ class NetworkBench(Lab):
         lan.ip(
             f"tuntap add {TAP} mode tap multi_queue vnet_hdr",
             f"addr add {HOST}/24 dev {TAP}",
-            f"addr add {HOST6}/64 dev {TAP} nodad",
             f"link set {TAP} mtu 9000",
             f"link set {TAP} up",
         )
+        self.restore_host6()
         self.server = self.serve(
             self.tools,
             "ram:[lun=0]16M",
@@ -81,6 +81,10 @@ class NetworkBench(Lab):
         bring_up(self.guest, self.eth, f"{GUEST}/24", f"{GUEST6}/64")
         self.wait_channels(CPUS)
         ping(self.guest, HOST)
+
+    def restore_host6(self) -> None:
+        """Give the TAP its address of IPv6, which goes when it is down or its MTU below 1280."""
+        self.lan.ip(f"addr replace {HOST6}/64 dev {TAP} nodad")
 
     def wait_channels(self, number: int) -> None:
         """Wait until the driver has opened that many channels of the adapter.
