@@ -14,7 +14,7 @@ import pytest
 
 from tests.guest.rig.account import Said, server_account
 from tests.guest.rig.assets import Assets, load_assets
-from tests.guest.rig.claims import load_claims
+from tests.guest.rig.claims import load_claims, take_or_leave
 from tests.guest.rig.guest import Guest, GuestError, until
 from tests.guest.rig.host_tools import open_tools
 from tests.guest.rig.namespaces import Place
@@ -36,10 +36,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Leave a test to another machine that has taken it."""
-    claims = load_claims()
-    return None if claims is None or claims.take(item.nodeid) else True
+    return take_or_leave(item, nextitem)
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:

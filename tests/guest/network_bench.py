@@ -17,7 +17,8 @@ from typing import Any
 from tests.guest.conftest import TOOLS_LUN, Lab, Server
 from tests.guest.rig.assets import Assets
 from tests.guest.rig.guest import Guest, until
-from tests.guest.rig.internet import IPERF_PORT, streams
+from tests.guest.rig.host_tools import serve_iperf
+from tests.guest.rig.internet import streams
 from tests.guest.rig.namespaces import Namespace, Place
 from tests.guest.rig.network_work import bring_up, interface, ping
 from tests.guest.rig.packages import run as run_here
@@ -45,17 +46,17 @@ class NetworkBench(Lab):
     eth: str
     """The interface at the TAP, as the guest calls it."""
 
-    def start(self, lan: Namespace, tools: Path) -> None:
-        """Boot it, and start what answers it."""
+    def start(self, lan: Namespace) -> None:
+        """Boot it."""
         self.lan = lan
         run_here("modprobe", "-a", "tun", "8021q")
         lan.ip(
             f"tuntap add {TAP} mode tap multi_queue vnet_hdr",
             f"addr add {HOST}/24 dev {TAP}",
-            f"addr add {HOST6}/64 dev {TAP} nodad",
             f"link set {TAP} mtu 9000",
             f"link set {TAP} up",
         )
+        self.restore_host6()
         self.server = self.serve(
             self.tools,
             "ram:[lun=0]16M",
@@ -68,7 +69,6 @@ class NetworkBench(Lab):
         # The guest may have frames of 9000 bytes, and nobody sends them to it for now.
         lan.ip(f"link set {TAP} mtu 1500")
         self.configure()
-        self.iperf = lan.start("chroot", str(tools), "iperf3", "-s", "-p", str(IPERF_PORT))
 
     def configure(self) -> None:
         """Bring the interface up as it is at the start: the driver is new."""
@@ -81,6 +81,10 @@ class NetworkBench(Lab):
         bring_up(self.guest, self.eth, f"{GUEST}/24", f"{GUEST6}/64")
         self.wait_channels(CPUS)
         ping(self.guest, HOST)
+
+    def restore_host6(self) -> None:
+        """Give the TAP its address of IPv6, which goes when it is down or its MTU below 1280."""
+        self.lan.ip(f"addr replace {HOST6}/64 dev {TAP} nodad")
 
     def wait_channels(self, number: int) -> None:
         """Wait until the driver has opened that many channels of the adapter.
@@ -106,13 +110,6 @@ class NetworkBench(Lab):
         """Carry out a command of the mounted root file system, with ``{eth}`` in it."""
         return self.guest.tool(command.format(eth=self.eth))
 
-    def close(self) -> None:
-        """End everything."""
-        with contextlib.suppress(AttributeError):
-            self.iperf.kill()
-            self.iperf.wait()
-        super().close()
-
 
 @contextlib.contextmanager
 def open_network_bench(assets: Assets, tools: Path) -> Iterator[NetworkBench]:
@@ -124,10 +121,14 @@ def open_network_bench(assets: Assets, tools: Path) -> Iterator[NetworkBench]:
     """
     folder = assets.scratch / "network-bench"
     folder.mkdir(parents=True)
-    with contextlib.closing(Namespace(f"rig{os.getpid()}-lan")) as lan, streams(lan):
+    with (
+        contextlib.closing(Namespace(f"rig{os.getpid()}-lan")) as lan,
+        streams(lan),
+        serve_iperf(lan, tools, folder / "iperf3.log"),
+    ):
         bench = NetworkBench(assets, folder)
         try:
-            bench.start(lan, tools)
+            bench.start(lan)
             yield bench
             bench.guest.power_off()
         finally:

@@ -53,6 +53,7 @@ def test_the_cable_is_plugged_out_and_in_under_a_stream(bench: NetworkBench):
     for state in ("down", "up"):
         bench.lan.ip(f"link set {TAP} {state}")
         wait_carrier(bench.guest, bench.eth, up=state == "up")
+    bench.restore_host6()
 
     end_exchange(bench.guest)
     bench.guest.check_log()

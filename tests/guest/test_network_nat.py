@@ -10,6 +10,7 @@ import pytest
 
 from tests.guest.conftest import TOOLS_LUN, Lab
 from tests.guest.rig.assets import Assets
+from tests.guest.rig.host_tools import serve_iperf
 from tests.guest.rig.internet import (
     HOST,
     NAME,
@@ -21,6 +22,8 @@ from tests.guest.rig.internet import (
 from tests.guest.rig.network_work import (
     get_address,
     interface,
+    iperf,
+    make_data,
     ping,
 )
 from tests.support.patience import LONG_TEST
@@ -37,7 +40,7 @@ def internet(assets: Assets, tmp_path: Path) -> Iterator[Internet]:
 
 
 def test_a_guest_gets_address_and_names_and_reaches_what_its_host_reaches(
-    lab: Lab, internet: Internet
+    lab: Lab, internet: Internet, host_tools: Path
 ):
     server = lab.serve(
         lab.tools,
@@ -70,6 +73,14 @@ def test_a_guest_gets_address_and_names_and_reaches_what_its_host_reaches(
     assert guest.attempt("nslookup other.example")[0]
     page = guest.run(f"wget -q -O - http://{SERVER}/ | sha256sum").split()[0]
     assert page == hashlib.sha256(PAGE).hexdigest()
+    # What it sends is told back in the same request: no connection is closed on one side only.
+    make_data(guest, 0.5)
+    guest.run("base64 -w 0 </run/data >/run/text")  # busybox sends text
+    told = guest.run(f"wget -q -O - --post-file=/run/text http://{SERVER}/")
+    assert told == guest.run("sha256sum </run/text").split()[0]
+    with serve_iperf(internet.there, host_tools, lab.file("iperf3.log")):
+        for way in ("", "-R"):
+            iperf(guest, SERVER, way)
     # Somebody out there comes by the port that is forwarded.
     guest.run("mkdir -p /run/www; echo here I am >/run/www/index.html; httpd -h /run/www")
     assert internet.fetch(f"http://{HOST}:8080/") == b"here I am\n"

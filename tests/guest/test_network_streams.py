@@ -81,6 +81,7 @@ def test_long_frames_go_whole(bench: NetworkBench):
         ping(bench.guest, HOST, size=mtu - HEADERS)
         ping(bench.guest, HOST, size=3 * mtu)  # in fragments
         bench.guest.run(exchange(HOST))
+    bench.restore_host6()
     # The network carries no more, whatever somebody wishes.
     look = f"ip link set {bench.eth} mtu 9001; cat /sys/class/net/{bench.eth}/mtu"
     assert bench.guest.run(look).strip() == "9000"

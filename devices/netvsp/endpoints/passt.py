@@ -304,9 +304,9 @@ class PasstEndpoint(Endpoint):
         self._fresh = False
         try:
             await self._running.stream.receive(port)
-        except trio.ClosedResourceError:
-            raise EndpointError(CLOSED) from None
         except EndpointError as error:
+            if self._closed:
+                raise
             raise EndpointError(f"{error}: {await self._running.reason()}") from error
 
     async def _renew(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import trio
 
 from netvsp.endpoint import EndpointError, Port
+from netvsp.endpoints.tasks import run_together
 from netvsp.frames.frame import ETHERNET_HEADER, MAX_FRAME, VLAN_TAG, Buffer, Frame
 
 TURN = 64
@@ -40,6 +41,8 @@ class FrameStream:
         self._peer = peer
         self._rest = memoryview(b"")
         """What is left of a frame that the socket has taken a part of."""
+        self._left = trio.Event()
+        """Set when there is something left."""
         self._data = bytearray()
         """What has come in of a frame that is not all there."""
         self._turn = trio.Lock()
@@ -62,6 +65,7 @@ class FrameStream:
             if sent < _LENGTH + len(frame) and sent:
                 # The caller's memory is not ours when we return.
                 self._rest = memoryview(b"".join(pieces))[sent:]
+                self._left.set()
             elif not sent and not self.over:
                 return number
         return len(frames)
@@ -98,9 +102,23 @@ class FrameStream:
     async def receive(self, port: Port) -> None:
         """Hand frames to an adapter, for one of its lives. Is a checkpoint.
 
+        Meanwhile, what is left of a frame follows as soon as there is room. Another frame may never
+        come, and the peer may do nothing until it has all of this one (passt: tap.c,
+        tap_handler_passt).
+
         Raises:
-            EndpointError: The peer is gone, or speaks of something else.
+            EndpointError: The peer is gone, or speaks of something else, or the stream was closed.
         """
+        await run_together(lambda: self._read(port), self._send_rests)
+
+    async def _send_rests(self) -> None:
+        while True:
+            await self._left.wait()
+            await self.wait_writable()
+            if self.over or not self._rest:
+                self._left = trio.Event()
+
+    async def _read(self, port: Port) -> None:
         data = self._data
         while True:
             if self.over:

@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--kernel", type=Path, help="the guests' bzImage, instead of Debian's")
     result.add_argument("--modules", type=Path, help="its modules, lib/modules/RELEASE")
     result.add_argument(
-        "--suite", help="the guests' kernel is that of this suite of Debian, for example sid"
+        "--suite", help="the guests' kernels are those of this suite of Debian, for example sid"
     )
     result.add_argument(
         "--where", choices=("auto", "here", "nested"), default="auto",
@@ -99,8 +99,9 @@ def _run(options: argparse.Namespace) -> int:
     if not options.command and not options.prepare:
         raise RigError("what is to be run? for the tests: make guest-test")
     nested = options.where == "nested" or (options.where == "auto" and not kvm_suffices())
-    # The outer machine's kernel is that of guests, too, which need what clouds' have not.
-    ordinary = packages.kernel(cache, packages.OUTER_KERNEL)
+    outer_kernel, _ = packages.kernel_files(packages.kernel(cache, packages.OUTER_KERNEL))
+    # Guests that need what clouds' kernels have not have one like that, of their suite.
+    ordinary = packages.kernel(cache, packages.OUTER_KERNEL, options.suite)
     ordinary_kernel, ordinary_modules = packages.kernel_files(ordinary)
     assets = Assets(
         kernel=kernel,
@@ -125,7 +126,7 @@ def _run(options: argparse.Namespace) -> int:
     if nested:
         return outer.run_inside(
             command, assets,
-            kernel=ordinary_kernel, busybox=userland / "bin/busybox", cache=cache,
+            kernel=outer_kernel, busybox=userland / "bin/busybox", cache=cache,
             environment=environment, cpus=options.cpus, machines=max(options.machines, 1),
         )  # fmt: skip
     say("this machine's KVM is used")

@@ -9,6 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
 
 ENVIRONMENT = "VMBUS_RIG_CLAIMS"
 """The variable that has the directory and the machine's number, with a colon between; unset if
@@ -70,6 +74,22 @@ class Claims:
     def finished(self) -> int:
         """How many tests have ended, on all machines."""
         return len(list(self._folder.glob("*.done")))
+
+
+def take_or_leave(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """Do as the hook ``pytest_runtest_protocol``: leave a test that another machine has taken.
+
+    Returns:
+        True if it is left; None if it is this machine's to run.
+    """
+    claims = load_claims()
+    if claims is None or claims.take(item.nodeid):
+        return None
+    if nextitem is not None:
+        # The test before has left standing what this one shares with it, its module for example,
+        # and pytest does not set another one up on top of that. It has no public way to say so.
+        item.session._setupstate.teardown_exact(nextitem)
+    return True
 
 
 def load_claims() -> Claims | None:

@@ -6,7 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.guest.rig.packages import run
+from tests.guest.rig.internet import IPERF_PORT
+from tests.guest.rig.namespaces import Namespace
+from tests.guest.rig.packages import RigError, run
+from tests.support.patience import until_in_thread
 
 
 @contextlib.contextmanager
@@ -31,3 +34,28 @@ def open_tools(image: Path, tree: Path) -> Iterator[Path]:
     finally:
         run("umount", "-R", tree)
         tree.rmdir()
+
+
+@contextlib.contextmanager
+def serve_iperf(namespace: Namespace, tree: Path, log: Path) -> Iterator[None]:
+    """Run a server for ``iperf3`` in a namespace for the length of a ``with`` block; it listens.
+
+    Args:
+        namespace: Where, at port :data:`~tests.guest.rig.internet.IPERF_PORT`.
+        tree: Of :func:`open_tools`.
+        log: A file for what it says, which nobody has to read.
+
+    Raises:
+        RigError: It has ended.
+    """
+    command = ("chroot", str(tree), "iperf3", "-s", "--forceflush", "-p", str(IPERF_PORT))
+    with open(log, "wb") as output:
+        process = namespace.start(*command, output=output.fileno())
+    try:
+        until_in_thread(lambda: process.poll() is not None or b"listening" in log.read_bytes())
+        if process.poll() is not None:
+            raise RigError(f"iperf3 has ended: {log.read_text()}")
+        yield
+    finally:
+        process.kill()
+        process.wait()

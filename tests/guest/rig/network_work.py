@@ -107,7 +107,8 @@ def iperf(guest: Guest, address: str, *options: str) -> None:
     """
     out = guest.tool(
         f"env TMPDIR=/run iperf3 -c {address} -p {IPERF_PORT} -f k -t {IPERF_SECONDS}"
-        f" {' '.join(options)} | grep -E 'receiver|error'"
+        f" {' '.join(options)} >/run/iperf3 2>&1; code=$?; grep -E 'receiver|error' /run/iperf3;"
+        " exit $code"
     )
     assert received(out) >= IPERF_LEAST, out
 

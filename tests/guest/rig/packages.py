@@ -183,8 +183,11 @@ def _suite_options(cache: Path, suite: str) -> tuple[str, ...]:
     archives = [uri for uri in uris if "security" not in uri]
     if not archives:
         raise RigError("this machine's apt has no archive to look for other suites in")
-    sources.write_text(f"deb [signed-by={KEYRING}] {archives[0]} {suite} main\n")
-    run("apt-get", *options, "update", "-q")
+    with open(folder / "lock", "w", encoding="ascii") as lock:
+        # apt does not wait for another one that fetches lists.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        sources.write_text(f"deb [signed-by={KEYRING}] {archives[0]} {suite} main\n")
+        run("apt-get", *options, "update", "-q")
     return options
 
 

@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tests
 from tests.guest.rig.claims import ENVIRONMENT, Claims, load_claims
+
+CONFTEST = """
+from tests.guest.rig.claims import take_or_leave
+
+def pytest_runtest_protocol(item, nextitem):
+    return take_or_leave(item, nextitem)
+"""
+MODULE = """
+def test_a():
+    pass
+
+def test_b():
+    pass
+"""
 
 
 def test_each_test_is_one_machines(tmp_path):
@@ -38,3 +60,32 @@ def test_a_machine_by_itself_runs_everything(tmp_path, monkeypatch):
     assert claims is not None
     assert claims.take("some")
     assert Claims(tmp_path, 3).unfinished() == ["some"]
+
+
+@pytest.mark.parametrize("elsewhere", ["one b", "one a, two a", "two b, one b", "two a, two b"])
+def test_a_test_that_is_left_to_another_machine_spoils_none_of_ours(tmp_path, elsewhere):
+    for name in ("one", "two", "three"):
+        (tmp_path / f"test_{name}.py").write_text(MODULE)
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    folder = tmp_path / "claims"
+    folder.mkdir()
+    taken = [each.split() for each in elsewhere.split(", ")]
+    for module, test in taken:
+        assert Claims(folder, 2).take(f"test_{module}.py::test_{test}")
+
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            ENVIRONMENT: Claims(folder, 1).environment,
+            "PYTHONPATH": str(Path(tests.__path__[0]).parent),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert f"{6 - len(taken)} passed" in ran.stdout

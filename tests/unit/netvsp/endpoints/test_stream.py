@@ -11,7 +11,7 @@ from netvsp.endpoints.stream import TURN, FrameStream
 from netvsp.frames.frame import Frame
 from netvsp.testing import ListeningPort
 from netvsp.testing.frames import GuestFrame, Packet
-from tests.support.patience import until, waits
+from tests.support.patience import PATIENCE, until, waits
 from tests.support.turns import counting
 
 
@@ -50,6 +50,23 @@ async def test_what_the_socket_takes_a_part_of_arrives_whole(ends):
             await trio.lowlevel.checkpoint()
     assert found == wanted
     assert stream.send([Frame(bytes(60))]) == 1
+
+
+async def test_what_is_left_of_the_last_frame_follows_it_without_another(ends):
+    stream, theirs = ends
+    theirs.setblocking(False)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stream.receive, ListeningPort())
+        for number in range(3):
+            data = bytes([number]) * 60000
+            assert stream.send([Frame(data)]) == 1
+            found = b""
+            while len(found) < 4 + len(data):
+                with trio.fail_after(PATIENCE):
+                    await trio.lowlevel.wait_readable(theirs)
+                found += theirs.recv(1 << 16)
+            assert found == len(data).to_bytes(4, "big") + data
+        nursery.cancel_scope.cancel()
 
 
 async def test_frames_come_however_they_are_cut(ends):
