@@ -189,7 +189,7 @@ def finished(frames: Sequence[Frame], offloads: Offloads) -> Iterator[Frame]:
             yield frame.tagged() if inside else frame
             continue
         # Cut first: with its tag inside, a segment with another one is no IP for who cuts it.
-        for piece in cut(frame) if offload.gso_type else (frame,):
+        for piece in cut(frame, filled=sums) if offload.gso_type else (frame,):
             done = fill_checksum(piece) if sums else piece
             yield done.tagged() if inside else done
 

@@ -31,7 +31,7 @@ from netvsp.frames.frame import (
     Frame,
     Offload,
 )
-from netvsp.frames.offload import complete, cut, fill_checksum
+from netvsp.frames.offload import complete, cut
 from netvsp.link import AdapterConfig, Link
 from netvsp.placing import ROOM, Headers, build_packet, put, store
 from netvsp.shares import Shares
@@ -296,7 +296,7 @@ class Receiver:
             return COST
         if not whole and need > min(MAX_PIECES, most):
             self._count_offload(offload)
-            pieces = map(fill_checksum, cut(wanted.own()))
+            pieces = cut(wanted.own(), filled=True)
             self._cutting = _Cutting(pieces, hashed)
             return COST + length
         if not self._shares.may_have(channel, need, len(buffer.free) - CONTROL_PARTS - need, group):

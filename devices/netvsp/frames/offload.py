@@ -14,10 +14,10 @@ Everything here reads :attr:`Frame.head`, a private copy, and trusts none of it.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
-from netvsp.frames.checksum import checksum, fold, ones_sum, pseudo_header_sum, sum_pieces
+from netvsp.frames.checksum import checksum, fold, ones_sum, sum_pieces
 from netvsp.frames.frame import (
     DATA_VALID,
     ETHERNET_HEADER,
@@ -198,89 +198,154 @@ def fill_checksum(frame: Frame) -> Frame:
     return Frame(bytes(data), frame.rest, offload._replace(flags=DATA_VALID), frame.tci, frame.flow)
 
 
-def cut(frame: Frame) -> Iterator[Frame]:
+def cut(frame: Frame, *, filled: bool = False) -> Iterator[Frame]:
     """Cut a large segment into frames, each with the headers it needs, as they are asked for.
 
-    Their sums are still to be filled in: NEEDS_CHECKSUM, with the pseudo header's in place.
     Cannot block.
 
     Args:
         frame: Its bytes are copied when the first piece is asked for.
+        filled: Fill in their sums; else those are left to do: NEEDS_CHECKSUM, with the pseudo
+            header's in place.
 
     Returns:
         The frame itself, if it is not to be cut, or cannot be.
     """
     offload = frame.offload
-    if offload is None or not offload.gso_type or not offload.gso_size:
-        yield frame
+    how = None
+    if offload is not None and offload.gso_type and offload.gso_size:
+        data = frame.tobytes()
+        how = _how_to_cut(data, offload)
+    if offload is None or how is None:
+        yield fill_checksum(frame) if filled else frame
         return
-    data = frame.tobytes()
+    # Elsewhere than the protocol has it: whoever says so gets that.
+    usual = how.sum_at == offload.csum_start + offload.csum_offset
+    flags = DATA_VALID if filled and usual else NEEDS_CHECKSUM
+    left = Offload(flags, 0, 0, 0, how.start, offload.csum_offset)
+    size, end = how.size, len(data)
+    for number, position in enumerate(range(offload.header_length, end, size)):
+        payload = data[position : position + size]
+        last = position + size >= end
+        head = _piece_headers(how, number, payload, last=last, filled=filled and usual)
+        piece = Frame(b"".join((head, payload)), (), left, frame.tci, frame.flow)
+        yield fill_checksum(piece) if filled else piece
+
+
+def _how_to_cut(data: bytes, offload: Offload) -> _Cut | None:
+    """Return how a segment is cut; None: it cannot be."""
     start, end = offload.csum_start, offload.header_length
     ethertype, network = _network_header(data)
     kind = offload.gso_type & ~GSO_ECN
     # The version in the header itself is not to be trusted: it would be cut with wrong offsets.
     ipv6 = ethertype == ETHERTYPE_IPV6
     if ethertype not in _GSO_OF or kind not in {GSO_UDP, _GSO_OF[ethertype]}:
-        yield frame
-        return
+        return None
     fixed = network + (_IPV6_HEADER if ipv6 else _IPV4_HEADER)
     least = _UDP_HEADER if kind == GSO_UDP else _TCP_HEADER
     longest = end + min(offload.gso_size, len(data) - end) - (fixed if ipv6 else network)
     if start < fixed or end < start + least or end >= len(data) or longest > 0xFFFF:
-        yield frame
-        return
-    how = _Cut(kind, ipv6, network, start, offload.gso_size)
-    left = Offload(NEEDS_CHECKSUM, 0, 0, 0, start, offload.csum_offset)
-    for number, position in enumerate(range(end, len(data), how.size)):
-        payload = data[position : position + how.size]
-        head = bytearray(data[:end])
-        _piece_headers(head, how, number, len(payload), last=position + how.size >= len(data))
-        yield Frame(bytes(head) + payload, (), left, frame.tci, frame.flow)
+        return None
+    return _Cut(data[:end], kind, ipv6=ipv6, network=network, start=start, size=offload.gso_size)
 
 
-class _Cut(NamedTuple):
-    """How a segment is cut."""
+class _Cut:
+    """How a segment is cut: its headers without what differs from piece to piece, and their sums.
 
-    kind: int
-    ipv6: bool
-    network: int
-    """Where the IP header is."""
-    start: int
-    """Where the TCP or UDP header is."""
-    size: int
-    """Bytes of payload in each piece."""
+    Args:
+        head: The segment's headers.
+        kind: GSO_UDP or one of the others.
+        ipv6: Which IP it is.
+        network: Where the IP header is.
+        start: Where the TCP or UDP header is.
+        size: Bytes of payload in each piece.
+    """
+
+    __slots__ = (
+        "addresses", "flags", "identity", "ipv6", "length", "network", "network_sum", "sequence",
+        "size", "start", "sum_at", "template", "transport_sum", "udp",
+    )  # fmt: skip
+
+    def __init__(
+        self, head: bytes, kind: int, *, ipv6: bool, network: int, start: int, size: int
+    ) -> None:
+        self.ipv6, self.network, self.start, self.size = ipv6, network, start, size
+        self.udp = kind == GSO_UDP
+        self.length = len(head)
+        template = bytearray(head)
+        self.identity = self.sequence = self.flags = self.network_sum = 0
+        if ipv6:
+            template[network + 4 : network + 6] = bytes(2)
+            addresses = head[network + 8 : network + 40]
+        else:
+            self.identity = int.from_bytes(head[network + 4 : network + 6], "big")
+            template[network + 2 : network + 6] = bytes(4)
+            template[network + 10 : network + 12] = bytes(2)
+            self.network_sum = ones_sum(template[network:start])
+            addresses = head[network + 12 : network + 20]
+        if self.udp:
+            template[start + 4 : start + 8] = bytes(4)
+            self.sum_at, protocol = start + UDP_CHECKSUM, PROTOCOL_UDP
+        else:
+            self.sequence = int.from_bytes(head[start + 4 : start + 8], "big")
+            self.flags = int.from_bytes(head[start + 12 : start + 14], "big")
+            template[start + 4 : start + 8] = bytes(4)
+            template[start + 12 : start + 14] = bytes(2)
+            self.sum_at, protocol = start + TCP_CHECKSUM, PROTOCOL_TCP
+            template[self.sum_at : self.sum_at + 2] = bytes(2)
+        self.template = bytes(template)
+        self.addresses = ones_sum(addresses) + protocol
+        self.transport_sum = self.addresses + ones_sum(template[start:])
 
 
-def _piece_headers(head: bytearray, how: _Cut, number: int, payload: int, *, last: bool) -> None:
-    """Make the headers of a piece out of those of the segment."""
-    kind, ipv6, network, start, size = how
-    length = len(head) - start + payload
-    if ipv6:
-        head[network + 4 : network + 6] = (len(head) - network - 40 + payload).to_bytes(2, "big")
-        addresses = head[network + 8 : network + 40]
+_pack_16 = struct.Struct(">H").pack_into
+_pack_16_16 = struct.Struct(">HH").pack_into
+_pack_32 = struct.Struct(">I").pack_into
+
+
+def _piece_headers(
+    how: _Cut, number: int, payload: bytes, *, last: bool, filled: bool
+) -> bytearray:
+    """Return the headers of a piece, made out of those of the segment."""
+    head = bytearray(how.template)
+    network, start, size = how.network, how.start, len(payload)
+    whole = how.length - network + size
+    length = how.length - start + size
+    if how.ipv6:
+        _pack_16(head, network + 4, whole - _IPV6_HEADER)
     else:
-        head[network + 2 : network + 4] = (len(head) - network + payload).to_bytes(2, "big")
-        identity = int.from_bytes(head[network + 4 : network + 6], "big") + number
-        head[network + 4 : network + 6] = (identity & 0xFFFF).to_bytes(2, "big")
-        _fill_ip_checksum(head, network, start)
-        addresses = head[network + 12 : network + 20]
-    if kind == GSO_UDP:
-        head[start + 4 : start + 6] = length.to_bytes(2, "big")
-        field, protocol = start + UDP_CHECKSUM, PROTOCOL_UDP
+        identity = (how.identity + number) & 0xFFFF
+        _pack_16_16(head, network + 2, whole, identity)
+        _pack_16(head, network + 10, checksum(how.network_sum + whole + identity))
+    if how.udp:
+        _pack_16(head, start + 4, length)
+        differs = length
     else:
-        sequence = int.from_bytes(head[start + 4 : start + 8], "big") + number * size
-        head[start + 4 : start + 8] = (sequence & 0xFFFFFFFF).to_bytes(4, "big")
+        sequence = (how.sequence + number * how.size) & 0xFFFFFFFF
+        flags = how.flags
         if number:
-            head[start + 13] &= ~_CWR
+            flags &= ~_CWR
         if not last:
-            head[start + 13] &= ~0x09  # FIN and PSH belong to the last one
-        field, protocol = start + TCP_CHECKSUM, PROTOCOL_TCP
-    head[field : field + 2] = pseudo_header_sum(addresses, protocol, length).to_bytes(2, "big")
+            flags &= ~0x09  # FIN and PSH belong to the last one
+        _pack_32(head, start + 4, sequence)
+        _pack_16(head, start + 12, flags)
+        differs = (sequence >> 16) + (sequence & 0xFFFF) + flags
+    if not filled:
+        value = fold(how.addresses + length)
+    else:
+        part = ones_sum(payload)
+        if how.length - start & 1:  # a header of an odd length
+            part = (part & 0xFF) << 8 | part >> 8
+        value = checksum(how.transport_sum + length + differs + part)
+        if not value and how.udp:
+            value = 0xFFFF  # 0 means that there is none
+    _pack_16(head, how.sum_at, value)
+    return head
 
 
 def complete(frame: Frame) -> list[Frame]:
     """Do all that is left to do for a frame: cut it, fill in its sums. Cannot block."""
-    return [fill_checksum(piece) for piece in cut(frame)]
+    return list(cut(frame, filled=True))
 
 
 # -- towards the guest ---------------------------------------------------------------------------
